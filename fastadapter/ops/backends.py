@@ -1,0 +1,99 @@
+"""Which implementation an op runs on, decided by device and dtype alone, and the reason in words.
+
+``auto`` means: the compiled C++ extension on a CPU, Triton on a GPU, and the reference where that one is not
+available. A backend that is named and cannot run raises; nothing falls back in silence.
+"""
+
+import functools
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+BACKENDS = ("auto", "triton", "cpp", "reference")
+# The Triton kernels hold the whole prefix in one tile.
+MAX_TRITON_PREFIX_LEN = 128
+
+library = torch.library.Library("fastadapter", "DEF")
+
+
+@functools.cache
+def extension_error() -> str | None:
+    """Load the compiled extension; ``None`` when it is there, otherwise why it is not."""
+    path = Path(__file__).parents[1] / "_C.abi3.so"
+    if os.environ.get("FASTADAPTER_DISABLE_EXTENSION") == "1":
+        return "switched off by FASTADAPTER_DISABLE_EXTENSION=1"
+    if not path.exists():
+        return "the package was installed without it (see `fastadapter doctor`)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"it was built for another torch and does not load: {error}"
+    return None
+
+
+@functools.cache
+def triton_error(device_type: str) -> str | None:
+    """``None`` when the Triton kernels can run on this kind of device, otherwise why they cannot."""
+    if importlib.util.find_spec("triton") is None:
+        return 'triton is not installed (pip install "fastadapter[triton]")'
+    if device_type == "cuda":
+        return None
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"Triton has no {device_type} device here (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
+
+
+def _triton_limit(dtype: torch.dtype, prefix_len: int) -> str | None:
+    if dtype == torch.float64:
+        return "the Triton kernels have no fp64"
+    if prefix_len > MAX_TRITON_PREFIX_LEN:
+        return f"the Triton kernels hold at most {MAX_TRITON_PREFIX_LEN} prefix positions, got {prefix_len}"
+    return None
+
+
+def automatic_backend(device_type: str, dtype: torch.dtype, prefix_len: int) -> tuple[str, str]:
+    """The backend ``auto`` takes, and why."""
+    if device_type == "cpu":
+        error = extension_error()
+        return ("reference", f"no C++ extension: {error}") if error else ("cpp", "compiled extension")
+    if device_type == "cuda":
+        error = triton_error("cuda") or _triton_limit(dtype, prefix_len)
+        return ("reference", error) if error else ("triton", "GPU kernel")
+    return "reference", f"no kernel for device type {device_type}"
+
+
+def choose_backend(backend: str, device_type: str, dtype: torch.dtype, prefix_len: int) -> str:
+    """Resolve ``backend`` for one call.
+
+    Raises:
+        ValueError: unknown name, or a named backend that cannot run this call, with the reason.
+    """
+    if backend == "auto":
+        return automatic_backend(device_type, dtype, prefix_len)[0]
+    if backend == "reference":
+        return backend
+    if backend == "cpp":
+        error = extension_error() if device_type == "cpu" else f"it runs on cpu tensors, got {device_type}"
+    elif backend == "triton":
+        error = triton_error(device_type) or _triton_limit(dtype, prefix_len)
+    else:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if error:
+        raise ValueError(f"backend={backend!r} cannot run here: {error}")
+    return backend
+
+
+def backends() -> list[dict[str, str]]:
+    """The backend every op takes on this machine, per device, and why; what ``fastadapter doctor`` prints.
+
+    >>> [row["backend"] in ("cpp", "reference") for row in backends() if row["device"] == "cpu"]
+    [True]
+    """
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    rows = []
+    for device in devices:
+        name, reason = automatic_backend(device, torch.float32, 1)
+        rows.append({"op": "gated_prefix", "device": device, "backend": name, "reason": reason})
+    return rows

@@ -1,0 +1,251 @@
+"""Gated prefix attention term of LLaMA-Adapter: public function, registration, autograd.
+
+The kernels sit behind one registered boundary, ``torch.ops.fastadapter.gated_prefix`` and its backward, so that
+``torch.compile`` sees one opaque call. Autograd stays outside of it in a :class:`torch.autograd.Function`, which
+costs less per call than autograd registered on the op.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastadapter import reference
+from fastadapter.ops import checks
+from fastadapter.ops.backends import automatic_backend, choose_backend, extension_error, library
+
+GATE_FUNCTIONS = ("tanh", "identity")
+
+
+def gated_prefix(
+    base: Tensor,
+    query: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    gate: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    gate_fn: str = "tanh",
+    row_ids: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Add gated attention over a learned prefix to ``base``, the output of any attention.
+
+    Equivalent to ``base + tanh(gate) * softmax(query @ prefix_key.mT * softmax_scale) @ prefix_value`` with one
+    gate per head and the softmax over the prefix only (LLaMA-Adapter, arXiv:2303.16199, eq. 6-8). A zero gate
+    returns the bits of ``base`` whatever the prefix holds. Deterministic, forward and backward.
+
+    Args:
+        base, query: ``(batch, num_heads, q_len, head_dim)``, one dtype out of fp32, bf16, fp16, fp64; any strides.
+            ``query`` is what the attention saw, after rotary embedding and norm.
+        prefix_key, prefix_value: bank ``(num_prefixes, num_kv_heads, prefix_len, head_dim)`` in the dtype of
+            ``query`` or fp32; ``num_heads`` is a multiple of ``num_kv_heads``.
+        gate: ``(num_prefixes, num_heads)`` fp32 (fp64 beside fp64 activations).
+        softmax_scale: ``head_dim ** -0.5`` unless given.
+        gate_fn: ``"tanh"`` or ``"identity"``, applied to ``gate``.
+        row_ids: int32 ``(batch,)``, the bank entry of every row; -1 leaves a row as it is. Needed when the bank
+            has more than one entry.
+        backend: ``"auto"`` (C++ on CPU, Triton on GPU), ``"triton"``, ``"cpp"`` or ``"reference"``.
+    Returns: shape, dtype and strides of ``base``. Gradients come in each argument's own dtype.
+    Raises:
+        TypeError: a tensor of the wrong type or dtype.
+        ValueError: wrong shape or device, ``row_ids`` out of range, a backend that cannot run.
+
+    >>> base, query = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 8)
+    >>> key, value = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)
+    >>> torch.equal(gated_prefix(base, query, key, value, torch.zeros(1, 4)), base)
+    True
+    """
+    _validate(base, query, prefix_key, prefix_value, gate, row_ids, gate_fn)
+    if softmax_scale is None:
+        softmax_scale = query.shape[-1] ** -0.5
+    chosen = choose_backend(backend, query.device.type, query.dtype, prefix_key.shape[2])
+    args = (base, query, prefix_key, prefix_value, gate, row_ids, float(softmax_scale), gate_fn)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in args[:5]):
+        return _GatedPrefix.apply(*args, chosen)
+    return _forward(chosen, *args)
+
+
+def _validate(base, query, prefix_key, prefix_value, gate, row_ids, gate_fn) -> None:
+    op = "gated_prefix"
+    checks.require_tensor(
+        op, base=base, query=query, prefix_key=prefix_key, prefix_value=prefix_value, gate=gate
+    )
+    if query.dim() != 4:
+        raise ValueError(
+            f"{op}: query must have 4 dims (batch, num_heads, q_len, head_dim), got {tuple(query.shape)}"
+        )
+    if prefix_key.dim() != 4:
+        raise ValueError(
+            f"{op}: prefix_key must have 4 dims (num_prefixes, num_kv_heads, prefix_len, head_dim), "
+            f"got {tuple(prefix_key.shape)}"
+        )
+    batch, num_heads, _, head_dim = query.shape
+    num_prefixes, num_kv_heads, prefix_len, _ = prefix_key.shape
+    if base.shape != query.shape:
+        checks.require_shape(op, "base", base, "the shape of query", tuple(query.shape))
+    if prefix_key.shape[3] != head_dim:
+        raise ValueError(f"{op}: prefix_key must have head_dim {head_dim} like query, got {prefix_key.shape[3]}")
+    if prefix_value.shape != prefix_key.shape:
+        checks.require_shape(op, "prefix_value", prefix_value, "the shape of prefix_key", tuple(prefix_key.shape))
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"{op}: num_heads of query must be a multiple of num_kv_heads of prefix_key, "
+            f"got {num_heads} and {num_kv_heads}"
+        )
+    if num_prefixes == 0 or prefix_len == 0 or head_dim == 0:
+        raise ValueError(
+            f"{op}: num_prefixes, prefix_len and head_dim must be at least 1, got prefix_key {tuple(prefix_key.shape)}"
+        )
+    if gate.dim() != 2 or gate.shape[0] != num_prefixes or gate.shape[1] != num_heads:
+        checks.require_shape(op, "gate", gate, "(num_prefixes, num_heads)", (num_prefixes, num_heads))
+    dtype = query.dtype
+    checks.require_dtype(op, "query", query, checks.ACTIVATION_DTYPES)
+    if base.dtype != dtype:
+        checks.require_dtype(op, "base", base, (dtype,))
+    if prefix_key.dtype != dtype or prefix_value.dtype != dtype:
+        master = torch.float64 if dtype == torch.float64 else torch.float32
+        checks.require_dtype(op, "prefix_key", prefix_key, (dtype, master))
+        checks.require_dtype(op, "prefix_value", prefix_value, (prefix_key.dtype,))
+    checks.require_dtype(op, "gate", gate, (torch.float64 if dtype == torch.float64 else torch.float32,))
+    device = query.device
+    checks.require_same_device(
+        op,
+        device,
+        base=base,
+        prefix_key=prefix_key,
+        prefix_value=prefix_value,
+        gate=gate,
+    )
+    if gate_fn not in GATE_FUNCTIONS:
+        raise ValueError(f"{op}: gate_fn must be one of {', '.join(GATE_FUNCTIONS)}, got {gate_fn!r}")
+    checks.require_row_ids(op, row_ids, batch, num_prefixes)
+    if row_ids is not None:
+        checks.require_same_device(op, device, row_ids=row_ids)
+
+
+class _GatedPrefix(torch.autograd.Function):
+    """Saves the inputs only: the probabilities are a tile wide and cheaper to recompute than to store."""
+
+    @staticmethod
+    def forward(ctx, base, query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn, backend):
+        ctx.save_for_backward(query, prefix_key, prefix_value, gate, row_ids)
+        ctx.constants = (softmax_scale, gate_fn)
+        ctx.backend = backend
+        return _forward(backend, base, query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        need_base, need_query, need_key, need_value, need_gate = ctx.needs_input_grad[:5]
+        grads: list[Tensor | None] = [None] * 4
+        if need_query or need_key or need_value or need_gate:
+            needs = (need_query, need_key or need_value, need_gate)
+            computed = _backward(ctx.backend, grad_out, *ctx.saved_tensors, *ctx.constants, *needs)
+            wanted = (need_query, need_key, need_value, need_gate)
+            grads = [grad if want else None for grad, want in zip(computed, wanted, strict=True)]
+        return (grad_out if need_base else None, *grads, None, None, None, None)
+
+
+def _forward(backend: str, *args) -> Tensor:
+    if backend == "reference":
+        return _reference_forward(*args)
+    if backend == "triton" and args[1].device.type == "cpu":
+        return _triton_forward(*args)
+    return torch.ops.fastadapter.gated_prefix.default(*args)
+
+
+def _backward(backend: str, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if backend == "reference":
+        return _reference_backward(*args)
+    if backend == "triton" and args[1].device.type == "cpu":
+        return _triton_backward(*args)
+    return torch.ops.fastadapter.gated_prefix_backward.default(*args)
+
+
+def _reference_forward(base, query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn):
+    return reference.gated_prefix(
+        base,
+        query,
+        prefix_key,
+        prefix_value,
+        gate,
+        softmax_scale=softmax_scale,
+        gate_fn=gate_fn,
+        row_ids=row_ids,
+    )
+
+
+def _reference_backward(
+    grad_out, query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn, *needs: bool
+):
+    grads = reference.gated_prefix_backward(
+        grad_out,
+        query,
+        prefix_key,
+        prefix_value,
+        gate,
+        softmax_scale=softmax_scale,
+        gate_fn=gate_fn,
+        row_ids=row_ids,
+    )
+    need_query, need_prefix, need_gate = needs
+    wanted = (need_query, need_prefix, need_prefix, need_gate)
+    return tuple(grad if want else grad.new_empty(0) for grad, want in zip(grads, wanted, strict=True))
+
+
+def _triton_forward(*args):
+    from fastadapter.kernels import gated_prefix as kernels
+
+    return kernels.gated_prefix_forward(*args)
+
+
+def _triton_backward(*args):
+    from fastadapter.kernels import gated_prefix as kernels
+
+    return kernels.gated_prefix_backward(*args)
+
+
+def _cuda_forward(*args):
+    backend, _ = automatic_backend("cuda", args[1].dtype, args[2].shape[2])
+    return (_triton_forward if backend == "triton" else _reference_forward)(*args)
+
+
+def _cuda_backward(*args):
+    backend, _ = automatic_backend("cuda", args[1].dtype, args[2].shape[2])
+    return (_triton_backward if backend == "triton" else _reference_backward)(*args)
+
+
+def _fake_forward(base, query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn):
+    return torch.empty_like(base)
+
+
+def _fake_backward(
+    grad_out, query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn, *needs: bool
+):
+    need_query, need_prefix, need_gate = needs
+    return (
+        torch.empty_like(query) if need_query else query.new_empty(0),
+        prefix_key.new_empty(prefix_key.shape if need_prefix else 0),
+        prefix_value.new_empty(prefix_value.shape if need_prefix else 0),
+        gate.new_empty(gate.shape if need_gate else 0),
+    )
+
+
+def _register() -> None:
+    operands = "Tensor query, Tensor prefix_key, Tensor prefix_value, Tensor gate, Tensor? row_ids"
+    constants = "float softmax_scale, str gate_fn"
+    library.define(f"gated_prefix(Tensor base, {operands}, {constants}) -> Tensor")
+    library.define(
+        f"gated_prefix_backward(Tensor grad_out, {operands}, {constants}, "
+        "bool need_query, bool need_prefix, bool need_gate) -> (Tensor, Tensor, Tensor, Tensor)"
+    )
+    if extension_error():
+        library.impl("gated_prefix", _reference_forward, "CPU")
+        library.impl("gated_prefix_backward", _reference_backward, "CPU")
+    library.impl("gated_prefix", _cuda_forward, "CUDA")
+    library.impl("gated_prefix_backward", _cuda_backward, "CUDA")
+    torch.library.register_fake("fastadapter::gated_prefix", _fake_forward, lib=library)
+    torch.library.register_fake("fastadapter::gated_prefix_backward", _fake_backward, lib=library)
+
+
+_register()

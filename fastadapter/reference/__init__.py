@@ -1,0 +1,5 @@
+"""Plain PyTorch definitions of every operation: the specification the kernels answer to."""
+
+from fastadapter.reference.gated_prefix import gated_prefix, gated_prefix_backward
+
+__all__ = ["gated_prefix", "gated_prefix_backward"]
