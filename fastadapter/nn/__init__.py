@@ -1,0 +1,5 @@
+"""Drop-in modules: parameters, initialisation and one op call each."""
+
+from fastadapter.nn.gated_prefix import GatedPrefix
+
+__all__ = ["GatedPrefix"]

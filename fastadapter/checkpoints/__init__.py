@@ -1,0 +1,6 @@
+"""Reading and writing adapters. Every file is hostile until it has proven otherwise."""
+
+from fastadapter.checkpoints.files import CheckpointError
+from fastadapter.checkpoints.native import load, save
+
+__all__ = ["CheckpointError", "load", "save"]

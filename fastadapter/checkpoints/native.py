@@ -1,0 +1,193 @@
+"""FastAdapter's own format: one safetensors file with the tensors, the configuration and a digest of both."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastadapter.checkpoints.files import CheckpointError, Header, read_tensors, resolve, write_tensors
+from fastadapter.integrations.transformers import (
+    adapter_modules,
+    attach,
+    attachments,
+    detach,
+    set_active,
+    unwrap,
+)
+from fastadapter.methods import METHODS
+
+FORMATS = ("fastadapter",)
+_VERSION = "1"
+# Which kind of model an adapter was made for; a mismatch is named before its shapes are.
+_BASE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+
+def save(
+    model: nn.Module, path: str | os.PathLike, name: str = "default", format: str = "fastadapter"
+) -> Path:
+    """Save one adapter; after a kill at any point the old or the new file is there, whole.
+
+    Args:
+        path: a ``.safetensors`` file, or a folder that gets ``adapter.safetensors``.
+        name: which adapter.
+        format: ``"fastadapter"``.
+    Returns: the file written.
+    Raises:
+        ValueError: no such adapter, or unknown format.
+        CheckpointError: the file cannot be written; an older one is intact.
+
+    >>> save(model, "reviews")  # doctest: +SKIP
+    PosixPath('reviews/adapter.safetensors')
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    model = unwrap(model)
+    tensors = adapter_tensors(model, name)
+    config = attachments(model).configs[name]
+    metadata = {
+        "format": "fastadapter",
+        "format_version": _VERSION,
+        "method": config.method,
+        "config": json.dumps(config.to_dict(), sort_keys=True),
+        "base": json.dumps(_base_description(model), sort_keys=True),
+    }
+    return write_tensors(path, tensors, metadata)
+
+
+def load(
+    model: nn.Module, path: str | os.PathLike, name: str = "default", *, allow_nonfinite: bool = False
+) -> nn.Module:
+    """Load an adapter into ``model``, attaching it as ``name`` first unless one of the same shape is there.
+
+    Strict: every tensor of the file must be expected and every expected one there. The adapter becomes the active
+    one.
+
+    Args:
+        path: what :func:`save` was given.
+        allow_nonfinite: accept weights that hold NaN or Inf.
+    Returns: ``model``.
+    Raises:
+        CheckpointError: the file is missing, foreign, damaged or made for another model; the model is untouched.
+        ValueError: malformed ``name``, or an adapter with another configuration is attached under it.
+        TypeError: the model cannot be hooked.
+    """
+    model = unwrap(model)
+    found: dict[str, Any] = {}
+
+    def check(header: Header, metadata: dict[str, str]) -> None:
+        found["config"] = _read_config(metadata)
+        found["base"] = _read_json(metadata, "base")
+        _check_base(found["base"], _base_description(model))
+        sizes = {shape for key, (_, shape) in header.items() if key.endswith(".prompt")}
+        if any(len(shape) != 2 or shape[0] != found["config"].prefix_len for shape in sizes):
+            raise ValueError(
+                f"its prompts have the shapes {sorted(sizes)} where its config says prefix_len "
+                f"{found['config'].prefix_len}"
+            )
+
+    tensors, _ = read_tensors(path, check)
+    config = found["config"]
+    record = attachments(model)
+    previous = record.active if record else None
+    attached = record is not None and name in record.configs
+    if attached and record.configs[name] != config:
+        raise ValueError(
+            f"name: adapter {name!r} is attached with {record.configs[name]}, but {resolve(path)} holds {config}; "
+            "detach it first"
+        )
+    if not attached:
+        try:
+            with torch.random.fork_rng(devices=[]):  # the fresh prompt is overwritten: draw nothing from the caller's
+                attach(model, config, name)
+        except ValueError as error:
+            raise CheckpointError(f"{resolve(path)}: does not fit this model: {error}") from error
+    try:
+        set_adapter_tensors(model, name, tensors, allow_nonfinite=allow_nonfinite)
+    except ValueError as error:
+        if not attached:
+            detach(model, name)
+            if attachments(model) is not None:
+                set_active(model, previous)
+        raise CheckpointError(f"{resolve(path)}: {error}") from error
+    set_active(model, name)
+    return model
+
+
+def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The weights of an adapter by the dotted name of their attention module."""
+    return {
+        f"{path}.{key}": parameter.detach()
+        for path, module in adapter_modules(model, name).items()
+        for key, parameter in module.named_parameters()
+    }
+
+
+def set_adapter_tensors(
+    model: nn.Module, name: str, tensors: dict[str, Tensor], *, allow_nonfinite: bool = False
+) -> None:
+    """Copy ``tensors``, named as by :func:`adapter_tensors`, into an attached adapter; all of them or none.
+
+    Raises: ValueError: a name is missing or unexpected, or a tensor has another shape or dtype, or is not finite.
+    """
+    expected = adapter_tensors(model, name)
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"its tensors do not fit adapter {name!r}: missing {_some(missing)}, unexpected {_some(unexpected)}"
+        )
+    for key, target in expected.items():
+        source = tensors[key]
+        if source.shape != target.shape or source.dtype != target.dtype:
+            raise ValueError(
+                f"{key} must be {target.dtype} {tuple(target.shape)}, got {source.dtype} {tuple(source.shape)}"
+            )
+        if not allow_nonfinite and not torch.isfinite(source).all():
+            raise ValueError(f"{key} holds NaN or Inf (allow_nonfinite=True accepts it)")
+    with torch.no_grad():
+        for key, target in expected.items():
+            target.copy_(tensors[key])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") if names else "none"
+
+
+def _base_description(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    values = {field: getattr(config, field, None) for field in _BASE_FIELDS}
+    return {field: value for field, value in values.items() if isinstance(value, int | str)}
+
+
+def _check_base(saved: Any, own: dict[str, Any]) -> None:
+    if not isinstance(saved, dict):
+        raise ValueError("its metadata field 'base' is not a JSON object")
+    for field in _BASE_FIELDS:
+        if field in saved and field in own and saved[field] != own[field]:
+            raise ValueError(f"it was made for a model with {field} {saved[field]!r}, this one has {own[field]!r}")
+
+
+def _read_json(metadata: dict[str, str], field: str) -> Any:
+    try:
+        return json.loads(metadata[field])
+    except KeyError:
+        raise ValueError(f"its metadata has no field {field!r}") from None
+    except RecursionError:
+        raise ValueError(f"its metadata field {field!r} is nested too deeply") from None
+
+
+def _read_config(metadata: dict[str, str]):
+    if metadata.get("format") != "fastadapter":
+        raise ValueError("it is a safetensors file, but not one of fastadapter's adapters")
+    if metadata.get("format_version") != _VERSION:
+        raise ValueError(f"it has format version {metadata.get('format_version')!r}; this release reads {_VERSION}")
+    method = metadata.get("method")
+    if method not in METHODS:
+        raise ValueError(f"it holds the method {method!r}; this release knows {', '.join(METHODS)}")
+    fields = _read_json(metadata, "config")
+    try:
+        return METHODS[method](**fields)
+    except TypeError as error:
+        raise ValueError(f"its configuration is malformed: {error}") from None

@@ -1,0 +1,46 @@
+"""The ``fastadapter`` command. Each subcommand is a module with ``add_arguments(parser)`` and ``run(args)``."""
+
+import argparse
+import importlib
+import sys
+
+# Imported only when chosen, so that `fastadapter doctor` runs with torch alone and help is quick.
+_COMMANDS = {
+    "demo": "fine-tune a small real model on real reviews, show before and after",
+    "finetune": "train an adapter on prompt/completion or text/label pairs",
+    "generate": "answer prompts with a model and an adapter",
+    "explain": "show what an adapter adds to a model and which backend runs it",
+    "doctor": "show versions, extension, devices and the backend of every op",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; user errors print one line and return 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="fastadapter", description="Adapters for frozen models, fused.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((word for word in argv if word in _COMMANDS), None)
+    for name, description in _COMMANDS.items():
+        subparser = commands.add_parser(
+            name,
+            help=description,
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        if name == chosen:
+            module = importlib.import_module(f"fastadapter.cli.{name}")
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    from fastadapter import CheckpointError, VerificationError
+
+    try:
+        return args.run(args) or 0
+    except (ValueError, TypeError, OSError, CheckpointError, VerificationError) as error:
+        print(f"fastadapter: error: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        if error.name is None or error.name.partition(".")[0] == "fastadapter":
+            raise
+        print(f'fastadapter: error: {error}; pip install "fastadapter[hf]" brings it', file=sys.stderr)
+        return 2

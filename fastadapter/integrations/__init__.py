@@ -1,0 +1,1 @@
+"""Hosts: how adapters get into models, one file per host library, through its public extension points."""
