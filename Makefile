@@ -1,0 +1,56 @@
+# Every target prepares .venv itself (scripts/setup_env.py); once it is up to date no pip runs and no network is needed.
+# Variables: PYTHON (interpreter the environment is made with), TORCH_INDEX, TORCH_ALLOW_CUDA (see the script).
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+export TORCH_INDEX TORCH_ALLOW_CUDA
+
+SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV)
+BIN = $(VENV)/bin
+CSRC = $(wildcard csrc/*.cpp csrc/*.h csrc/*.hpp)
+
+.PHONY: help setup setup-bench demo test check format bench gpu clean
+
+help:
+	@echo "make demo     fine-tune LLaMA-Adapter on movie reviews with a real model, then use it"
+	@echo "make test     run the tests            (ARGS='-k name' is passed to pytest)"
+	@echo "make check    lint, formatting, types  (changes nothing)"
+	@echo "make format   rewrite the sources in the project's format"
+	@echo "make bench    benchmarks on this machine's CPU"
+	@echo "make gpu      GPU correctness and timings"
+	@echo "make clean    remove .venv, build outputs and caches"
+
+setup:
+	@$(SETUP)
+
+setup-bench:
+	@$(SETUP) --extras triton,hf,dev,bench
+
+demo: setup
+	$(BIN)/fastadapter demo $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CSRC),$(BIN)/clang-format --dry-run --Werror $(CSRC))
+	$(BIN)/mypy
+	$(BIN)/python scripts/check_tree.py
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
+
+bench: setup-bench
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+gpu: setup-bench
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis
+	rm -rf fastadapter.egg-info fastadapter/_build_info.json fastadapter/*.so
+	find fastadapter kernels tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
