@@ -27,7 +27,7 @@ TORCH_RANGE = "torch>=2.10"
 # Without a GPU a release is named: the newest one on a package index usually is a CUDA build.
 TORCH_CPU = "torch==2.13.0"
 # Before this release `pip install --dry-run` downloads the files that it reports.
-MINIMUM_PIP = (25, 0)
+MINIMUM_PIP = (25, 3)
 CUDA_PACKAGE = re.compile(r"(nvidia|cuda)[-_]", re.IGNORECASE)
 
 
@@ -94,18 +94,12 @@ class Environment:
         lines = result.stdout.split()
         return lines[-1] if result.returncode == 0 and lines else ""
 
-    def pip(self, *arguments: object, what: str) -> None:
+    def install(self, *arguments: object, what: str) -> None:
         log(what)
         start = time.monotonic()
-        command = [
-            self.python,
-            "-m",
-            "pip",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-input",
-            *arguments,
-        ]
+        # Errors only. No bytecode: for all of torch it takes half a minute, and little of it is used.
+        options = ["-qq", "--disable-pip-version-check", "--no-input", "--no-compile"]
+        command = [self.python, "-m", "pip", "install", *options, *arguments]
         if subprocess.run([str(part) for part in command], cwd=ROOT).returncode != 0:
             raise SetupError(f"pip failed while {what} (its message is above)")
         log(f"  done in {time.monotonic() - start:.0f} s")
@@ -116,25 +110,23 @@ class Environment:
     def install_torch(self) -> None:
         index = os.environ.get("TORCH_INDEX", "")
         if index:
-            self.pip("install", "--index-url", index, TORCH_RANGE, what="installing torch from TORCH_INDEX")
+            self.install("--index-url", index, TORCH_RANGE, what="installing torch from TORCH_INDEX")
         elif has_nvidia_gpu():
-            self.pip(
-                "install", TORCH_RANGE, what="installing torch for the NVIDIA GPU found here (several GB)"
-            )
+            self.install(TORCH_RANGE, what="installing torch for the NVIDIA GPU found here (several GB)")
         else:
             if os.environ.get("TORCH_ALLOW_CUDA") != "1":
                 self.refuse_cuda_packages()
-            self.pip("install", TORCH_CPU, what=f"installing {TORCH_CPU}")
+            self.install(TORCH_CPU, what=f"installing {TORCH_CPU}")
 
     def refuse_cuda_packages(self) -> None:
         """Ask pip what it would install; raise if that includes CUDA libraries; no GPU is here."""
         version = self.query("import pip; print(pip.__version__)")
         if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < MINIMUM_PIP:
             minimum = ".".join(map(str, MINIMUM_PIP))
-            self.pip("install", f"pip>={minimum}", what=f"updating pip {version} inside the environment")
+            self.install(f"pip>={minimum}", what=f"updating pip {version} inside the environment")
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.json"
-            self.pip("install", "--dry-run", "--report", report, TORCH_CPU, what=f"looking up {TORCH_CPU}")
+            self.install("--dry-run", "--report", report, TORCH_CPU, what=f"looking up {TORCH_CPU}")
             planned = [item["metadata"] for item in json.loads(report.read_text())["install"]]
         cuda = sorted(item["name"] for item in planned if CUDA_PACKAGE.match(item["name"]))
         if cuda:
@@ -177,16 +169,16 @@ def prepare(environment: Environment, extras: set[str]) -> None:
             )
     same_dependencies = all(record.get(key) == wanted[key] for key in ("dependencies", "extras"))
     # No build isolation: the extension is compiled against this torch, and a rebuild needs no network.
-    project = ["install", "--no-build-isolation", "--editable"]
+    project = ["--no-build-isolation", "--editable"]
     if same_dependencies:
-        environment.pip(*project, ".", "--no-deps", what="rebuilding the extension")
+        environment.install(*project, ".", "--no-deps", what="rebuilding the extension")
     else:
         # Pinned, so that no other package's requirement swaps the torch chosen above for another build.
         constraint = environment.folder / "torch-constraint.txt"
         constraint.write_text(f"torch=={torch}\n")
-        environment.pip("install", "setuptools>=77", "ninja", what="installing build tools")
+        environment.install("setuptools>=77", "ninja", what="installing build tools")
         target = f".[{','.join(sorted(extras))}]"
-        environment.pip(
+        environment.install(
             *project, target, "--constraint", constraint, what=f"installing fastadapter {target[1:]}"
         )
     environment.write_record(wanted)

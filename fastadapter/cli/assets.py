@@ -160,8 +160,8 @@ def fetch_demo_reviews(progress: Progress = console_progress) -> Path:
     """JSON-lines file of 10,605 movie-review snippets, in the order of the source.
 
     Fields: ``text``; ``rating``, a mean of at least 20 ratings in [-4, 4]; ``label``, "positive" where
-    the rating is above 0 and "negative" otherwise. Snippets near 0 are kept; :func:`split_reviews` leaves them
-    out.
+    the rating is above 0 and "negative" otherwise. Snippets near 0 are kept;
+    :func:`split_reviews` leaves them out.
 
     Raises:
         AssetError: as :func:`fetch`, or the archive does not hold what it should.
@@ -201,11 +201,11 @@ def split_reviews(
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-                text, rating = row["text"], float(row["rating"])
-            except (ValueError, KeyError, TypeError) as error:
+                text, rating = " ".join(row["text"].casefold().split()), float(row["rating"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path}, line {number}: not a review: {error}") from error
             if abs(rating) > min_abs_rating:
-                unique.setdefault(" ".join(text.casefold().split()), row)
+                unique.setdefault(text, row)
     if train + test > len(unique):
         raise ValueError(
             f"train + test must be at most {len(unique)}, the reviews with |rating| > {min_abs_rating}, "

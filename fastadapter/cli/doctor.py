@@ -122,10 +122,10 @@ def _extension() -> Row:
 
 def _triton() -> Row:
     if importlib.util.find_spec("triton") is None:
-        return "Triton", "missing", 'not installed (for: GPU kernels): pip install "fastadapter[triton]"'
+        return "Triton", "missing", 'not installed (GPU kernels): pip install "fastadapter[triton]"'
     version = metadata.version("triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return "Triton", "note", f"{version}; TRITON_INTERPRET=1: kernels run in Python, slowly"
+        return "Triton", "note", f"{version}; TRITON_INTERPRET=1: kernels run slowly, in Python"
     from torch.utils._triton import has_triton
 
     if not has_triton():
