@@ -4,7 +4,6 @@
 available. A backend that is named and cannot run raises; nothing falls back in silence.
 """
 
-import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -18,9 +17,7 @@ MAX_TRITON_PREFIX_LEN = 128
 library = torch.library.Library("fastadapter", "DEF")
 
 
-@functools.cache
-def extension_error() -> str | None:
-    """Load the compiled extension; ``None`` when it is there, otherwise why it is not."""
+def _load_extension() -> str | None:
     path = Path(__file__).parents[1] / "_C.abi3.so"
     if os.environ.get("FASTADAPTER_DISABLE_EXTENSION") == "1":
         return "switched off by FASTADAPTER_DISABLE_EXTENSION=1"
@@ -33,10 +30,19 @@ def extension_error() -> str | None:
     return None
 
 
-@functools.cache
+# Settled once, at import: a compiled graph must not ask the file system.
+_EXTENSION_ERROR = _load_extension()
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def extension_error() -> str | None:
+    """``None`` when the compiled extension is loaded, otherwise why it is not."""
+    return _EXTENSION_ERROR
+
+
 def triton_error(device_type: str) -> str | None:
     """``None`` when the Triton kernels can run on this kind of device, otherwise why they cannot."""
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return 'triton is not installed (pip install "fastadapter[triton]")'
     if device_type == "cuda":
         return None

@@ -1,0 +1,1 @@
+"""Makers and budgets that every test file shares."""
