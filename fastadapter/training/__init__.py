@@ -1,0 +1,41 @@
+"""Train adapters: records to tokens, the supervised-token loss, and a loop that survives being killed."""
+
+from fastadapter.training.batching import Batch, collate, epoch_batches
+from fastadapter.training.config import NonFiniteError, TrainingConfig, TrainingInterrupted, UserError
+from fastadapter.training.data import (
+    Encoded,
+    Example,
+    encode_examples,
+    label_completions,
+    read_examples,
+    split_examples,
+    without_prompts_of,
+)
+from fastadapter.training.evaluation import predict_labels
+from fastadapter.training.loop import finetune
+from fastadapter.training.loss import supervised_logits, supervised_loss
+from fastadapter.training.report import FinetuneResult, peak_rss_bytes, write_json
+
+__all__ = [
+    "Batch",
+    "Encoded",
+    "Example",
+    "FinetuneResult",
+    "NonFiniteError",
+    "TrainingConfig",
+    "TrainingInterrupted",
+    "UserError",
+    "collate",
+    "encode_examples",
+    "epoch_batches",
+    "finetune",
+    "label_completions",
+    "peak_rss_bytes",
+    "predict_labels",
+    "read_examples",
+    "split_examples",
+    "supervised_logits",
+    "supervised_loss",
+    "without_prompts_of",
+    "write_json",
+]

@@ -1,0 +1,112 @@
+"""Batches: which rows make a step, and the tensors of one forward pass."""
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastadapter.training.data import Encoded
+
+WINDOW = 32  # batches sorted by length together: little padding, still close to random
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass. Rows are padded on the right, or packed into one row with ``cu_seqlens``.
+
+    Attributes:
+        input_ids: int64 ``(batch, seq)``.
+        attention_mask: int64 ``(batch, seq)``, 1 for real tokens; ``None``: all are, or the batch is packed.
+        position_ids: int64 ``(batch, seq)``; ``None``: counted from 0 in every row.
+        positions: int64 ``(num_supervised,)``, into the flattened ``(batch * seq)`` hidden states, of the
+            states that predict ``targets``.
+        targets: int64 ``(num_supervised,)``, the tokens to predict.
+        rows: int64 ``(num_supervised,)``, the example each of them belongs to.
+        num_examples: examples in the batch.
+        cu_seqlens: int32 ``(num_examples + 1,)``, offsets of packed examples.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    positions: Tensor
+    targets: Tensor
+    rows: Tensor
+    num_examples: int
+    cu_seqlens: Tensor | None = None
+
+    @property
+    def num_supervised(self) -> int:
+        return self.targets.numel()
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments for the model's forward."""
+        inputs = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+        }
+        return {name: value for name, value in inputs.items() if value is not None}
+
+
+def collate(examples: Sequence[Encoded], device: torch.device | str = "cpu") -> Batch:
+    """Pad examples on the right to the longest.
+
+    The padding token is 0: causal attention never shows it to a real token, and its own states are not used.
+
+    >>> batch = collate([Encoded((5, 6, 7), 1), Encoded((8, 9), 1)])
+    >>> batch.input_ids.tolist(), batch.positions.tolist(), batch.targets.tolist(), batch.rows.tolist()
+    ([[5, 6, 7], [8, 9, 0]], [0, 1, 3], [6, 7, 9], [0, 0, 1])
+    """
+    width = max(len(example.input_ids) for example in examples)
+    input_ids = torch.zeros(len(examples), width, dtype=torch.int64)
+    mask = torch.zeros_like(input_ids)
+    positions: list[int] = []
+    targets: list[int] = []
+    rows: list[int] = []
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        input_ids[row, :length] = torch.tensor(example.input_ids)
+        mask[row, :length] = 1
+        positions += range(row * width + example.prompt_len - 1, row * width + length - 1)
+        targets += example.input_ids[example.prompt_len :]
+        rows += [row] * example.num_supervised
+    return Batch(
+        input_ids=input_ids.to(device),
+        attention_mask=None if bool(mask.all()) else mask.to(device),
+        position_ids=None,
+        positions=torch.tensor(positions, device=device),
+        targets=torch.tensor(targets, device=device),
+        rows=torch.tensor(rows, device=device),
+        num_examples=len(examples),
+    )
+
+
+def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Row numbers of every step of an epoch, decided by ``seed`` and ``epoch`` alone.
+
+    Rows are shuffled, sorted by length inside windows of ``WINDOW`` batches, cut into batches of
+    ``batch_size`` (the last may be smaller), and the batches shuffled. Every row occurs once.
+    """
+    # A string seed goes through SHA-512: the order does not depend on the Python version or platform.
+    generator = random.Random(f"order-{seed}-{epoch}")
+    rows = list(range(len(lengths)))
+    generator.shuffle(rows)
+    window = WINDOW * batch_size
+    rows = [
+        row
+        for start in range(0, len(rows), window)
+        for row in sorted(rows[start : start + window], key=lengths.__getitem__)
+    ]
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    generator.shuffle(batches)
+    return batches
+
+
+def share(rows: Sequence[int], parts: int) -> list[list[int]]:
+    """Cut the rows of a step into ``parts`` neighbouring pieces of equal size, give or take one."""
+    bounds = [len(rows) * part // parts for part in range(parts + 1)]
+    return [list(rows[low:high]) for low, high in itertools.pairwise(bounds)]

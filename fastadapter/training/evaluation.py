@@ -1,0 +1,187 @@
+"""Held-out loss and accuracy, and label prediction."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastadapter.training.batching import collate
+from fastadapter.training.config import UserError
+from fastadapter.training.data import Encoded, Example, encode_examples
+from fastadapter.training.loss import supervised_logits
+
+Tick = Callable[[float], None]  # told after each forward pass which share of the work is done
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """Held-out examples in tokens.
+
+    Attributes:
+        candidates: for each example what it could be answered: every label's completion, or its one
+            completion.
+        truth: for each example the number of the right candidate.
+        labelled: whether the candidates are labels.
+    """
+
+    candidates: list[list[Encoded]]
+    truth: list[int]
+    labelled: bool
+
+
+def prepare(
+    tokenizer: Any, examples: Sequence[Example], completions: Mapping[str, str], **encoding: Any
+) -> EvalData:
+    """Tokenise held-out examples.
+
+    Args:
+        completions: of every label in the training data; empty for prompt/completion examples.
+        encoding: ``append_eos``, ``max_length``, ``truncate_prompt`` of :func:`encode_examples`.
+    Raises: UserError: naming the record: a label that the training data lacks, or what ``encode_examples``
+        refuses.
+    """
+    if not completions:
+        return EvalData(
+            [[each] for each in encode_examples(tokenizer, examples, **encoding)], [0] * len(examples), False
+        )
+    names = list(completions)
+    for example in examples:
+        if example.label not in completions:
+            raise UserError(
+                f"{example.source}: label {example.label!r} is not among those of the training data: "
+                f"{', '.join(map(repr, names))}"
+            )
+    candidates = _candidates(tokenizer, examples, completions, encoding)
+    return EvalData(candidates, [names.index(str(example.label)) for example in examples], True)
+
+
+def predict_labels(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    labels: Mapping[str, str],
+    *,
+    batch_size: int = 32,
+    append_eos: bool = False,
+    max_length: int | None = None,
+    truncate_prompt: bool = False,
+    tick: Tick | None = None,
+) -> list[str]:
+    """The label whose completion the model finds most likely, for every example.
+
+    Labels that are one token each cost one forward pass for all of them.
+
+    Args:
+        model: a transformers causal language model, on any device; put in eval mode for the duration.
+        examples: their prompts count; the completion and label they carry do not.
+        labels: completion of each label, as from :func:`label_completions`.
+        batch_size: rows per forward pass.
+        append_eos, max_length, truncate_prompt: as in training.
+        tick: called after each forward pass with the share of the work that is done, up to 1.0.
+    Returns: one label per example; of two equally likely labels the first.
+    Raises: UserError: no labels; one label's tokens begin another's (the first would always win;
+        ``append_eos`` tells them apart); a prompt too long.
+    """
+    if not labels:
+        raise UserError("labels must name at least one label and its completion")
+    encoding = {"append_eos": append_eos, "max_length": max_length, "truncate_prompt": truncate_prompt}
+    candidates = _candidates(tokenizer, examples, labels, encoding)
+    scores, _ = score_candidates(model, candidates, batch_size, tick)
+    names = list(labels)
+    return [names[index] for index in scores.argmax(1).tolist()] if examples else []
+
+
+def evaluate(
+    model: nn.Module, data: EvalData, rows: Sequence[int], batch_size: int, tick: Tick | None = None
+) -> tuple[float, int, int, int]:
+    """Over some rows: sum of the loss of the right answers, their tokens, correct rows, rows.
+
+    A labelled row is correct if the right label is the most likely one, any other if each of its completion's
+    tokens is the most likely one given those before.
+    """
+    candidates = [data.candidates[row] for row in rows]
+    truth = torch.tensor([data.truth[row] for row in rows], dtype=torch.int64)
+    if not rows:
+        return 0.0, 0, 0, 0
+    scores, greedy = score_candidates(model, candidates, batch_size, tick)
+    right = scores.gather(1, truth[:, None]).sum()
+    tokens = sum(row[index].num_supervised for row, index in zip(candidates, truth.tolist(), strict=True))
+    correct = (scores.argmax(1) == truth).sum() if data.labelled else greedy.sum()
+    return -float(right), tokens, int(correct), len(rows)
+
+
+@torch.no_grad()
+def score_candidates(
+    model: nn.Module, candidates: Sequence[Sequence[Encoded]], batch_size: int, tick: Tick | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-likelihoods, fp64 ``(rows, candidates)`` on the CPU, and whether greedy decoding would give the
+    first one.
+
+    Every row has the same number of candidates.
+    """
+    rows, width = len(candidates), len(candidates[0]) if candidates else 0
+    device = next(model.parameters()).device
+    shared = all(
+        each.num_supervised == 1 and each.input_ids[:-1] == row[0].input_ids[:-1]
+        for row in candidates
+        for each in row
+    )
+    # With one-token candidates behind one prompt, a single forward pass scores them all.
+    flat = [row[0] for row in candidates] if shared else [each for row in candidates for each in row]
+    scores = torch.zeros(len(flat), width if shared else 1, dtype=torch.float64)
+    greedy = torch.zeros(len(flat), dtype=torch.bool)
+    order = sorted(range(len(flat)), key=lambda index: len(flat[index].input_ids))
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            chunk = order[start : start + batch_size]
+            batch = collate([flat[index] for index in chunk], device)
+            logits = supervised_logits(model, batch)
+            hit = (logits.argmax(-1) == batch.targets).cpu()
+            members = batch.rows.cpu()
+            if shared:
+                tokens = torch.tensor([[each.input_ids[-1] for each in candidates[index]] for index in chunk])
+                likely = logits.log_softmax(-1).gather(1, tokens.to(device)).cpu().double()
+                greedy[chunk] = hit
+            else:
+                likely = -F.cross_entropy(logits, batch.targets, reduction="none").cpu().double()
+                # On the CPU: a scattered sum on a GPU would depend on the order in which its threads arrive.
+                likely = torch.zeros(len(chunk), dtype=torch.float64).index_add_(0, members, likely)[:, None]
+                missed = torch.zeros(len(chunk), dtype=torch.int64).index_add_(0, members, (~hit).long())
+                greedy[chunk] = missed == 0
+            scores[chunk] = likely
+            if tick is not None:
+                tick((start + len(chunk)) / len(order))
+    finally:
+        model.train(training)
+    return scores.view(rows, width), greedy.view(rows, -1)[:, 0]
+
+
+def _candidates(
+    tokenizer: Any, examples: Sequence[Example], completions: Mapping[str, str], encoding: dict[str, Any]
+) -> list[list[Encoded]]:
+    asked = [
+        Example(example.prompt, completion, label, example.source)
+        for example in examples
+        for label, completion in completions.items()
+    ]
+    encoded = encode_examples(tokenizer, asked, **encoding)
+    width = len(completions)
+    rows = [encoded[start : start + width] for start in range(0, len(encoded), width)]
+    for example, row in zip(examples, rows, strict=True):
+        answers = sorted(
+            (each.input_ids[each.prompt_len :], label) for each, label in zip(row, completions, strict=True)
+        )
+        # Sorted, a sequence that begins others stands right before one of them.
+        for (shorter, first), (longer, second) in itertools.pairwise(answers):
+            if longer[: len(shorter)] == shorter:
+                raise UserError(
+                    f"{example.source}: the tokens of {first!r} begin those of {second!r}, which could never "
+                    "be more likely; set append_eos or change the completion template"
+                )
+    return rows

@@ -1,0 +1,405 @@
+"""Fine-tune the adapter of a frozen model."""
+
+import math
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from fastadapter.checkpoints import save as save_adapter
+from fastadapter.integrations.transformers import (
+    Attachments,
+    adapter_modules,
+    attachments,
+    trainable_parameters,
+    unwrap,
+)
+from fastadapter.training import evaluation, report, state
+from fastadapter.training.batching import collate, epoch_batches, share
+from fastadapter.training.config import (
+    STOP_SIGNALS,
+    NonFiniteError,
+    TrainingConfig,
+    TrainingInterrupted,
+    UserError,
+)
+from fastadapter.training.data import Example, context_length, encode_examples, label_completions
+from fastadapter.training.loss import supervised_loss
+from fastadapter.training.step import GradientBuffer, StopSignals
+
+
+def finetune(
+    model: nn.Module,
+    tokenizer: Any,
+    train: Sequence[Example],
+    evaluation_data: Sequence[Example] | None = None,
+    config: TrainingConfig | None = None,
+    *,
+    output_dir: str | Path,
+    name: str = "default",
+    resume: bool = False,
+    save_steps: int = 50,
+    progress: bool = True,
+    accelerator: Any = None,
+) -> report.FinetuneResult:
+    """Train the adapter ``name`` of ``model`` on the completions of ``train``.
+
+    ``output_dir`` gets ``adapter.safetensors`` (the weights at the end), ``best/adapter.safetensors`` (those
+    of the epoch with the best held-out accuracy for labels, the lowest held-out loss for other completions)
+    and ``last/training_state.safetensors``, which ``resume`` continues from: with the same arguments, on the
+    same machine, the result is bit for bit that of a run without interruption, whenever it was killed. SIGINT
+    and SIGTERM end the run after the current step and a save.
+
+    Under ``torchrun`` or ``accelerate launch`` every process calls this with the same arguments and a model
+    with the same weights; the rows of each step are shared out, the loss and its gradient are those of one
+    process, and the first process writes.
+
+    Args:
+        model: a transformers causal language model with an adapter attached; moved to the accelerator's
+            device.
+        tokenizer: the model's.
+        train: examples, as from :func:`read_examples`.
+        evaluation_data: held-out examples, evaluated before the first step and after each epoch.
+        config: what decides the numbers.
+        name: the adapter to train; it must be the active one and hold every trainable parameter.
+        resume: continue the run in ``output_dir``, or start one if there is none. Otherwise a folder with a
+            run is refused.
+        save_steps: optimiser steps between two saves; the state is also saved at the start and after each
+            epoch.
+        progress: bars and lines on stderr.
+        accelerator: an ``accelerate.Accelerator``; one is made if ``None``.
+    Returns: history, accuracies, memory.
+    Raises:
+        UserError: before anything is written, what is wrong with data, configuration, folder or a run to
+            resume.
+        CheckpointError: a file cannot be written or read; the previous one is intact.
+        NonFiniteError: NaN or Inf in the loss or gradient, naming the step; the last save is from before it.
+        TrainingInterrupted: a signal came; the state is saved, ``exit_code`` is 130 or 143.
+
+    >>> result = finetune(model, tokenizer, train, held_out, output_dir="out")  # doctest: +SKIP
+    >>> result.eval["accuracy_after"]  # doctest: +SKIP
+    0.88
+    """
+    from accelerate import Accelerator
+
+    if not isinstance(save_steps, int) or isinstance(save_steps, bool) or save_steps < 1:
+        raise UserError(f"save_steps must be an int, at least 1, got {save_steps!r}")
+    accelerator = accelerator or Accelerator()
+    run = _Run(
+        model,
+        tokenizer,
+        train,
+        evaluation_data,
+        config or TrainingConfig(),
+        name,
+        Path(output_dir),
+        accelerator,
+    )
+    run.begin(resume, save_steps, progress)
+    try:
+        return run.go()
+    finally:
+        run.reporter.close()
+        run.buffer.release()
+        unwrap(model).eval()
+
+
+def require_fresh_or_resume(output_dir: str | Path, resume: bool) -> None:
+    """Raise UserError if ``output_dir`` holds a run that is not to be resumed."""
+    output_dir = Path(output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"output_dir {output_dir} is not a folder")
+    holds = [file for file in (state.STATE_FILE, Path("adapter.safetensors")) if (output_dir / file).exists()]
+    if holds and not resume:
+        raise UserError(f"{output_dir} holds a run ({holds[0]}); resume it, or choose another output_dir")
+    if resume and holds and holds[0] != state.STATE_FILE:
+        raise UserError(f"{output_dir} holds an adapter but no {state.STATE_FILE} to resume from")
+
+
+class _Run:
+    """One call of :func:`finetune`."""
+
+    def __init__(self, model, tokenizer, train, evaluation_data, config, name, output_dir, accelerator):
+        self.config, self.name, self.output_dir, self.accelerator = config, name, output_dir, accelerator
+        encoding = _encoding(model, train, config)
+        self.train = encode_examples(tokenizer, train, **encoding)
+        self.lengths = [len(each.input_ids) for each in self.train]
+        self.held_out: evaluation.EvalData | None = None
+        if evaluation_data:
+            self.held_out = evaluation.prepare(
+                tokenizer, evaluation_data, label_completions(train), **encoding
+            )
+        self.steps_per_epoch = math.ceil(len(self.train) / config.batch_size)
+        self.total_steps = self.steps_per_epoch * config.num_train_epochs
+
+        self.model = model.to(accelerator.device)
+        self.parameters = _adapter_parameters(model, name)
+        self.buffer = GradientBuffer(self.parameters, 1 + len(STOP_SIGNALS))
+        self.optimizer = torch.optim.AdamW(
+            [parameter for _, parameter in self.parameters],
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        self.progress = state.Progress()
+        self.signals = StopSignals()
+        self.batches: tuple[int, list[list[int]]] = (-1, [])
+        adapter = _record(model).configs[name]
+        self.identity = {
+            "config": config.to_dict(),
+            "adapter": {"method": adapter.method, **adapter.to_dict()},
+            "model": state.identify_model(unwrap(model)),
+            "data": {
+                "train_rows": len(self.train),
+                "train": state.digest_examples([each] for each in self.train),
+                "eval_rows": len(self.held_out.truth) if self.held_out else 0,
+                "eval": state.digest_examples(self.held_out.candidates) if self.held_out else "",
+            },
+            "num_processes": accelerator.num_processes,
+        }
+
+    def begin(self, resume: bool, save_steps: int, progress: bool) -> None:
+        """Seed or restore; nothing is written before everything that can be checked has been."""
+        from accelerate.utils import broadcast, set_seed
+
+        self.save_steps = save_steps
+        self.state_file = self.output_dir / state.STATE_FILE
+        require_fresh_or_resume(self.output_dir, resume)
+        self.saved = resume and self.state_file.exists()
+        if self.saved:
+            self.progress = state.load_state(
+                self.state_file, self.parameters, self.optimizer, self.identity, self.accelerator
+            )
+        else:
+            set_seed(self.config.seed, device_specific=True)
+            for _, parameter in self.parameters:
+                parameter.data.copy_(broadcast(parameter.data))
+        # None may look for a run after the first process began to write one.
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            report.require_writable(self.output_dir)
+        self.reporter = report.Reporter(
+            progress and self.accelerator.is_main_process,
+            self.progress.step,
+            self.total_steps,
+            self.accelerator.device,
+        )
+
+    def go(self) -> report.FinetuneResult:
+        progress = self.progress
+        with self.signals:
+            if not self.saved:
+                self.save()  # a disk too full for the state is found out now, not after an hour
+            if self.held_out and progress.before is None:
+                progress.before = self.evaluate(self.held_out, "before the first step")
+                self.save()
+            self.model.train()
+            while len(progress.epochs) < self.config.num_train_epochs:
+                if progress.step // self.steps_per_epoch > len(progress.epochs):
+                    self.finish_epoch()
+                    continue
+                stop = self.train_step()
+                if stop or progress.step % self.save_steps == 0 or progress.step % self.steps_per_epoch == 0:
+                    self.save()
+                if stop:
+                    self.interrupt(stop)
+        if self.accelerator.is_main_process:
+            save_adapter(self.model, self.output_dir, self.name)
+        self.accelerator.wait_for_everyone()
+        return self.result()
+
+    def train_step(self) -> int | None:
+        """One optimiser step; the number of a signal that any process received."""
+        config, progress, buffer, accelerator = self.config, self.progress, self.buffer, self.accelerator
+        started = time.perf_counter()
+        rows = self.step_rows(progress.step)
+        supervised = sum(self.train[row].num_supervised for row in rows)
+        parts = share(rows, accelerator.num_processes * config.gradient_accumulation_steps)
+        buffer.clear()
+        for part in parts[accelerator.process_index :: accelerator.num_processes]:
+            if part:
+                batch = collate([self.train[row] for row in part], accelerator.device)
+                loss = supervised_loss(self.model, batch) / supervised
+                loss.backward()
+                buffer.sums[0] += loss.detach()
+        for index, number in enumerate(STOP_SIGNALS, 1):
+            if self.signals.received == number:
+                buffer.sums[index] = 1
+        buffer.reduce(accelerator)
+        # One transfer from the device per step, for all that the host has to know.
+        loss, *stops, norm = torch.cat([buffer.sums, buffer.norm()[None]]).tolist()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            self.fail(f"loss is {loss}, gradient norm {norm}", buffer.non_finite())
+        if config.max_grad_norm and norm > config.max_grad_norm:
+            buffer.gradient.mul_(config.max_grad_norm / norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(progress.step, self.total_steps)
+        self.optimizer.step()
+
+        tokens = sum(self.lengths[row] for row in rows)
+        progress.step += 1
+        progress.losses.append(loss)
+        progress.epoch_loss += loss * supervised
+        progress.epoch_supervised += supervised
+        progress.epoch_tokens += tokens
+        progress.epoch_seconds += time.perf_counter() - started
+        self.reporter.step(loss, tokens)
+        return next((number for number, stop in zip(STOP_SIGNALS, stops) if stop), None)
+
+    def step_rows(self, step: int) -> list[int]:
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if self.batches[0] != epoch:
+            self.batches = epoch, epoch_batches(self.lengths, self.config.batch_size, self.config.seed, epoch)
+        return self.batches[1][index]
+
+    def finish_epoch(self) -> None:
+        progress, number = self.progress, len(self.progress.epochs) + 1
+        entry = {
+            "loss": progress.epoch_loss / progress.epoch_supervised,
+            "tokens": progress.epoch_tokens,
+            "seconds": progress.epoch_seconds,
+        }
+        line = f"epoch {number} of {self.config.num_train_epochs}: loss {entry['loss']:.4f}"
+        if self.held_out and progress.before:
+            result = self.evaluate(self.held_out, f"after epoch {number}")
+            entry |= {f"eval_{key}": value for key, value in result.items()}
+            line += (
+                f"; held-out loss {result['loss']:.4f} (before {progress.before['loss']:.4f}), "
+                f"accuracy {result['accuracy']:.2%} (before {progress.before['accuracy']:.2%})"
+            )
+            rank = _by_accuracy if self.held_out.labelled else _by_loss
+            if progress.best is None or rank(result) > rank(progress.best):
+                # Before the state that says so: after a kill in between, this is run again to the same end.
+                if self.accelerator.is_main_process:
+                    save_adapter(self.model, self.output_dir / "best", self.name)
+                progress.best = {"epoch": number, **result}
+        progress.epochs.append(entry)
+        progress.epoch_loss, progress.epoch_supervised, progress.epoch_tokens, progress.epoch_seconds = (
+            0.0,
+            0,
+            0,
+            0.0,
+        )
+        self.save()
+        self.reporter.line(line)
+
+    def evaluate(self, data: evaluation.EvalData, when: str) -> dict[str, float]:
+        accelerator = self.accelerator
+        mine = range(accelerator.process_index, len(data.truth), accelerator.num_processes)
+        with self.reporter.evaluation(len(mine)) as bar:
+
+            def tick(fraction: float) -> None:
+                bar(fraction)
+                # With several processes the others would wait for this one's sums: it goes on.
+                if self.signals.received and accelerator.num_processes == 1:
+                    self.interrupt(self.signals.received)
+
+            sums = evaluation.evaluate(self.model, data, mine, self.config.eval_batch_size, tick)
+        loss, tokens, correct, rows = sums
+        if accelerator.num_processes > 1:
+            # As float32 the loss would lose the digits that make it comparable; counts stay exact too.
+            reduced = accelerator.reduce(
+                torch.tensor(sums, dtype=torch.float64, device=accelerator.device), "sum"
+            )
+            loss, tokens, correct, rows = reduced.tolist()
+        if not math.isfinite(loss):
+            self.fail(f"held-out loss {when} is {loss}", [])
+        return {"loss": loss / tokens, "accuracy": correct / rows}
+
+    def save(self) -> None:
+        state.save_state(
+            self.state_file, self.parameters, self.optimizer, self.progress, self.identity, self.accelerator
+        )
+
+    def fail(self, what: str, names: list[str]) -> NoReturn:
+        where = f" (first of {len(names)}: {names[0]})" if names else ""
+        raise NonFiniteError(
+            f"step {self.progress.step + 1}: {what}{where}; stopped. {self.state_file} is older; "
+            "lower the learning rate or look at the data of this step"
+        )
+
+    def interrupt(self, number: int) -> NoReturn:
+        raise TrainingInterrupted(
+            number,
+            f"stopped by {signal.Signals(number).name} after step {self.progress.step}; "
+            f"{self.output_dir} can be resumed",
+        )
+
+    def result(self) -> report.FinetuneResult:
+        progress = self.progress
+        outcome: dict[str, Any] = {}
+        if self.held_out and progress.before and progress.best:
+            last = progress.epochs[-1]
+            outcome = {
+                "accuracy_before": progress.before["accuracy"],
+                "accuracy_after": last["eval_accuracy"],
+                "loss_before": progress.before["loss"],
+                "loss_after": last["eval_loss"],
+                "rows": len(self.held_out.truth),
+                "best_epoch": progress.best["epoch"],
+            }
+        return report.FinetuneResult(
+            config={key: self.identity[key] for key in ("config", "adapter", "num_processes")},
+            epochs=progress.epochs,
+            eval=outcome,
+            losses=progress.losses,
+            trainable_parameters=sum(parameter.numel() for _, parameter in self.parameters),
+            total_parameters=sum(parameter.numel() for parameter in unwrap(self.model).parameters()),
+            train_rows=len(self.train),
+            peak_rss_bytes=report.peak_rss_bytes(),
+            peak_cuda_bytes=report.peak_cuda_bytes(self.accelerator.device),
+        )
+
+
+def _encoding(model: nn.Module, train: Sequence[Example], config: TrainingConfig) -> dict[str, Any]:
+    """The arguments of ``encode_examples``, after the checks that need the model and the data."""
+    if not train:
+        raise UserError("train holds no examples")
+    labelled = {example.label is not None for example in train}
+    if len(labelled) > 1:
+        raise UserError("train mixes examples with and without labels")
+    context = context_length(unwrap(model))
+    if context is not None and config.max_length is not None and config.max_length > context:
+        raise UserError(f"max_length must be at most {context}, the model's context, got {config.max_length}")
+    return {
+        "append_eos": config.append_eos if config.append_eos is not None else labelled == {False},
+        "max_length": config.max_length or context,
+        "truncate_prompt": config.truncate_prompt,
+    }
+
+
+def _by_accuracy(result: dict[str, Any]) -> tuple[float, float]:
+    return result["accuracy"], -result["loss"]
+
+
+def _by_loss(result: dict[str, Any]) -> tuple[float, float]:
+    return -result["loss"], result["accuracy"]
+
+
+def _record(model: nn.Module) -> Attachments:
+    record = attachments(model)
+    if record is None:
+        raise UserError("model: no adapter is attached to it; attach one first")
+    return record
+
+
+def _adapter_parameters(model: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
+    """The trainable parameters, which must be those of the active adapter ``name``: no others are saved."""
+    active = _record(model).active
+    owned = {id(p) for module in adapter_modules(model, name).values() for p in module.parameters()}
+    if active != name:
+        raise UserError(f"name: adapter {name!r} is not the active one, which is {active!r}")
+    parameters = trainable_parameters(model)
+    strays = [key for key, parameter in parameters if id(parameter) not in owned]
+    if strays:
+        raise UserError(
+            f"{strays[0]} is trainable but not part of adapter {name!r}: it would not be saved; freeze it"
+        )
+    if not parameters:
+        raise UserError(f"name: no parameter of adapter {name!r} is trainable")
+    return parameters

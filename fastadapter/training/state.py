@@ -1,0 +1,215 @@
+"""The training state: one file, written whole or not at all, from which a run continues bit for bit.
+
+One safetensors file holds the adapter, AdamW's moments, every random generator and, as JSON in its metadata,
+the position, the history and the identity of the run. A kill between any two instructions leaves the old file
+or the new one. Nothing in it is ever executed.
+"""
+
+import hashlib
+import json
+import random
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastadapter.checkpoints import CheckpointError
+from fastadapter.checkpoints.files import read_tensors, write_tensors
+from fastadapter.training.config import UserError
+from fastadapter.training.data import Encoded
+
+STATE_FILE = Path("last", "training_state.safetensors")
+_FORMAT = "fastadapter-training-state-1"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Progress:
+    """How far a run is. ``epoch_*`` are sums over the steps of the epoch under way."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    epoch_loss: float = 0.0
+    epoch_supervised: int = 0
+    epoch_tokens: int = 0
+    epoch_seconds: float = 0.0
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    before: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
+
+
+def digest_examples(rows: Iterable[Sequence[Encoded]]) -> str:
+    """SHA-256 over the tokens of rows of candidates."""
+    sha = hashlib.sha256()
+    for row in rows:
+        sha.update(repr([(each.prompt_len, each.input_ids) for each in row]).encode())
+    return sha.hexdigest()
+
+
+def identify_model(model: Any) -> dict[str, str]:
+    """What tells one frozen model from another: class, dtypes, attention, configuration and weights."""
+    config = {
+        k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")
+    }
+    sha, dtypes = hashlib.sha256(), set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            continue
+        dtypes.add(str(parameter.dtype).removeprefix("torch."))
+        flat = parameter.detach().flatten()
+        # Enough to tell a model from its fine-tuned sibling, and free for models of any size.
+        sample = flat[:: max(1, flat.numel() // 256)].to(torch.float64).cpu().numpy()
+        sha.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + sample.tobytes())
+    return {
+        "class": type(model).__name__,
+        "dtype": ", ".join(sorted(dtypes)),
+        "attention": str(model.config._attn_implementation),
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        "weights": sha.hexdigest(),
+    }
+
+
+def save_state(
+    path: Path,
+    parameters: Sequence[tuple[str, nn.Parameter]],
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    identity: dict[str, Any],
+    accelerator: Any,
+) -> None:
+    """Write the state. Every process must call this; the first one gathers the generators and writes."""
+    tensors = {
+        name: accelerator.gather(each[None]).cpu() for name, each in _generators(accelerator.device).items()
+    }
+    if not accelerator.is_main_process:
+        return
+    for name, parameter in parameters:
+        tensors[f"adapter.{name}"] = parameter.detach().cpu()
+        for moment in _MOMENTS if progress.step else ():
+            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu()
+    tensors["losses"] = torch.tensor(progress.losses, dtype=torch.float64)
+    record = asdict(progress)
+    del record["losses"]
+    metadata = {
+        "format": _FORMAT,
+        "progress": json.dumps(record),
+        "identity": json.dumps(identity, sort_keys=True),
+    }
+    write_tensors(path, tensors, metadata)
+
+
+def load_state(
+    path: Path,
+    parameters: Sequence[tuple[str, nn.Parameter]],
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, Any],
+    accelerator: Any,
+) -> Progress:
+    """Put a saved state back into the parameters, the optimiser and the random generators.
+
+    Raises:
+        UserError: the run was started with another configuration, model, data or number of processes; each
+            difference is named.
+        CheckpointError: the file is not a whole training state.
+        Nothing is changed then.
+    """
+    tensors, metadata = read_tensors(path)
+    if metadata.get("format") != _FORMAT:
+        raise CheckpointError(f"{path}: not a training state (its format is {metadata.get('format')!r})")
+    try:
+        progress = Progress(**json.loads(metadata["progress"]))
+        saved = json.loads(metadata["identity"])
+        different = _differences(saved, json.loads(json.dumps(identity)))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its record of the run is damaged: {error!r}") from error
+    if different:
+        raise UserError(f"cannot resume from {path}: {'; '.join(different)}")
+    expected = {
+        f"{kind}.{name}": p
+        for name, p in parameters
+        for kind in ("adapter", *_MOMENTS[: 2 * (progress.step > 0)])
+    }
+    generators = _generators(accelerator.device)
+    names = set(expected) | set(generators) | {"losses"}
+    if set(tensors) != names:
+        raise CheckpointError(
+            f"{path}: holds other tensors than this run: {sorted(set(tensors) ^ names)[:5]}"
+        )
+    for name, tensor in tensors.items():
+        if name in expected:
+            shape, dtype = tuple(expected[name].shape), expected[name].dtype
+        elif name == "losses":
+            shape, dtype = (progress.step,), torch.float64
+        else:
+            shape, dtype = (accelerator.num_processes, *generators[name].shape), generators[name].dtype
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise CheckpointError(
+                f"{path}: {name} must be {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+    progress.losses = tensors["losses"].tolist()
+    for name, parameter in parameters:
+        with torch.no_grad():
+            parameter.copy_(tensors[f"adapter.{name}"])
+        if progress.step:
+            moments = {key: tensors[f"{key}.{name}"].to(parameter.device, copy=True) for key in _MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(float(progress.step)), **moments}
+    _restore_generators(
+        {name: tensors[name][accelerator.process_index] for name in generators}, accelerator.device
+    )
+    return progress
+
+
+def _differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted(saved.keys() | current.keys()):
+        old, new = saved.get(key), current.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} was {_short(old)}, now {_short(new)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    is_digest = isinstance(value, str) and len(value) == 64
+    return f"{value[:12]}..." if is_digest else repr(value)
+
+
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    """Every random generator a model may draw from, as tensors on ``device``."""
+    _, words, deviate = random.getstate()
+    python = [*words, deviate is not None, _bits(deviate or 0.0)]
+    state: Any = np.random.get_state(legacy=True)
+    _, keys, position, has_deviate, spare = state
+    numpy = [*keys.tolist(), position, has_deviate, _bits(spare)]
+    states = {
+        "generator.python": torch.tensor(python, dtype=torch.int64),
+        "generator.numpy": torch.tensor(numpy, dtype=torch.int64),
+        "generator.torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        states["generator.cuda"] = torch.cuda.get_rng_state(device)
+    return {name: state.to(device) for name, state in states.items()}
+
+
+def _restore_generators(states: dict[str, Tensor], device: torch.device) -> None:
+    *words, has_deviate, bits = states["generator.python"].tolist()
+    random.setstate((3, tuple(words), _from_bits(bits) if has_deviate else None))
+    *keys, position, has_deviate, bits = states["generator.numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_deviate, _from_bits(bits)))
+    torch.set_rng_state(states["generator.torch"].cpu())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["generator.cuda"].cpu(), device)
+
+
+def _bits(value: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+def _from_bits(bits: int) -> float:
+    return struct.unpack("<d", struct.pack("<q", bits))[0]
