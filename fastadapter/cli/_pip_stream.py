@@ -11,15 +11,16 @@ Exit status: see the constants. The reason for a failure goes to standard error.
 
 import os
 import sys
+from typing import IO, Any
 
 NO_PIP, NOT_FOUND, NETWORK = 3, 4, 5
 
 
-def stream(project: str, filename: str, sha256: str, output) -> int:
+def stream(project: str, filename: str, sha256: str, output: IO[bytes]) -> int:
     try:
         from pip._internal.commands import create_command
 
-        command = create_command("download")
+        command: Any = create_command("download")  # its class is not public
         wheel = filename.endswith(".whl")
         # The file is named, so a preference for wheels or sources in the user's settings must not hide it.
         kind = ["--only-binary" if wheel else "--no-binary", project]
@@ -56,7 +57,8 @@ if __name__ == "__main__":
     # The first entry is the folder of this file: its modules must not shadow what pip imports.
     del sys.path[0]
     # Anything that pip prints must not end up in the file.
+    project, filename, sha256 = sys.argv[1:]
     with os.fdopen(os.dup(1), "wb") as payload:
         os.dup2(2, 1)
-        status = stream(*sys.argv[1:4], payload)
+        status = stream(project, filename, sha256, payload)
     sys.exit(status)

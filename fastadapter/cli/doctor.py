@@ -12,10 +12,12 @@ import re
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
 Row = tuple[str, str, str]
+BUILD_INFO = Path(__file__).parents[1] / "_build_info.json"
 MINIMUM_PYTHON = (3, 10)
 MINIMUM_TORCH = (2, 10)
 # Package, lowest supported version, what it is for.
@@ -116,8 +118,24 @@ def _cpu() -> list[Row]:
 def _extension() -> Row:
     from fastadapter.ops.backends import extension_error
 
-    error = extension_error()
-    return ("C++ extension", "missing", error) if error else ("C++ extension", "ok", "loaded")
+    error, build = extension_error(), _build_info()
+    if error is None:
+        return "C++ extension", "ok", f"loaded, built for torch {build.get('torch', 'unknown')}"
+    if reason := build.get("reason"):
+        error = f"not built: {reason}"
+    elif build.get("torch") not in (None, torch.__version__):
+        error += (
+            f" (built for torch {build['torch']}, running {torch.__version__}: install fastadapter again)"
+        )
+    return "C++ extension", "missing", error
+
+
+def _build_info() -> dict[str, Any]:
+    """What setup.py recorded about the extension; empty when the package runs from a tree never installed."""
+    try:
+        return json.loads(BUILD_INFO.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
 
 
 def _triton() -> Row:
