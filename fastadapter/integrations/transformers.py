@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations import attention as hook
 from fastadapter.integrations.attention import CHILD, PrefixHost
@@ -28,6 +29,7 @@ class Attachments:
     configs: dict[str, LlamaAdapterConfig] = field(default_factory=dict)
     layers: dict[str, list[str]] = field(default_factory=dict)
     was_trainable: dict[str, bool] = field(default_factory=dict)
+    handles: dict[str, RemovableHandle] = field(default_factory=dict)
     active: str | None = None
 
 
@@ -74,10 +76,12 @@ def attach(model: nn.Module, config: LlamaAdapterConfig, name: str = "default") 
     if not record.configs:
         record.was_trainable = {key: p.requires_grad for key, p in model.named_parameters()}
         model.requires_grad_(False)
-    for _, module, host, adapter in prepared:
+    for path, module, host, adapter in prepared:
+        if CHILD not in module._modules:
+            module.add_module(CHILD, host)
+            record.handles[path] = _block(model, path).register_forward_pre_hook(_let_gradients_in)
         host.add(name, adapter)
         host.train(module.training)
-        module.add_module(CHILD, host)
     record.configs[name] = config
     record.layers[name] = [path for path, *_ in prepared]
     setattr(model, _ATTRIBUTE, record)
@@ -102,6 +106,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             if not host.adapters:
                 hook.release(host)
                 del module._modules[CHILD]
+                record.handles.pop(path).remove()
         del record.configs[each], record.layers[each]
         if record.active == each:
             record.active = None
@@ -175,6 +180,30 @@ def _require_name(record: Attachments, name: str) -> str:
     if name not in record.configs:
         raise ValueError(f"name: no adapter {name!r} is attached; there is {', '.join(record.configs) or 'none'}")
     return name
+
+
+def _block(model: nn.Module, path: str) -> nn.Module:
+    """The layer around the attention at ``path`` that activation checkpointing acts on, or the attention itself."""
+    parts = path.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        ancestor = model.get_submodule(".".join(parts[:depth]))
+        if hasattr(type(ancestor), "gradient_checkpointing"):
+            return ancestor
+    return model.get_submodule(path)
+
+
+def _let_gradients_in(block: nn.Module, args: tuple):
+    """Re-entrant checkpointing drops every gradient of a block none of whose inputs needs one.
+
+    In a frozen model that is the lowest adapted block, so its input is made to need one.
+    """
+    checkpointing = getattr(block, "gradient_checkpointing", False) and block.training
+    if not (checkpointing and torch.is_grad_enabled()) or torch.compiler.is_compiling() or not args:
+        return None
+    hidden_states = args[0]
+    if not torch.is_tensor(hidden_states) or hidden_states.requires_grad:
+        return None
+    return (hidden_states.detach().requires_grad_(), *args[1:])
 
 
 def _uses_interface(module: nn.Module) -> bool:
