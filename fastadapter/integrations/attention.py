@@ -9,12 +9,15 @@ attention name of our own would drop masks in silence, see docs/design.md.)
 import functools
 import inspect
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastadapter.nn import GatedPrefix
+from fastadapter.ops.backends import choose_backend
+from fastadapter.ops.gated_prefix import run_forward
 
 # Name of our child module in an attention module.
 CHILD = "fa_prefix"
@@ -36,7 +39,7 @@ def _dispatch(attention, module, query, key, value, attention_mask, *args, **kwa
     if host is None or host.active is None:
         return result
     output, weights = result
-    return host(module, output, query, kwargs.get("scaling")), weights
+    return host.adapt(module, output, query, kwargs.get("scaling")), weights
 
 
 def _patched_lookup(self, attn_implementation, default):
@@ -74,17 +77,17 @@ class PrefixHost(nn.Module):
         self.active: str | None = None
         self.rotary_dim = rotary_dim
         self.fast_projection = fast_projection
-        self._cache: dict[str, tuple[tuple, tuple[Tensor, Tensor]]] = {}
+        self._ready: dict[str, _Ready] = {}
         _hosts.add(self)
 
     def __setstate__(self, state):
         """A copied or unpickled model keeps its adapter working, so it keeps the hook too."""
         super().__setstate__(state)
-        self._cache = {}
+        self._ready = {}
         _hosts.add(self)
         install_hook()
 
-    def forward(self, attention: nn.Module, output: Tensor, query: Tensor, softmax_scale: float | None) -> Tensor:
+    def adapt(self, attention: nn.Module, output: Tensor, query: Tensor, softmax_scale: float | None) -> Tensor:
         """Add the active adapter's term to ``output``.
 
         Args:
@@ -99,33 +102,41 @@ class PrefixHost(nn.Module):
                 f"{tuple(output.shape)} for a query of shape {tuple(query.shape)}; expected "
                 "(batch, q_len, num_heads, head_dim): it is not supported under an adapter"
             )
-        adapter = self.adapters[self.active]
-        key, value = self.project(attention, self.active, output.dtype)
-        base = output.transpose(1, 2)
-        adapted = adapter(base, query.to(output.dtype), key, value, softmax_scale=softmax_scale)
-        return adapted.transpose(1, 2)
-
-    def project(self, attention: nn.Module, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values of the prompt, ``(1, num_kv_heads, prefix_len, head_dim)``, in ``dtype``.
-
-        Kept between calls only in eval mode without gradients, where nothing can need to flow back through them,
-        and only while every tensor they came from is the same version of the same storage.
-        """
-        prompt = self.adapters[name].prompt
+        base, query = output.transpose(1, 2), query.to(output.dtype)
         # Inside a compiled graph a version could not be checked again at run time.
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._project(attention, prompt, dtype)
-        sources = (prompt, *_projection_tensors(attention))
-        if any(tensor.is_inference() for tensor in sources):  # these carry no version
-            return self._project(attention, prompt, dtype)
-        stamp = (dtype, *((tensor.data_ptr(), tensor._version) for tensor in sources))
-        cached = self._cache.get(name)
-        if cached is None or cached[0] != stamp:
-            # Made outside inference mode, the tensors stay usable wherever the model is called from next.
-            with torch.inference_mode(False), torch.no_grad():
-                cached = (stamp, self._project(attention, prompt, dtype))
-            self._cache[name] = cached
-        return cached[1]
+        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            ready = self._prepare(attention, output.dtype)
+            if ready is not None:
+                scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+                operands = (ready.key, ready.value, ready.gate, None, scale, ready.gate_fn)
+                return run_forward(ready.backend, base, query, *operands).transpose(1, 2)
+        adapter = self.adapters[self.active]
+        key, value = self._project(attention, adapter.prompt, output.dtype)
+        return adapter(base, query, key, value, softmax_scale=softmax_scale).transpose(1, 2)
+
+    def _prepare(self, attention: nn.Module, dtype: torch.dtype) -> "_Ready | None":
+        """Operands of the active adapter, kept between calls that cannot need a gradient through them.
+
+        Valid while every tensor they came from is the same version of the same storage, and the projections are
+        the same modules. ``None`` where versions are not counted, in tensors made under inference mode.
+        """
+        ready = self._ready.get(self.active)
+        if ready is not None and ready.is_current(attention, dtype):
+            return ready
+        adapter = self.adapters[self.active]
+        modules = _projection_modules(attention)
+        sources = (adapter.prompt, adapter.gate, *_tensors_of(modules.values()))
+        if any(tensor.is_inference() for tensor in sources):
+            return None
+        # Made outside inference mode, the tensors stay usable wherever the model is called from next.
+        with torch.inference_mode(False), torch.no_grad():
+            key, value = self._project(attention, adapter.prompt, dtype)
+            gate = adapter.gate.expand(1, adapter.num_heads)
+            gate = gate.double() if dtype == torch.float64 else gate
+        backend = choose_backend("auto", key.device.type, dtype, key.shape[2])
+        ready = _Ready(key, value, gate, adapter.gate_fn, backend, dtype, modules, sources, _stamp(sources))
+        self._ready[self.active] = ready
+        return ready
 
     def _project(self, attention: nn.Module, prompt: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         rows = prompt.to(dtype)[None]
@@ -135,11 +146,11 @@ class PrefixHost(nn.Module):
         return key, value
 
     def train(self, mode: bool = True):
-        self._cache.clear()
+        self._ready.clear()
         return super().train(mode)
 
     def _apply(self, fn, recurse=True):
-        self._cache.clear()
+        self._ready.clear()
         return super()._apply(fn, recurse)
 
     def add(self, name: str, adapter: GatedPrefix) -> None:
@@ -147,7 +158,7 @@ class PrefixHost(nn.Module):
 
     def remove(self, name: str) -> None:
         del self.adapters[name]
-        self._cache.pop(name, None)
+        self._ready.pop(name, None)
         if self.active == name:
             self.active = None
 
@@ -185,27 +196,52 @@ def project_by_forward(
 _SEPARATE = (("k_proj", "v_proj"), ("key", "value"), ("k_lin", "v_lin"), ("k", "v"))
 
 
-def _projection_modules(attention: nn.Module) -> tuple[nn.Module, ...]:
-    for key_name, value_name in _SEPARATE:
-        if key_name in attention._modules and value_name in attention._modules:
-            names = (key_name, value_name, "k_norm")
-            return tuple(attention._modules[name] for name in names if attention._modules.get(name) is not None)
-    return tuple(child for name, child in attention._modules.items() if name != CHILD and child is not None)
+def _projection_modules(attention: nn.Module) -> dict[str, nn.Module]:
+    """The modules a prompt goes through, by name: key and value projections and key norm, or all children."""
+    for names in _SEPARATE:
+        if all(attention._modules.get(name) is not None for name in names):
+            return {
+                name: attention._modules[name]
+                for name in (*names, "k_norm")
+                if attention._modules.get(name) is not None
+            }
+    return {name: child for name, child in attention._modules.items() if name != CHILD and child is not None}
 
 
-def _projection_tensors(attention: nn.Module) -> tuple[Tensor, ...]:
-    return tuple(
-        tensor
-        for module in _projection_modules(attention)
-        for part in module.modules()
-        for tensor in (*part._parameters.values(), *part._buffers.values())
-        if tensor is not None
-    )
+def _tensors_of(modules) -> list[Tensor]:
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+
+def _stamp(sources: tuple[Tensor, ...]) -> list[tuple[int, int]]:
+    return [(tensor._version, tensor.data_ptr()) for tensor in sources]
+
+
+@dataclass(slots=True)
+class _Ready:
+    """Projected operands of one adapter in one layer, and what they were made from."""
+
+    key: Tensor
+    value: Tensor
+    gate: Tensor
+    gate_fn: str
+    backend: str
+    dtype: torch.dtype
+    modules: dict[str, nn.Module]
+    sources: tuple[Tensor, ...]
+    stamp: list[tuple[int, int]]
+
+    def is_current(self, attention: nn.Module, dtype: torch.dtype) -> bool:
+        children = attention._modules
+        return (
+            self.dtype == dtype
+            and self.stamp == _stamp(self.sources)
+            and all(children.get(name) is module for name, module in self.modules.items())
+        )
 
 
 def project_by_modules(attention: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
     """The same keys and values from the key and value projections alone; only used where bit-equal at attach."""
-    key_module, value_module, *norms = _projection_modules(attention)
+    key_module, value_module, *norms = _projection_modules(attention).values()
     shape = (*rows.shape[:-1], -1, attention.head_dim if hasattr(attention, "head_dim") else _head_size(attention))
     key, value = key_module(rows).view(shape), value_module(rows).view(shape)
     for norm in norms:

@@ -62,7 +62,7 @@ def gated_prefix(
     args = (base, query, prefix_key, prefix_value, gate, row_ids, float(softmax_scale), gate_fn)
     if torch.is_grad_enabled() and any(x.requires_grad for x in args[:5]):
         return _GatedPrefix.apply(*args, chosen)
-    return _forward(chosen, *args)
+    return run_forward(chosen, *args)
 
 
 def _validate(base, query, prefix_key, prefix_value, gate, row_ids, gate_fn) -> None:
@@ -131,7 +131,7 @@ class _GatedPrefix(torch.autograd.Function):
         ctx.save_for_backward(query, prefix_key, prefix_value, gate, row_ids)
         ctx.constants = (softmax_scale, gate_fn)
         ctx.backend = backend
-        return _forward(backend, base, query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn)
+        return run_forward(backend, base, query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn)
 
     @staticmethod
     @once_differentiable
@@ -146,7 +146,12 @@ class _GatedPrefix(torch.autograd.Function):
         return (grad_out if need_base else None, *grads, None, None, None, None)
 
 
-def _forward(backend: str, *args) -> Tensor:
+def run_forward(backend: str, *args) -> Tensor:
+    """The forward of a resolved ``backend`` on arguments that are known to be right, without autograd.
+
+    For callers that checked everything before and run once per layer and token. Arguments in the order of the
+    registered op.
+    """
     if backend == "reference":
         return _reference_forward(*args)
     if backend == "triton" and args[1].device.type == "cpu":
