@@ -1,0 +1,86 @@
+"""LLaMA-Adapter computed a second time, without our hook, projection or ops.
+
+The model runs in eager mode with its modeling file's own ``eager_attention_forward`` wrapped: keys and values come
+from the weights by a recipe written out per family, the term is three lines of PyTorch.
+"""
+
+import contextlib
+import sys
+
+import torch
+from torch.nn.functional import linear
+
+from fastadapter.integrations.attention import CHILD
+
+
+def _heads(x, head_dim):
+    return x.unflatten(-1, (-1, head_dim)).transpose(-3, -2)  # (prefix_len, width) -> (heads, prefix_len, head_dim)
+
+
+def _separate(key_name, value_name):
+    def recipe(attention, prompt, head_dim):
+        modules = attention._modules[key_name], attention._modules[value_name]
+        key, value = (linear(prompt, module.weight, module.bias) for module in modules)
+        key = _heads(key, head_dim)
+        if "k_norm" in attention._modules:
+            key = attention.k_norm(key)
+        return key, _heads(value, head_dim)
+
+    return recipe
+
+
+def _phi3(attention, prompt, head_dim):
+    kv = attention.num_key_value_heads * head_dim
+    rows = attention.qkv_proj.weight[-2 * kv :]
+    key, value = linear(prompt, rows).split(kv, dim=-1)
+    return _heads(key, head_dim), _heads(value, head_dim)
+
+
+def _gpt2(attention, prompt, head_dim):
+    _, key, value = (prompt @ attention.c_attn.weight + attention.c_attn.bias).chunk(3, dim=-1)
+    return _heads(key, head_dim), _heads(value, head_dim)
+
+
+def _gpt_neox(attention, prompt, head_dim):
+    fused = linear(prompt, attention.query_key_value.weight, attention.query_key_value.bias)
+    heads = fused.unflatten(-1, (-1, 3, head_dim))  # per head: query, key, value
+    return heads[:, :, 1].transpose(0, 1), heads[:, :, 2].transpose(0, 1)
+
+
+RECIPES = {
+    "bert": _separate("key", "value"),
+    "distilbert": _separate("k_lin", "v_lin"),
+    "t5-encoder": _separate("k", "v"),
+    "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
+    "phi3": _phi3,
+}
+
+
+@contextlib.contextmanager
+def plain_llama_adapter(model, family_name, prompts, gates):
+    """Run ``model`` with the adapters ``prompts`` and ``gates``, both by dotted path of the attention module."""
+    modules = {model.get_submodule(path): path for path in prompts}
+    recipe = RECIPES.get(family_name, _separate("k_proj", "v_proj"))
+    file = sys.modules[type(next(iter(modules))).__module__]
+    original = file.eager_attention_forward
+
+    def adapted(module, query, key, value, attention_mask, *args, **kwargs):
+        out, weights = original(module, query, key, value, attention_mask, *args, **kwargs)
+        assert CHILD not in module._modules
+        if module in modules:
+            path = modules[module]
+            prefix_key, prefix_value = recipe(module, prompts[path], query.shape[-1])
+            groups = query.shape[1] // prefix_key.shape[0]
+            prefix_key, prefix_value = (x.repeat_interleave(groups, 0) for x in (prefix_key, prefix_value))
+            scale = kwargs.get("scaling")
+            probs = torch.softmax(scale * query @ prefix_key.mT, dim=-1)
+            term = gates[path].tanh()[:, None, None] * (probs @ prefix_value)
+            out = out + term.transpose(1, 2)
+        return out, weights
+
+    file.eager_attention_forward = adapted
+    try:
+        yield
+    finally:
+        file.eager_attention_forward = original
