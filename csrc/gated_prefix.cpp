@@ -2,8 +2,8 @@
 // Schemas, meta functions and autograd live in fastadapter/ops/gated_prefix.py; the maths in docs/maths.md.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <new>
 #include <numeric>
@@ -25,10 +25,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kForwardChunk = 64;     // rows per forward work item
-constexpr int64_t kRowsPerPart = 128;     // rows per backward work item, while parts are few
-constexpr int64_t kItemsPerEntry = 64;    // bounds the partial gradients of one bank entry
-constexpr int64_t kSerialWork = 1 << 18;  // multiply-adds below which a thread is not worth waking
+constexpr int64_t kRowsPerItem = 128;     // of one bank entry and kv head, per work item
+constexpr int64_t kItemsPerEntry = 64;    // bounds the partial gradients of one bank entry in backward
+constexpr int64_t kSerialWork = 1 << 18;  // multiply-adds below which a second thread is not worth waking
 
 const GatedPrefixKernels& kernels(bool in_double) {
   switch (cpu_isa()) {
@@ -85,13 +84,12 @@ void check_sizes(const char* name, const Tensor& x, const int64_t (&expected)[4]
   }
 }
 
-// grain: items that together are worth a thread.
+// f(begin, end) over the items; `work` is what all of them cost in multiply-adds.
 template <class F>
 void parallel(int64_t items, int64_t work, const F& f) {
-  if (items == 0) return;
   const int64_t grain = std::max<int64_t>(1, kSerialWork * items / std::max<int64_t>(1, work));
   if (items <= grain) {
-    f(0, items);
+    if (items > 0) f(0, items);
   } else {
     torch::stable::parallel_for(0, items, grain, f);
   }
@@ -104,112 +102,127 @@ class Call {
   const GatedPrefixKernels* kernel;
   bool in_double;
 
+  // `first` is base in forward and grad_out in backward: what must look like query.
   Call(const char* name, const Tensor& first, const Tensor& query, const Tensor& prefix_key,
        const Tensor& prefix_value, const Tensor& gate, const std::optional<Tensor>& row_ids,
        double softmax_scale, const std::string& gate_fn) {
     op.query = view("query", query);
     op.key = view("prefix_key", prefix_key);
     op.value = view("prefix_value", prefix_value);
-    const View other = view(name, first);
+    const View like_query = view(name, first);
     const auto q = query.sizes(), k = prefix_key.sizes();
-    op.batch = q[0], op.heads = q[1], op.q_len = q[2], op.head_dim = q[3];
-    op.kv_heads = k[1], op.prefix_len = k[2];
-    num_prefixes_ = k[0];
+    batch_ = q[0], op.heads = q[1], op.q_len = q[2], op.head_dim = q[3];
+    num_prefixes_ = k[0], op.kv_heads = k[1], op.prefix_len = k[2];
     check_sizes(name, first, {q[0], q[1], q[2], q[3]});
     check_sizes("prefix_key", prefix_key, {k[0], k[1], k[2], q[3]});
     check_sizes("prefix_value", prefix_value, {k[0], k[1], k[2], q[3]});
     STD_TORCH_CHECK(op.kv_heads > 0 && op.heads % op.kv_heads == 0,
-                    "gated_prefix: query heads must be a multiple of prefix_key heads ", op.kv_heads,
-                    ", got ", op.heads);
+                    "gated_prefix: heads of query must be a multiple of those of prefix_key, got ", op.heads,
+                    " and ", op.kv_heads);
     STD_TORCH_CHECK(op.prefix_len > 0 && op.head_dim > 0,
-                    "gated_prefix: prefix_key must have at least one slot and one channel, got ",
-                    op.prefix_len, " and ", op.head_dim);
-    STD_TORCH_CHECK(other.dtype == op.query.dtype, "gated_prefix: ", name, " and query must share one dtype");
+                    "gated_prefix: prefix_len and head_dim must be at least 1, got ", op.prefix_len, " and ",
+                    op.head_dim);
+    STD_TORCH_CHECK(like_query.dtype == op.query.dtype, "gated_prefix: ", name,
+                    " must have the dtype of query");
     in_double = op.query.dtype == DType::kDouble;
-    for (const View* v : {&op.key, &op.value}) {
-      STD_TORCH_CHECK(v->dtype == op.query.dtype || (v->dtype == DType::kFloat && !in_double),
-                      "gated_prefix: prefix_key and prefix_value must have the dtype of query or be float32");
+    for (const View* bank : {&op.key, &op.value}) {
+      STD_TORCH_CHECK(bank->dtype == op.query.dtype || (bank->dtype == DType::kFloat && !in_double),
+                      "gated_prefix: prefix_key and prefix_value must have the dtype of query or float32");
     }
     STD_TORCH_CHECK(gate.dim() == 2 && gate.size(0) == num_prefixes_ && gate.size(1) == op.heads,
-                    "gated_prefix: gate must be (", num_prefixes_, ", ", op.heads, ")");
+                    "gated_prefix: gate must have shape (", num_prefixes_, ", ", op.heads, ")");
     STD_TORCH_CHECK(dtype_of("gate", gate) == (in_double ? DType::kDouble : DType::kFloat),
                     "gated_prefix: gate must be ", in_double ? "float64" : "float32");
     STD_TORCH_CHECK(gate_fn == "tanh" || gate_fn == "identity",
                     "gated_prefix: gate_fn must be 'tanh' or 'identity', got '", gate_fn, "'");
     op.group = op.heads / op.kv_heads;
     op.scale = softmax_scale;
-    op.chunk = kForwardChunk;
     kernel = &kernels(in_double);
     op.padded_dim = (op.head_dim + kernel->lanes - 1) / kernel->lanes * kernel->lanes;
     sort_rows(row_ids);
-    read_gate(gate, gate_fn == "tanh");
+    if (in_double) {
+      read_gate<double>(gate, gate_fn == "tanh");
+    } else {
+      read_gate<float>(gate, gate_fn == "tanh");
+    }
+    op.key_packed = prepare_bank(op.key, packed_key_, &op.key_rows, op.key_stride);
+    op.value_packed = prepare_bank(op.value, packed_value_, &op.value_rows, op.value_stride);
   }
+  Call(const Call&) = delete;
 
-  // Points the kernels at the bank rows, converted and padded unless they can be used in place.
-  void prepare_bank() {
-    op.key_packed = prepare(op.key, packed_key_, &op.key_rows, op.key_stride);
-    op.value_packed = prepare(op.value, packed_value_, &op.value_rows, op.value_stride);
+  // Splits the rows of every entry into items of kRowsPerItem, at most `most` items per entry. The split of
+  // an entry depends on its own rows alone: so do its gradients, bit for bit, and no thread count changes
+  // them.
+  void split(int64_t most) {
+    const int64_t most_parts = std::max<int64_t>(1, most / op.kv_heads);
+    for (int64_t e = 0; e < op.num_entries; ++e) {
+      const int64_t rows = (entry_begin_[e + 1] - entry_begin_[e]) * op.group * op.q_len;
+      const int64_t parts = std::min(most_parts, (rows + kRowsPerItem - 1) / kRowsPerItem);
+      for (int64_t kv = 0; kv < op.kv_heads; ++kv) {
+        first_item_.push_back(items());
+        for (int64_t i = 0; i < parts; ++i) {
+          items_.push_back({e, kv, rows * i / parts, rows * (i + 1) / parts});
+        }
+      }
+    }
+    first_item_.push_back(items());
+    op.items = items_.data();
+    op.first_item = first_item_.data();
   }
 
   using Function = void (*)(const GatedPrefix&, int64_t, int64_t, char*);
   void run(Function function, int64_t items, int64_t work) const {
-    const int64_t bytes = kernel->scratch_bytes(op);
     parallel(items, work, [&](int64_t begin, int64_t end) {
-      const Buffer scratch = allocate(bytes);
+      const Buffer scratch = allocate(kernel->scratch_bytes(op));
       function(op, begin, end, scratch.get());
     });
   }
 
-  int64_t work() const { return op.batch * op.heads * op.q_len * op.prefix_len * op.padded_dim * 2; }
-
+  int64_t items() const { return static_cast<int64_t>(items_.size()); }
+  int64_t unadapted() const { return entry_begin_[0]; }  // rows without an adapter
   int64_t num_prefixes() const { return num_prefixes_; }
-  bool all_rows_adapted() const { return static_cast<int64_t>(members_.size()) == op.batch; }
-  const std::vector<int64_t>& entries() const { return entry_id_; }
-  int64_t members_of(int64_t entry) const {
-    const int64_t end = entry + 1 < op.num_entries ? members_begin_[entry + 1] : members_.size();
-    return end - members_begin_[entry];
-  }
-  double gate_slope(int64_t entry, int64_t head) const { return slope_[entry * op.heads + head]; }
+  int64_t row_work() const { return op.heads * op.q_len * op.padded_dim; }
+  int64_t work() const { return (batch_ - unadapted()) * row_work() * op.prefix_len * 2; }
+  double gate_slope(int64_t entry, int64_t head) const { return gate_slope_[entry * op.heads + head]; }
 
  private:
   void sort_rows(const std::optional<Tensor>& row_ids) {
-    std::vector<int64_t> ids(op.batch, 0);
+    const int32_t* ids = nullptr;
+    int64_t stride = 0;
     if (row_ids) {
-      STD_TORCH_CHECK(row_ids->dim() == 1 && row_ids->size(0) == op.batch,
-                      "gated_prefix: row_ids must have shape (", op.batch, ",)");
+      STD_TORCH_CHECK(row_ids->dim() == 1 && row_ids->size(0) == batch_,
+                      "gated_prefix: row_ids must have shape (", batch_, ",)");
       STD_TORCH_CHECK(row_ids->scalar_type() == ScalarType::Int, "gated_prefix: row_ids must be int32, got ",
                       torch::headeronly::toString(row_ids->scalar_type()));
-      const int32_t* data = static_cast<const int32_t*>(row_ids->data_ptr());
-      const int64_t stride = row_ids->stride(0);
-      for (int64_t b = 0; b < op.batch; ++b) {
-        ids[b] = data[b * stride];
-        STD_TORCH_CHECK(ids[b] >= -1 && ids[b] < num_prefixes_, "gated_prefix: row_ids must be in [-1, ",
-                        num_prefixes_, "), got ", ids[b]);
-      }
+      ids = static_cast<const int32_t*>(row_ids->data_ptr());
+      stride = row_ids->stride(0);
     } else {
-      STD_TORCH_CHECK(num_prefixes_ == 1, "gated_prefix: a bank of ", num_prefixes_, " needs row_ids");
+      STD_TORCH_CHECK(num_prefixes_ == 1, "gated_prefix: row_ids must be given for a bank of ", num_prefixes_,
+                      ", got None");
     }
-    members_.resize(op.batch);
-    std::iota(members_.begin(), members_.end(), 0);
-    if (row_ids) {
-      members_.erase(std::remove_if(members_.begin(), members_.end(), [&](int64_t b) { return ids[b] < 0; }),
-                     members_.end());
-      std::stable_sort(members_.begin(), members_.end(),
-                       [&](int64_t a, int64_t b) { return ids[a] < ids[b]; });
+    // Copied first: what is checked here is what is used below, even if another thread writes to row_ids.
+    std::vector<int64_t> id(batch_, 0);
+    for (int64_t b = 0; ids && b < batch_; ++b) {
+      id[b] = ids[b * stride];
+      STD_TORCH_CHECK(id[b] >= -1 && id[b] < num_prefixes_, "gated_prefix: row_ids must be in [-1, ",
+                      num_prefixes_, "), got ", id[b]);
     }
-    entry_of_.assign(op.batch, -1);
-    for (size_t i = 0; i < members_.size(); ++i) {
-      if (i == 0 || ids[members_[i]] != entry_id_.back()) {
-        entry_id_.push_back(ids[members_[i]]);
-        members_begin_.push_back(i);
-      }
-      entry_of_[members_[i]] = static_cast<int64_t>(entry_id_.size()) - 1;
+    batch_rows_.resize(batch_);
+    std::iota(batch_rows_.begin(), batch_rows_.end(), 0);
+    std::sort(batch_rows_.begin(), batch_rows_.end(),
+              [&](int64_t a, int64_t b) { return id[a] != id[b] ? id[a] < id[b] : a < b; });
+    int64_t last = -1;
+    for (int64_t i = 0; i < batch_; ++i) {
+      if (id[batch_rows_[i]] == last) continue;
+      last = id[batch_rows_[i]];
+      entry_id_.push_back(last);
+      entry_begin_.push_back(i);
     }
-    op.num_entries = entry_id_.size();
+    entry_begin_.push_back(batch_);
+    op.num_entries = static_cast<int64_t>(entry_id_.size());
     op.entry_id = entry_id_.data();
-    op.entry_of = entry_of_.data();
-    op.members = members_.data();
-    op.members_begin = members_begin_.data();
+    op.batch_rows = batch_rows_.data();
+    op.entry_begin = entry_begin_.data();
   }
 
   template <class C>
@@ -218,78 +231,77 @@ class Call {
     const int64_t row = gate.stride(0), column = gate.stride(1);
     factor_ = allocate(op.num_entries * op.heads * sizeof(C));
     C* factor = reinterpret_cast<C*>(factor_.get());
-    slope_.resize(op.num_entries * op.heads);
+    gate_slope_.resize(op.num_entries * op.heads);
     for (int64_t e = 0; e < op.num_entries; ++e) {
       for (int64_t h = 0; h < op.heads; ++h) {
-        const C g = data[entry_id_[e] * row + h * column];
-        const double f = tanh ? std::tanh(static_cast<double>(g)) : static_cast<double>(g);
+        const double g = data[entry_id_[e] * row + h * column], f = tanh ? std::tanh(g) : g;
         factor[e * op.heads + h] = static_cast<C>(f);
-        slope_[e * op.heads + h] = tanh ? 1.0 - f * f : 1.0;
+        gate_slope_[e * op.heads + h] = tanh ? 1.0 - f * f : 1.0;
       }
     }
     op.factor = factor_.get();
   }
-  void read_gate(const Tensor& gate, bool tanh) {
-    if (in_double) {
-      read_gate<double>(gate, tanh);
-    } else {
-      read_gate<float>(gate, tanh);
-    }
-  }
 
-  bool prepare(const View& bank, Buffer& packed, const char** rows, int64_t* stride) {
+  // Bank rows as the kernels need them: in place where possible, else converted and padded; true if packed.
+  bool prepare_bank(const View& bank, Buffer& packed, const char** rows, int64_t* stride) {
     const int64_t item = in_double ? 8 : 4;
-    const DType compute = in_double ? DType::kDouble : DType::kFloat;
-    if (bank.dtype == compute && bank.stride[3] == item && op.padded_dim == op.head_dim) {
+    if (bank.dtype == (in_double ? DType::kDouble : DType::kFloat) && bank.stride[3] == item &&
+        op.padded_dim == op.head_dim) {
       *rows = bank.data;
       std::copy(bank.stride, bank.stride + 3, stride);
       return false;
     }
-    const int64_t pairs = op.num_entries * op.kv_heads, size = op.prefix_len * op.padded_dim;
-    packed = allocate(pairs * size * item);
-    char* dst = packed.get();
-    parallel(pairs, pairs * size,
-             [&](int64_t begin, int64_t end) { kernel->pack(op, bank, dst, begin, end); });
-    *rows = dst;
+    const int64_t pairs = op.num_entries * op.kv_heads;
     stride[2] = op.padded_dim * item;
     stride[1] = op.prefix_len * stride[2];
     stride[0] = op.kv_heads * stride[1];
+    packed = allocate(op.num_entries * stride[0]);
+    char* dst = packed.get();
+    *rows = dst;
+    parallel(pairs, op.num_entries * stride[0],
+             [&](int64_t begin, int64_t end) { kernel->pack(op, bank, dst, begin, end); });
     return true;
   }
 
-  int64_t num_prefixes_;
-  std::vector<int64_t> entry_id_, entry_of_, members_, members_begin_;
-  std::vector<double> slope_;
+  int64_t batch_, num_prefixes_;
+  std::vector<int64_t> batch_rows_, entry_id_, entry_begin_, first_item_;
+  std::vector<Item> items_;
+  std::vector<double> gate_slope_;
   Buffer factor_, packed_key_, packed_value_;
 };
+
+// torch.empty_like. The common case, dense without overlap, skips the dispatcher's search by name.
+Tensor fast_empty_like(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  int order[4] = {0, 1, 2, 3};
+  std::sort(order, order + 4, [&](int a, int b) { return strides[a] < strides[b]; });
+  int64_t expected = 1;
+  for (int i : order) {
+    if (sizes[i] == 1) continue;
+    if (strides[i] != expected) return torch::stable::empty_like(x);
+    expected *= sizes[i];
+  }
+  int32_t dtype, device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, sizes.data(), strides.data(), dtype, device_type, device_index, &handle));
+  return Tensor(handle);
+}
 
 Tensor gated_prefix(const Tensor& base, const Tensor& query, const Tensor& prefix_key,
                     const Tensor& prefix_value, const Tensor& gate, const std::optional<Tensor>& row_ids,
                     double softmax_scale, const std::string& gate_fn) {
   Call call("base", base, query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn);
-  Tensor out = torch::stable::empty_like(base);
+  Tensor out = fast_empty_like(base);
   call.op.base = view("base", base);
   call.op.out = view("out", out);
-  call.prepare_bank();
-  const int64_t rows = call.op.group * call.op.q_len, chunks = (rows + kForwardChunk - 1) / kForwardChunk;
-  call.run(call.kernel->forward, call.op.batch * call.op.kv_heads * chunks, call.work());
+  call.split(std::numeric_limits<int64_t>::max());
+  call.run(call.kernel->forward, call.items(), call.work());
+  call.run(call.kernel->keep, call.unadapted() * call.op.heads, call.unadapted() * call.row_work());
   return out;
-}
-
-// A fixed split of every entry's rows, from that entry's rows alone: its gradients do not depend on the rest
-// of the batch, nor on the number of threads.
-void split(const Call& call, std::vector<Item>& items, std::vector<int64_t>& first_item) {
-  const GatedPrefix& op = call.op;
-  const int64_t most = std::max<int64_t>(1, kItemsPerEntry / op.kv_heads);
-  for (int64_t e = 0; e < op.num_entries; ++e) {
-    const int64_t rows = call.members_of(e) * op.group * op.q_len;
-    const int64_t parts = std::min(most, (rows + kRowsPerPart - 1) / kRowsPerPart);
-    for (int64_t kv = 0; kv < op.kv_heads; ++kv) {
-      first_item.push_back(items.size());
-      for (int64_t i = 0; i < parts; ++i) items.push_back({e, kv, rows * i / parts, rows * (i + 1) / parts});
-    }
-  }
-  first_item.push_back(items.size());
 }
 
 template <class C>
@@ -307,10 +319,10 @@ void store_gate_gradient(const Call& call, C* grad) {
   }
 }
 
-// Bank entries that no row uses have a zero gradient; the others are written in full.
+// Bank entries that no row uses have a zero gradient; those of the others are written in full.
 Tensor empty_gradient(const Call& call, const Tensor& x) {
   Tensor grad = torch::stable::new_empty(x, x.sizes());
-  if (call.op.num_entries < call.num_prefixes() || call.op.q_len == 0) {
+  if (call.op.num_entries < call.num_prefixes() || call.items() == 0) {
     std::memset(grad.mutable_data_ptr(), 0, grad.numel() * grad.element_size());
   }
   return grad;
@@ -321,11 +333,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_prefix_backward(
     const Tensor& gate, const std::optional<Tensor>& row_ids, double softmax_scale,
     const std::string& gate_fn, bool need_query, bool need_prefix, bool need_gate) {
   Call call("grad_out", grad_out, query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn);
+  call.split(kItemsPerEntry);
   GatedPrefix& op = call.op;
   op.grad_out = view("grad_out", grad_out);
-  op.need_query = need_query, op.need_prefix = need_prefix, op.need_gate = need_gate;
-  auto none = [](const Tensor& x) { return torch::stable::new_empty(x, {0}); };
+  op.need_query = need_query, op.need_prefix = need_prefix;
 
+  auto none = [](const Tensor& x) { return torch::stable::new_empty(x, {0}); };
   Tensor grad_query = need_query ? torch::stable::empty_like(query) : none(query);
   Tensor grad_key = need_prefix ? empty_gradient(call, prefix_key) : none(prefix_key);
   Tensor grad_value = need_prefix ? empty_gradient(call, prefix_value) : none(prefix_value);
@@ -334,26 +347,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_prefix_backward(
   if (need_prefix) op.grad_key = view("grad_prefix_key", grad_key);
   if (need_prefix) op.grad_value = view("grad_prefix_value", grad_value);
 
-  std::vector<Item> items;
-  std::vector<int64_t> first_item;
-  split(call, items, first_item);
-  const int64_t count = items.size(), panel = op.prefix_len * op.padded_dim;
-  op.items = items.data();
-  op.first_item = first_item.data();
-  const Buffer partial = allocate(need_prefix ? count * 2 * panel * (call.in_double ? 8 : 4) : 0);
-  std::vector<double> partial_gate(count * op.group);
+  const int64_t partial_size = call.items() * 2 * op.prefix_len * op.padded_dim;
+  const Buffer partial = allocate(need_prefix ? partial_size * (call.in_double ? 8 : 4) : 0);
+  std::vector<double> partial_gate(call.items() * op.group);
   op.partial = partial.get();
   op.partial_gate = partial_gate.data();
 
-  call.prepare_bank();
-  const GatedPrefixKernels& kernel = *call.kernel;
-  call.run(kernel.backward, count, call.work() * 5 / 2);
-  if (need_prefix && count > 0) {
-    call.run(kernel.reduce, op.num_entries * op.kv_heads * op.prefix_len, count * 2 * panel);
+  call.run(call.kernel->backward, call.items(), call.work() * 5 / 2);
+  if (need_prefix && call.items() > 0) {
+    call.run(call.kernel->reduce, op.num_entries * op.kv_heads * op.prefix_len, partial_size);
   }
-  if (need_query && !call.all_rows_adapted()) {
-    call.run(kernel.clear, op.batch * op.heads, op.batch * op.heads * op.q_len * op.padded_dim);
-  }
+  if (need_query)
+    call.run(call.kernel->clear, call.unadapted() * op.heads, call.unadapted() * call.row_work());
   if (need_gate && call.in_double)
     store_gate_gradient(call, static_cast<double*>(grad_gate.mutable_data_ptr()));
   if (need_gate && !call.in_double)

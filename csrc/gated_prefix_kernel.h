@@ -16,40 +16,39 @@ struct View {  // (batch, heads, rows, head_dim); strides in bytes
 };
 
 // A contiguous range of the rows of one bank entry and one key/value head. Rows are numbered
-// (position in `members`, head within the group, t).
+// (batch row among those of the entry, head within the group, t).
 struct Item {
   int64_t entry, kv_head, begin, end;
 };
 
 struct GatedPrefix {
-  int64_t batch, heads, kv_heads, group, q_len, prefix_len, head_dim;
+  int64_t heads, kv_heads, group, q_len, prefix_len, head_dim;
   int64_t padded_dim;  // head_dim rounded up to whole vectors
   double scale;
 
-  View base, query, out;  // forward; `out` is grad_query in backward
+  View base, query, out;  // `out` is grad_query in backward
   View grad_out, grad_key, grad_value;
   View key, value;  // the bank, (num_prefixes, kv_heads, prefix_len, head_dim)
 
-  // The bank entries that this batch uses, and the batch rows of each.
+  // The bank entries that this batch uses. batch_rows holds the rows without an adapter, then those of each
+  // entry.
   int64_t num_entries;
-  const int64_t* entry_id;       // (num_entries) index into the bank
-  const int64_t* entry_of;       // (batch) entry of each row, -1 = no adapter
-  const int64_t* members;        // rows sorted by entry
-  const int64_t* members_begin;  // (num_entries) first member
-  const void* factor;            // (num_entries, heads) f(gate), compute type
+  const int64_t* entry_id;  // (num_entries) index into the bank
+  const int64_t* batch_rows;
+  const int64_t* entry_begin;  // (num_entries + 1) into batch_rows
+  const void* factor;          // (num_entries, heads) f(gate), compute type
 
-  // Bank rows in the compute type with padded_dim columns. Either the caller's memory or scratch.
+  // Bank rows in the compute type with padded_dim columns: the caller's memory, or a packed copy by entry.
   const char* key_rows;
   const char* value_rows;
   int64_t key_stride[3], value_stride[3];  // bytes per (bank index or entry, kv head, slot)
-  bool key_packed, value_packed;           // true: indexed by entry and owned by the call
+  bool key_packed, value_packed;
 
-  int64_t chunk;              // forward: rows per work item
-  const Item* items;          // backward
+  const Item* items;          // ordered by entry, then kv head
   const int64_t* first_item;  // (num_entries * kv_heads + 1)
-  void* partial;              // (items, 2, prefix_len, padded_dim)
-  double* partial_gate;       // (items, group): sums of delta
-  bool need_query, need_prefix, need_gate;
+  void* partial;              // (items, 2, prefix_len, padded_dim) sums for grad_key and grad_value
+  double* partial_gate;       // (items, group) sums of delta
+  bool need_query, need_prefix;
 };
 
 // Each function does work items [begin, end); `scratch` holds scratch_bytes() bytes aligned to 64.
@@ -60,6 +59,7 @@ struct GatedPrefixKernels {
   void (*forward)(const GatedPrefix&, int64_t begin, int64_t end, char* scratch);
   void (*backward)(const GatedPrefix&, int64_t begin, int64_t end, char* scratch);
   void (*reduce)(const GatedPrefix&, int64_t begin, int64_t end, char* scratch);
+  void (*keep)(const GatedPrefix&, int64_t begin, int64_t end, char* scratch);
   void (*clear)(const GatedPrefix&, int64_t begin, int64_t end, char* scratch);
 };
 
