@@ -150,17 +150,21 @@ def _read_regular_file(path: Path) -> bytes:
         if not stat.S_ISREG(info.st_mode):
             raise ValueError("it is not a regular file")
         start = file.read(32)
-        for magic, words in _MAGIC:
-            if start.startswith(magic):
-                raise ValueError(f"it is {words}; expected a safetensors file")
-        if len(start) < 8:
-            raise ValueError(f"it has {len(start)} bytes, too few for a safetensors file")
         header_bytes = int.from_bytes(start[:8], "little")
-        if header_bytes > min(_MAX_HEADER_BYTES, info.st_size - 8):
-            raise ValueError(
-                f"it claims a header of {header_bytes} bytes in a file of {info.st_size}: truncated, or not safetensors"
-            )
+        plausible = 2 <= header_bytes <= min(_MAX_HEADER_BYTES, info.st_size - 8)
+        # Magic numbers only explain a refusal: the first bytes of a good file are a length and can be any of them.
+        if not plausible or start[8:9] != b"{":
+            raise ValueError(_what_else(start, info.st_size))
         return start + file.read(info.st_size - len(start))
+
+
+def _what_else(start: bytes, size: int) -> str:
+    for magic, words in _MAGIC:
+        if start.startswith(magic):
+            return f"it is {words}; expected a safetensors file"
+    if size < 8:
+        return f"it has {size} bytes, too few for a safetensors file"
+    return f"its {size} bytes do not start with a safetensors header: truncated, or another kind of file"
 
 
 def _parse_header(data: bytes) -> tuple[Header, dict[str, str]]:
