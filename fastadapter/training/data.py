@@ -61,18 +61,11 @@ def read_examples(
     >>> read_examples(file)[0].prompt
     'Review: A delight.\nSentiment:'
     """
-    path = Path(path)
-    _require_template("template", template, "text")
-    _require_template("completion_template", completion_template, "label")
-    readers = {".jsonl": _read_jsonl, ".json": _read_jsonl, ".csv": _read_csv}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"{path}: expected a name that ends in .jsonl or .csv")
-    if not path.is_file():
-        raise UserError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+    require_template("template", template, "text")
+    require_template("completion_template", completion_template, "label")
     examples: list[Example] = []
     kind = None
-    for source, record in reader(path):
+    for source, record in read_records(path):
         found = [each for each in _KINDS if any(field in record for field in each)]
         if len(found) != 1:
             which = "has fields of both" if found else "has neither"
@@ -93,6 +86,20 @@ def read_examples(
     if not examples:
         raise UserError(f"{path}: holds no records")
     return examples
+
+
+def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """File and line, and fields, of every record of a JSONL or CSV file.
+
+    Raises: UserError: naming file and line, if it is malformed.
+    """
+    path = Path(path)
+    readers = {".jsonl": _read_jsonl, ".json": _read_jsonl, ".csv": _read_csv}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"{path}: expected a name that ends in .jsonl or .csv")
+    if not path.is_file():
+        raise UserError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+    yield from readers[path.suffix.lower()](path)
 
 
 def split_examples(examples: Sequence[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
@@ -131,6 +138,18 @@ def without_prompts_of(examples: Sequence[Example], held_out: Sequence[Example])
     if not left:
         raise UserError("every training prompt is also in the evaluation data")
     return left
+
+
+def require_template(name: str, template: str, field: str) -> None:
+    """Raise UserError unless ``template`` holds ``{field}`` and no other field."""
+    try:
+        fields = {found for _, found, _, _ in string.Formatter().parse(template) if found is not None}
+    except ValueError as error:
+        raise UserError(f"{name} {template!r}: {error}") from None
+    if fields != {field}:
+        raise UserError(
+            f"{name} must hold {{{field}}} and no other field ({{{{ is a plain brace), got {template!r}"
+        )
 
 
 def label_completions(examples: Sequence[Example]) -> dict[str, str]:
@@ -233,17 +252,6 @@ def _without_end(tokenizer: Any, ids: Sequence[int]) -> list[int]:
     if ids and ids[-1] == tokenizer.eos_token_id and ids[-1] != tokenizer.bos_token_id:
         ids.pop()
     return ids
-
-
-def _require_template(name: str, template: str, field: str) -> None:
-    try:
-        fields = {found for _, found, _, _ in string.Formatter().parse(template) if found is not None}
-    except ValueError as error:
-        raise UserError(f"{name} {template!r}: {error}") from None
-    if fields != {field}:
-        raise UserError(
-            f"{name} must hold {{{field}}} and no other field ({{{{ is a plain brace), got {template!r}"
-        )
 
 
 def _field(record: dict[str, Any], name: str, source: str) -> str:

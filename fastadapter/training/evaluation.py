@@ -103,10 +103,10 @@ def evaluate(
     A labelled row is correct if the right label is the most likely one, any other if each of its completion's
     tokens is the most likely one given those before.
     """
-    candidates = [data.candidates[row] for row in rows]
-    truth = torch.tensor([data.truth[row] for row in rows], dtype=torch.int64)
     if not rows:
         return 0.0, 0, 0, 0
+    candidates = [data.candidates[row] for row in rows]
+    truth = torch.tensor([data.truth[row] for row in rows])
     scores, greedy = score_candidates(model, candidates, batch_size, tick)
     right = scores.gather(1, truth[:, None]).sum()
     tokens = sum(row[index].num_supervised for row, index in zip(candidates, truth.tolist(), strict=True))
@@ -123,7 +123,9 @@ def score_candidates(
 
     Every row has the same number of candidates.
     """
-    rows, width = len(candidates), len(candidates[0]) if candidates else 0
+    if not candidates:
+        return torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool)
+    rows, width = len(candidates), len(candidates[0])
     device = next(model.parameters()).device
     shared = all(
         each.num_supervised == 1 and each.input_ids[:-1] == row[0].input_ids[:-1]

@@ -151,7 +151,7 @@ class _Run:
         self.batches: tuple[int, list[list[int]]] = (-1, [])
         adapter = _record(model).configs[name]
         self.identity = {
-            "config": config.to_dict(),
+            "training": config.to_dict(),
             "adapter": {"method": adapter.method, **adapter.to_dict()},
             "model": state.identify_model(unwrap(model)),
             "data": {
@@ -332,7 +332,7 @@ class _Run:
 
     def result(self) -> report.FinetuneResult:
         progress = self.progress
-        outcome: dict[str, Any] = {}
+        outcome: dict[str, Any] = {"accuracy_before": None, "accuracy_after": None}
         if self.held_out and progress.before and progress.best:
             last = progress.epochs[-1]
             outcome = {
@@ -344,7 +344,7 @@ class _Run:
                 "best_epoch": progress.best["epoch"],
             }
         return report.FinetuneResult(
-            config={key: self.identity[key] for key in ("config", "adapter", "num_processes")},
+            config={key: self.identity[key] for key in ("training", "adapter", "num_processes")},
             epochs=progress.epochs,
             eval=outcome,
             losses=progress.losses,

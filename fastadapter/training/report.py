@@ -20,11 +20,11 @@ class FinetuneResult:
     """Outcome of a run; ``to_dict`` is what ``--json`` writes.
 
     Attributes:
-        config: the training configuration, the adapter's, and the number of processes.
+        config: ``training``, ``adapter`` and ``num_processes``.
         epochs: of each epoch the mean loss per supervised token, input tokens and seconds of its steps, and
             ``eval_loss``, ``eval_accuracy`` where there is held-out data.
         eval: ``accuracy_before``, ``accuracy_after``, ``loss_before``, ``loss_after`` of the weights at the
-            start and the end, ``rows``, ``best_epoch``; empty without held-out data.
+            start and the end, ``rows``, ``best_epoch``; only the first two, ``None``, without held-out data.
         losses: mean loss of every step.
         trainable_parameters, total_parameters: counts.
         train_rows: examples per epoch.

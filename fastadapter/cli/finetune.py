@@ -1,0 +1,197 @@
+"""``fastadapter finetune``: train an adapter on prompt/completion or text/label records."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastadapter.cli.loading import add_model_arguments, load_model
+from fastadapter.integrations.transformers import attach
+from fastadapter.methods import LlamaAdapterConfig
+from fastadapter.training import (
+    Example,
+    FinetuneResult,
+    TrainingConfig,
+    TrainingInterrupted,
+    UserError,
+    finetune,
+    read_examples,
+    split_examples,
+    without_prompts_of,
+    write_json,
+)
+from fastadapter.training.data import COMPLETION_TEMPLATE, TEMPLATE
+from fastadapter.training.loop import require_fresh_or_resume
+from fastadapter.training.report import require_writable
+
+_DEFAULTS = TrainingConfig()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data", required=True, help=".jsonl or .csv of prompt and completion, or text and label"
+    )
+    held_out = data.add_mutually_exclusive_group()
+    held_out.add_argument(
+        "--eval-data", help="held-out records; training records with their prompts are left out"
+    )
+    held_out.add_argument("--eval-count", type=int, help="hold out this many records, drawn by --seed")
+    held_out.add_argument("--eval-fraction", type=float, help="hold out this share of the records")
+    data.add_argument(
+        "--template", type=unescape, default=TEMPLATE, help=r"prompt of text/label records; \n is a new line"
+    )
+    data.add_argument(
+        "--completion-template", type=unescape, default=COMPLETION_TEMPLATE, help="their completion"
+    )
+    data.add_argument(
+        "--max-length", type=int, help="most tokens of a record; the model's context if not given"
+    )
+    data.add_argument(
+        "--truncate-prompt", action="store_true", help="cut the start of prompts that are too long"
+    )
+    data.add_argument(
+        "--append-eos",
+        action=argparse.BooleanOptionalAction,
+        help="train on an end token after completions; if not given: after completions, not after labels",
+    )
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument("--adapter", choices=("llama-adapter",), default="llama-adapter", help="method")
+    adapter.add_argument("--prefix-len", type=int, default=10, help="learned positions per layer")
+    adapter.add_argument("--layers", type=int, help="adapt the top so many layers; all if not given")
+    adapter.add_argument(
+        "--gate", choices=("tanh", "identity"), default="tanh", help="what the gates go through"
+    )
+    adapter.add_argument(
+        "--gate-per-head", action=argparse.BooleanOptionalAction, default=True, help="or one gate per layer"
+    )
+    train = parser.add_argument_group("training")
+    add = train.add_argument
+    add("--learning-rate", type=float, default=_DEFAULTS.learning_rate, help="at the end of the warm-up")
+    add("--weight-decay", type=float, default=_DEFAULTS.weight_decay, help="of AdamW")
+    add("--adam-beta1", type=float, default=_DEFAULTS.betas[0], help="of AdamW")
+    add("--adam-beta2", type=float, default=_DEFAULTS.betas[1], help="of AdamW")
+    add("--warmup-ratio", type=float, default=_DEFAULTS.warmup_ratio, help="share of the steps")
+    add("--num-train-epochs", type=int, default=_DEFAULTS.num_train_epochs, help="passes over the data")
+    add("--batch-size", type=int, default=_DEFAULTS.batch_size, help="records per step, over all processes")
+    add("--gradient-accumulation-steps", type=int, default=1, help="forward passes that a step is cut into")
+    add("--eval-batch-size", type=int, default=_DEFAULTS.eval_batch_size, help="records per evaluation pass")
+    add("--max-grad-norm", type=float, default=_DEFAULTS.max_grad_norm, help="clip to this; 0: do not clip")
+    add("--seed", type=int, default=_DEFAULTS.seed, help="of the adapter, the data order and the split")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output-dir", required=True, help="gets the adapter, the best one and the state")
+    output.add_argument("--resume", action="store_true", help="continue the run in --output-dir, bit for bit")
+    output.add_argument("--save-steps", type=int, default=50, help="steps between two saves of the state")
+    output.add_argument("--json", metavar="FILE", help="write configuration, history and memory to this file")
+
+
+def unescape(text: str) -> str:
+    """New lines and tabs as one can type them in any shell."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def run(args: argparse.Namespace) -> int:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=args.device == "cpu")
+    config = TrainingConfig(
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+        warmup_ratio=args.warmup_ratio,
+        num_train_epochs=args.num_train_epochs,
+        batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        eval_batch_size=args.eval_batch_size,
+        max_grad_norm=args.max_grad_norm,
+        seed=args.seed,
+        max_length=args.max_length,
+        truncate_prompt=args.truncate_prompt,
+        append_eos=args.append_eos,
+    )
+    adapter = LlamaAdapterConfig(args.prefix_len, args.layers, args.gate, args.gate_per_head)
+    # What can be wrong is found out before the minutes that loading a model may take.
+    require_fresh_or_resume(args.output_dir, args.resume)
+    train, held_out = _read(args, accelerator.is_main_process)
+    if accelerator.is_main_process and args.json:
+        require_writable(Path(args.json).parent)
+    model, tokenizer = load_model(args.model, args.gguf_file, args.dtype)
+    _seed(args.seed)
+    attach(model, adapter)
+    try:
+        result = finetune(
+            model,
+            tokenizer,
+            train,
+            held_out,
+            config,
+            output_dir=args.output_dir,
+            resume=args.resume,
+            save_steps=args.save_steps,
+            accelerator=accelerator,
+        )
+    except TrainingInterrupted as stop:
+        if accelerator.is_main_process:
+            print(f"fastadapter: {stop} with --resume", file=sys.stderr)
+        return stop.exit_code
+    if accelerator.is_main_process:
+        if args.json:
+            asked = {key: getattr(args, key) for key in ("model", "dtype", "data", "eval_data")}
+            record = result.to_dict()
+            write_json(args.json, {**record, "config": {**asked, **record["config"]}})
+        print(_summary(args, result, train[0].label is not None))
+    return 0
+
+
+def _read(args: argparse.Namespace, tell: bool) -> tuple[list[Example], list[Example] | None]:
+    templates: dict[str, Any] = {"template": args.template, "completion_template": args.completion_template}
+    train = read_examples(args.data, **templates)
+    if args.eval_data is not None:
+        held_out = read_examples(args.eval_data, **templates)
+        if (held_out[0].label is None) != (train[0].label is None):
+            raise UserError(f"{args.eval_data} and {args.data} hold records of different kinds")
+        kept = without_prompts_of(train, held_out)
+        if tell and len(kept) < len(train):
+            print(
+                f"fastadapter: {len(train) - len(kept)} training records left out, "
+                f"because {args.eval_data} holds their prompts",
+                file=sys.stderr,
+            )
+        return kept, held_out
+    if args.eval_fraction is not None and not 0 < args.eval_fraction < 1:
+        raise UserError(f"--eval-fraction must be between 0 and 1, got {args.eval_fraction}")
+    count = args.eval_count
+    if args.eval_fraction is not None:
+        count = max(1, round(args.eval_fraction * len(train)))
+    return (train, None) if count is None else split_examples(train, count, args.seed)
+
+
+def _seed(seed: int) -> None:
+    import torch
+
+    torch.manual_seed(seed)
+
+
+def _summary(args: argparse.Namespace, result: FinetuneResult, labelled: bool) -> str:
+    share = result.trainable_parameters / result.total_parameters
+    seconds = sum(epoch["seconds"] for epoch in result.epochs)
+    tokens = sum(epoch["tokens"] for epoch in result.epochs)
+    lines = [
+        f"trained {result.trainable_parameters:,} parameters ({share:.3%}) on {result.train_rows:,} records: "
+        f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, peak {result.peak_rss_bytes / 2**30:.2f} GiB",
+    ]
+    outcome = result.eval
+    if outcome["accuracy_after"] is not None:
+        lines.append(
+            f"held-out accuracy {outcome['accuracy_before']:.2%} -> {outcome['accuracy_after']:.2%} "
+            f"on {outcome['rows']:,} records; epoch {outcome['best_epoch']} is in {args.output_dir}/best"
+        )
+    use = ["fastadapter", "generate", "--model", args.model, "--adapter", args.output_dir]
+    if args.gguf_file:
+        use += ["--gguf-file", args.gguf_file]
+    if labelled:
+        use += ["--template", args.template.replace("\n", "\\n")]
+    lines.append(f"use it: {shlex.join(use)} --prompt ...")
+    return "\n".join(lines)

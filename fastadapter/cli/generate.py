@@ -1,0 +1,133 @@
+"""``fastadapter generate``: answer prompts with a model and an adapter, token by token."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastadapter.checkpoints import load
+from fastadapter.cli.finetune import unescape
+from fastadapter.cli.loading import add_model_arguments, load_model
+from fastadapter.training import UserError, write_json
+from fastadapter.training.data import context_length, encode_prompt, read_records, require_template
+from fastadapter.training.report import require_writable
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--adapter", metavar="PATH", help="file or folder of an adapter; the bare model if not given"
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="one prompt")
+    source.add_argument("--file", help="one prompt per line; or .jsonl or .csv with a field prompt")
+    parser.add_argument(
+        "--template", type=unescape, help=r"put each prompt in place of {text}; \n is a new line"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="per prompt")
+    parser.add_argument("--do-sample", action="store_true", help="draw tokens; otherwise the most likely one")
+    parser.add_argument("--temperature", type=float, help="of the drawing; 1 if not given")
+    parser.add_argument(
+        "--top-p", type=float, help="draw from the most likely tokens of this total probability"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing")
+    parser.add_argument("--json", metavar="FILE", help="write prompts and completions to this file, too")
+
+
+def run(args: argparse.Namespace) -> int:
+    sampling = _sampling(args)
+    prompts = _prompts(args)
+    if args.json:
+        require_writable(Path(args.json).parent)
+    from transformers import TextStreamer
+
+    model, tokenizer = load_model(args.model, args.gguf_file, args.dtype)
+    if args.adapter is not None:
+        load(model, args.adapter)
+    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu")
+    model.to(device)
+    encoded = [(source, prompt, encode_prompt(tokenizer, prompt)) for source, prompt in prompts]
+    context = context_length(model)
+    for source, _, ids in encoded:
+        if not ids:
+            raise UserError(f"{source}: the prompt has no tokens")
+        if context is not None and len(ids) + args.max_new_tokens > context:
+            raise UserError(
+                f"{source}: the prompt has {len(ids)} tokens; with {args.max_new_tokens} new ones "
+                f"(--max-new-tokens) that is more than the model's context of {context}"
+            )
+    torch.manual_seed(args.seed)
+    records = []
+    for source, prompt, ids in encoded:
+        if len(encoded) > 1:
+            print(f"[{source}]", file=sys.stderr)
+        started = time.perf_counter()
+        inputs = torch.tensor([ids], device=device)
+        output = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=args.max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **sampling,
+        )
+        new = output[0, len(ids) :]
+        records.append(
+            {
+                "prompt": prompt,
+                "completion": tokenizer.decode(new, skip_special_tokens=True),
+                "prompt_tokens": len(ids),
+                "new_tokens": len(new),
+                "seconds": time.perf_counter() - started,
+            }
+        )
+    if args.json:
+        write_json(args.json, {"model": args.model, "adapter": args.adapter, "completions": records})
+    return 0
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments for ``generate``; ``None`` overrides what a model's own generation settings say."""
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
+    if not args.do_sample:
+        for option in ("temperature", "top_p"):
+            if getattr(args, option) is not None:
+                raise UserError(f"--{option.replace('_', '-')} needs --do-sample")
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    temperature = 1.0 if args.temperature is None else args.temperature
+    if not 0 < temperature < float("inf"):
+        raise UserError(f"--temperature must be above 0, got {temperature}")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p must be above 0, at most 1, got {args.top_p}")
+    return {"do_sample": True, "temperature": temperature, "top_p": args.top_p, "top_k": None}
+
+
+def _prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
+    if args.template is not None:
+        require_template("--template", args.template, "text")
+    if args.prompt is not None:
+        found = [("--prompt", args.prompt)]
+    elif Path(args.file).suffix.lower() in (".jsonl", ".csv"):
+        found = []
+        for source, record in read_records(args.file):
+            prompt = record.get("prompt")
+            if not isinstance(prompt, str):
+                raise UserError(f"{source}: field 'prompt' must be a string, got {type(prompt).__name__}")
+            found.append((source, prompt))
+    else:
+        try:
+            text = Path(args.file).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{args.file}: not UTF-8: {error.reason}") from None
+        found = [
+            (f"{args.file} line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()
+        ]
+    if not found:
+        raise UserError(f"{args.file}: holds no prompts")
+    if args.template is None:
+        return found
+    return [(source, args.template.format(text=prompt)) for source, prompt in found]
