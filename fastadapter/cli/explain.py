@@ -1,0 +1,40 @@
+"""``fastadapter explain``: what an adapter adds to a model, how it runs, and whether it does what it should."""
+
+import argparse
+import json
+
+from fastadapter.checkpoints import load
+from fastadapter.cli.loading import add_model_arguments, load_model
+from fastadapter.explain import explain
+from fastadapter.integrations.transformers import attach
+from fastadapter.methods import LlamaAdapterConfig
+from fastadapter.verify import verify
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--adapter", metavar="PATH", help="file or folder of an adapter; a fresh one if not given")
+    parser.add_argument("--verify", action="store_true", help="also run the self-check on the model")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    model, _ = load_model(args.model, args.gguf_file, args.dtype)
+    if args.device == "auto":
+        import torch
+
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if args.adapter is not None:
+        load(model, args.adapter)
+    else:
+        attach(model, LlamaAdapterConfig())
+    explanation = explain(model)
+    checks = verify(model) if args.verify else []
+    if args.json:
+        rows = [{"name": check.name, "passed": check.passed, "detail": check.detail} for check in checks]
+        print(json.dumps({"modules": explanation.rows, "checks": rows}, indent=2))
+        return 0
+    print(explanation)
+    for check in checks:
+        print(check)
+    return 0
