@@ -178,13 +178,14 @@ inline void dots(int64_t n, const C* const* rows, const C* const* panel, int64_t
     dots_of<C, kRows>(rows + r, panel, slots, cols, out + r, ldo);
 }
 
+// A tile of kI rows and kJ vectors of `product`, from column j on.
 template <class C, int kI, int kJ>
 inline void product_tile(int64_t terms, const C* a, int64_t ai, int64_t ak, const C* const* b, int64_t j,
                          C* out, int64_t ldo, bool add) {
   constexpr int W = kLanes<C>;
   Vec<C> acc[kI][kJ];
   for (auto& row : acc) {
-    for (Vec<C>& a : row) a = Vec<C>{};
+    for (Vec<C>& x : row) x = Vec<C>{};
   }
   int64_t k = 0;
   do {
@@ -202,43 +203,28 @@ inline void product_tile(int64_t terms, const C* a, int64_t ai, int64_t ak, cons
     }
   }
 }
+template <class C, int kI>
+void product_rows(int64_t terms, const C* a, int64_t ai, int64_t ak, const C* const* b, int64_t cols, C* out,
+                  int64_t ldo, bool add) {
+  constexpr int W = kLanes<C>;
+  int64_t j = 0;
+  for (; j + 2 * W <= cols; j += 2 * W) product_tile<C, kI, 2>(terms, a, ai, ak, b, j, out, ldo, add);
+  if (j < cols) product_tile<C, kI, 1>(terms, a, ai, ak, b, j, out, ldo, add);
+}
 
 // out[i] = (add ? out[i] : 0) + sum over k of a[i * ai + k * ak] * b[k], for `cols` columns.
 template <class C>
 inline void product(int64_t count, int64_t terms, const C* a, int64_t ai, int64_t ak, const C* const* b,
                     int64_t cols, C* out, int64_t ldo, bool add) {
-  constexpr int W = kLanes<C>;
-  auto columns = [&](int64_t j, auto tiles) {
-    constexpr int kJ = decltype(tiles)::value;
-    for (int64_t i = 0, size; i < count; i += size) {
-      const int64_t left = count - i, remaining_tiles = (left + 5) / 6;
-      size = (left + remaining_tiles - 1) / remaining_tiles;  // tiles of like size keep the pipeline full
-      const C* ai_ = a + i * ai;
-      C* oi = out + i * ldo;
-      switch (size) {
-        case 6:
-          product_tile<C, 6, kJ>(terms, ai_, ai, ak, b, j, oi, ldo, add);
-          break;
-        case 5:
-          product_tile<C, 5, kJ>(terms, ai_, ai, ak, b, j, oi, ldo, add);
-          break;
-        case 4:
-          product_tile<C, 4, kJ>(terms, ai_, ai, ak, b, j, oi, ldo, add);
-          break;
-        case 3:
-          product_tile<C, 3, kJ>(terms, ai_, ai, ak, b, j, oi, ldo, add);
-          break;
-        case 2:
-          product_tile<C, 2, kJ>(terms, ai_, ai, ak, b, j, oi, ldo, add);
-          break;
-        default:
-          product_tile<C, 1, kJ>(terms, ai_, ai, ak, b, j, oi, ldo, add);
-      }
-    }
-  };
-  int64_t j = 0;
-  for (; j + 2 * W <= cols; j += 2 * W) columns(j, std::integral_constant<int, 2>{});
-  if (j < cols) columns(j, std::integral_constant<int, 1>{});
+  using Function = void (*)(int64_t, const C*, int64_t, int64_t, const C* const*, int64_t, C*, int64_t, bool);
+  static constexpr Function kOfSize[] = {product_rows<C, 1>, product_rows<C, 2>, product_rows<C, 3>,
+                                         product_rows<C, 4>, product_rows<C, 5>, product_rows<C, 6>};
+  constexpr int64_t kMost = 6;
+  for (int64_t i = 0, size; i < count; i += size) {
+    const int64_t left = count - i, tiles = (left + kMost - 1) / kMost;
+    size = (left + tiles - 1) / tiles;  // tiles of like size: a small last one would wait for its own sums
+    kOfSize[size - 1](terms, a + i * ai, ai, ak, b, cols, out + i * ldo, ldo, add);
+  }
 }
 
 // p[slot * ldp + row] from scores to numerators; returns the sums. Rows are the lanes.
