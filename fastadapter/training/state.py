@@ -123,6 +123,8 @@ def load_state(
         raise CheckpointError(f"{path}: not a training state (its format is {metadata.get('format')!r})")
     try:
         progress = Progress(**json.loads(metadata["progress"]))
+        if not isinstance(progress.step, int) or not isinstance(progress.epochs, list):
+            raise ValueError("its position is no number")
         saved = json.loads(metadata["identity"])
         different = _differences(saved, json.loads(json.dumps(identity)))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -151,6 +153,13 @@ def load_state(
             raise CheckpointError(
                 f"{path}: {name} must be {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
             )
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{path}: {name} holds NaN or Inf")
+    states = {name: tensors[name][accelerator.process_index] for name in generators}
+    try:
+        _restore_generators(states, accelerator.device)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: holds no state of a random generator: {error}") from error
     progress.losses = tensors["losses"].tolist()
     for name, parameter in parameters:
         with torch.no_grad():
@@ -158,9 +167,6 @@ def load_state(
         if progress.step:
             moments = {key: tensors[f"{key}.{name}"].to(parameter.device, copy=True) for key in _MOMENTS}
             optimizer.state[parameter] = {"step": torch.tensor(float(progress.step)), **moments}
-    _restore_generators(
-        {name: tensors[name][accelerator.process_index] for name in generators}, accelerator.device
-    )
     return progress
 
 
@@ -201,10 +207,13 @@ def _restore_generators(states: dict[str, Tensor], device: torch.device) -> None
     *words, has_deviate, bits = states["generator.python"].tolist()
     random.setstate((3, tuple(words), _from_bits(bits) if has_deviate else None))
     *keys, position, has_deviate, bits = states["generator.numpy"].tolist()
+    if not 0 <= position <= len(keys):
+        raise ValueError(f"position {position} of {len(keys)}")  # numpy would read there without a look
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_deviate, _from_bits(bits)))
-    torch.set_rng_state(states["generator.torch"].cpu())
+    # A fresh copy: torch reads a state with aligned loads, and crashes on a row of a larger tensor.
+    torch.set_rng_state(states["generator.torch"].cpu().clone())
     if device.type == "cuda":
-        torch.cuda.set_rng_state(states["generator.cuda"].cpu(), device)
+        torch.cuda.set_rng_state(states["generator.cuda"].cpu().clone(), device)
 
 
 def _bits(value: float) -> int:

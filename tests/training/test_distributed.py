@@ -11,7 +11,27 @@ import torch
 from fastadapter.checkpoints.files import read_tensors
 from fastadapter.training import UserError
 from tests.training import distributed_worker
-from tests.training.toy import STATE, history, run
+from tests.training.toy import STATE, adapter_bits, history, run
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Output folder of the two processes and what they agree on."""
+    # 22 rows in steps of 5, cut into 2 processes x 2 accumulation steps: shares of 1 or 2 rows, and of none in the
+    # last step of an epoch.
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    done = subprocess.run(
+        [*command, distributed_worker.__name__, str(folder)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0] == ranks[1]
+    return folder, ranks[0]
 
 
 def flat(record):
@@ -23,31 +43,28 @@ def flat(record):
     return [record]
 
 
-def test_two_processes_equal_one(tmp_path):
-    # 22 rows in steps of 5, cut into 2 processes x 2 accumulation steps: shares of 1 or 2 rows, and of none in the
-    # last step of an epoch.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [*command, distributed_worker.__name__, str(tmp_path)],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
-    assert ranks[0] == ranks[1]
-    for labelled in (True, False):
-        both = tmp_path / str(labelled)
-        alone = history(run(tmp_path / f"alone-{labelled}", labelled=labelled, batch_size=5))
-        together = ranks[0][str(labelled)]
-        assert together["losses"] == pytest.approx(alone["losses"], rel=1e-6, abs=0)
-        assert flat(together) == pytest.approx(flat(alone), rel=1e-6, abs=0)
-        for file in ("adapter.safetensors", "best/adapter.safetensors"):
-            one, two = (read_tensors(folder / file)[0] for folder in (tmp_path / f"alone-{labelled}", both))
-            for name in one:
-                torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
-        assert read_tensors(both / STATE)[0]["generator.torch"].shape[0] == 2
+@pytest.mark.parametrize("kind", ["labels", "completions"])
+def test_two_processes_equal_one(together, tmp_path, kind):
+    folder, results = together
+    alone = history(run(tmp_path, labelled=kind == "labels", batch_size=5))
+    assert len(alone["losses"]) == 10
+    assert results[kind]["losses"] == pytest.approx(alone["losses"], rel=1e-6, abs=0)
+    assert flat(results[kind]) == pytest.approx(flat(alone), rel=1e-6, abs=0)
+    for file in ("adapter.safetensors", "best/adapter.safetensors"):
+        one, two = (read_tensors(each / file)[0] for each in (tmp_path, folder / kind))
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_signal_to_one_stops_both_and_they_resume_bit_for_bit(together):
+    folder, results = together
+    assert results["exit_code"] == 143
+    generators = read_tensors(folder / "whole" / STATE)[0]["generator.torch"]
+    assert generators.shape[0] == 2 and not torch.equal(generators[0], generators[1])
+    assert results["resumed"] == results["whole"]
+    assert adapter_bits(folder / "stopped") == adapter_bits(folder / "whole")
+
+
+def test_another_number_of_processes_is_refused(together):
     with pytest.raises(UserError, match="num_processes was 2, now 1"):
-        run(tmp_path / "True", batch_size=5, resume=True)
+        run(together[0] / "labels", batch_size=5, resume=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastadapter as fa
-from fastadapter.checkpoints.files import read_tensors
+from fastadapter.checkpoints.files import read_tensors, write_tensors
 from fastadapter.training import (
     NonFiniteError,
     TrainingConfig,
@@ -212,6 +212,28 @@ def test_a_damaged_state_is_refused(tmp_path):
             run(tmp_path, num_train_epochs=1, resume=True)
     (tmp_path / STATE).write_bytes((tmp_path / "adapter.safetensors").read_bytes())
     with pytest.raises(fa.CheckpointError, match="not a training state"):
+        run(tmp_path, num_train_epochs=1, resume=True)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t, m: t.pop("losses"), r"other tensors than this run: \['losses'\]"),
+        (lambda t, m: t.update(losses=t["losses"][1:]), r"losses must be torch.float64 \(6,\), got .* \(5,\)"),
+        (lambda t, m: t["losses"].fill_(math.nan), "losses holds NaN"),
+        (lambda t, m: t["generator.numpy"][0, 624:625].fill_(2**40), "position 1099511627776 of 624"),
+        (lambda t, m: t["generator.python"].fill_(-1), "no state of a random generator"),
+        (lambda t, m: m.update(progress="[]"), "its record of the run is damaged"),
+        (lambda t, m: m.update(progress='{"step": "6"}'), "its record of the run is damaged"),
+        (lambda t, m: m.pop("identity"), "its record of the run is damaged"),
+    ],
+)  # fmt: skip
+def test_a_forged_state_is_refused(tmp_path, change, message):
+    run(tmp_path, num_train_epochs=1)
+    tensors, metadata = read_tensors(tmp_path / STATE)
+    change(tensors, metadata)
+    write_tensors(tmp_path / STATE, tensors, metadata)
+    with pytest.raises(fa.CheckpointError, match=message):
         run(tmp_path, num_train_epochs=1, resume=True)
 
 

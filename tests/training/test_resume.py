@@ -3,6 +3,7 @@
 Dropout makes the result depend on the random generators as well as on weights, moments and data position.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -69,19 +70,22 @@ def test_killed_at_20_random_moments(server, uninterrupted, tmp_path):
     expected_history, expected_bits, _, duration = uninterrupted
     draw = random.Random(0)
     killed, steps = 0, set()
-    for number in range(20):
+    for number in range(60):  # some children are done before their moment comes: those do not count
         folder = tmp_path / str(number)
         pid = server.start(folder)
         time.sleep(draw.uniform(0.02, 1.0) * duration)
-        if not (folder / "result.json").exists():
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         status = server.wait()
-        killed += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        if not os.WIFSIGNALED(status):
+            continue
+        killed += 1
         steps.add(len(read_tensors(folder / STATE)[0]["losses"]) if (folder / STATE).exists() else None)
         history, bits, _ = server.finish(folder, resume=True)
-        assert history == expected_history, f"killed run {number}"
-        assert bits == expected_bits, f"killed run {number}"
-    assert killed >= 15 and len(steps) >= 4, "the moments must spread over the run"
+        assert history == expected_history and bits == expected_bits, f"killed run {number}"
+        if killed == 20:
+            break
+    assert killed == 20 and len(steps) >= 4, "the moments must spread over the run"
 
 
 def test_ended_before_a_file_operation(server, uninterrupted, tmp_path):

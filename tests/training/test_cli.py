@@ -1,0 +1,233 @@
+"""``fastadapter finetune`` and ``generate`` on a saved toy model: what they print, write and refuse, and exit codes."""
+
+import json
+import os
+import signal
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import fastadapter as fa
+from fastadapter.cli import main
+from fastadapter.training import loop
+from tests.training.toy import CONTEXT, adapter_bits, make_examples, make_model, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "reviews.csv"
+    rows = [
+        (e.prompt.removeprefix("Review: ").removesuffix("\nSentiment:"), e.label) for e in make_examples(30)
+    ]
+    path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    return path
+
+
+@pytest.fixture
+def finetune(model_folder, data, tmp_path):
+    """Run the command on the toy; options replace its own, ``None`` leaves one away."""
+
+    def command(**options):
+        options = {
+            "model": model_folder,
+            "data": data,
+            "eval_count": 10,
+            "output_dir": tmp_path / "out",
+            "batch_size": 4,
+            "prefix_len": 3,
+            **options,
+        }
+        words = []
+        for name, value in options.items():
+            if value is not None:
+                words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+        return main(["finetune", *words])
+
+    return command
+
+
+def test_finetune_then_generate(finetune, model_folder, tmp_path, capsys):
+    report = tmp_path / "reports" / "run.json"
+    assert finetune(json=report, layers=1, num_train_epochs=3) == 0
+    printed = capsys.readouterr()
+    assert (
+        "use it: fastadapter generate --model" in printed.out
+        and "--template 'Review: {text}\\nSentiment:'" in printed.out
+    )
+    assert "epoch 3 of 3: loss" in printed.err
+    record = json.loads(report.read_text())
+    assert record["config"]["training"]["batch_size"] == 4 and record["config"]["adapter"]["layers"] == 1
+    assert record["config"]["model"] == str(model_folder)
+    assert len(record["epochs"]) == 3 and record["epochs"][0].keys() >= {"loss", "tokens", "seconds"}
+    assert 0 <= record["eval"]["accuracy_before"] <= 1 and 0 <= record["eval"]["accuracy_after"] <= 1
+    assert record["peak_rss_bytes"] > 0
+
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "w1 w2"}\n{"prompt": "w3"}\n')
+    answers = tmp_path / "answers.json"
+    words = [
+        "--model",
+        model_folder,
+        "--adapter",
+        tmp_path / "out",
+        "--max-new-tokens",
+        "4",
+        "--json",
+        answers,
+    ]
+    template = r"Review: {text}\nSentiment:"
+    assert main(["generate", *map(str, words), "--file", str(prompts), "--template", template]) == 0
+    printed = capsys.readouterr()
+    model = fa.load(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "out")
+    tokenizer = make_tokenizer()
+    for text, record in zip(("w1 w2", "w3"), json.loads(answers.read_text())["completions"]):
+        ids = tokenizer(f"Review: {text}\nSentiment:", return_tensors="pt")["input_ids"]
+        new = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+        assert record["completion"] == tokenizer.decode(new, skip_special_tokens=True)
+        assert record["completion"].strip() in printed.out
+        assert (record["prompt_tokens"], record["new_tokens"]) == (ids.shape[1], len(new))
+
+
+def test_sampling_is_seeded_and_the_bare_model_can_be_asked(model_folder, tmp_path, capsys):
+    def ask(*options):
+        words = ["--prompt", "w1 w2", "--max-new-tokens", "12", *options]
+        assert main(["generate", "--model", str(model_folder), *words]) == 0
+        return capsys.readouterr().out
+
+    sampled = ["--do-sample", "--temperature", "2.0", "--top-p", "0.9"]
+    assert ask(*sampled, "--seed", "3") == ask(*sampled, "--seed", "3") != ask(*sampled, "--seed", "4")
+    assert ask() == ask("--seed", "5")
+
+
+def test_held_out_file_and_dropped_rows(finetune, data, tmp_path, capsys):
+    held_out = tmp_path / "held_out.jsonl"
+    lines = [line.split(",") for line in data.read_text().splitlines()[1:4]]
+    held_out.write_text("".join(json.dumps({"text": t, "label": label}) + "\n" for t, label in lines))
+    assert finetune(eval_count=None, eval_data=held_out, num_train_epochs=1) == 0
+    assert "3 training records left out" in capsys.readouterr().err
+
+
+def test_fraction_split_bf16_and_resume_after_the_end(finetune, tmp_path, capsys):
+    options = {"eval_count": None, "eval_fraction": 0.2, "num_train_epochs": 1, "dtype": "bf16"}
+    assert finetune(**options) == 0
+    bits = adapter_bits(tmp_path / "out")
+    assert finetune(**options) == 2
+    assert "holds a run" in capsys.readouterr().err
+    assert finetune(**options, resume=True) == 0
+    assert adapter_bits(tmp_path / "out") == bits
+    capsys.readouterr()
+    assert finetune(**options, resume=True, learning_rate=0.5) == 2
+    assert "training.learning_rate was 0.01, now 0.5" in capsys.readouterr().err
+
+
+def test_sigterm_gives_143_and_resumes(finetune, tmp_path, monkeypatch, capsys):
+    assert finetune(output_dir=tmp_path / "whole") == 0
+    plain = loop.supervised_loss
+    calls = []
+
+    def stopping(model, batch):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(model, batch)
+
+    monkeypatch.setattr(loop, "supervised_loss", stopping)
+    capsys.readouterr()
+    assert finetune() == 143
+    printed = capsys.readouterr()
+    assert "fastadapter: stopped by SIGTERM after step 3" in printed.err and not printed.out
+    assert finetune(resume=True) == 0
+    assert adapter_bits(tmp_path / "out") == adapter_bits(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"data": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"model": "/nowhere/model"}, "--model /nowhere/model: cannot be loaded"),
+        ({"template": "no field"}, "template must hold {text}"),
+        ({"eval_count": 30}, "held-out examples must be between 1 and 29, got 30"),
+        ({"eval_count": None, "eval_fraction": 1.5}, "--eval-fraction must be between 0 and 1"),
+        ({"learning_rate": -1}, "learning_rate must be finite, above 0, got -1"),
+        ({"prefix_len": 0}, "prefix_len must be between 1 and"),
+        ({"layers": 3}, "layers must be at most 2"),
+        ({"max_length": 5}, "reviews.csv line"),
+        ({"gguf_file": "none.gguf"}, "cannot be loaded"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_bad_arguments_print_one_line_and_write_nothing(finetune, tmp_path, capsys, options, message):
+    assert finetune(**options) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("fastadapter: error: ") and message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_malformed_data_is_named_with_its_line(finetune, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "w1", "label": "good"}\n{"text": "w1", \n')
+    assert finetune(data=bad) == 2
+    assert f"{bad} line 2: malformed JSON" in capsys.readouterr().err
+
+
+def test_a_model_that_lacks_weights_is_refused(finetune, model_folder, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    make_model().save_pretrained(broken)
+    make_tokenizer().save_pretrained(broken)
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    assert finetune(model=broken) == 2
+    assert "lack 1 weights, the first of them model.layers.1.mlp.up_proj.weight" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_is_found_out_first(finetune, data, tmp_path, capsys):
+    assert finetune(json=data / "run.json") == 2
+    assert f"cannot write to {data}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--prompt", "w1 " * CONTEXT], f"the prompt has {CONTEXT} tokens; with 64 new ones"),
+        (["--prompt", "w1", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (["--prompt", "w1", "--temperature", "2"], "--temperature needs --do-sample"),
+        (["--prompt", "w1", "--do-sample", "--temperature", "0"], "--temperature must be above 0"),
+        (["--prompt", "w1", "--do-sample", "--top-p", "2"], "--top-p must be above 0"),
+        (["--prompt", "", "--max-new-tokens", "5"], "--prompt: the prompt has no tokens"),
+        (["--prompt", "w1", "--template", "x"], "--template must hold {text}"),
+        (["--prompt", "w1", "--adapter", "/nowhere"], "/nowhere"),
+        (["--file", "/nowhere.txt"], "nowhere"),
+    ],
+    ids=lambda value: value[-1][:12] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_generate_refuses_with_one_line(model_folder, capsys, words, message):
+    assert main(["generate", "--model", str(model_folder), *words]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("fastadapter: error: ") and message in error
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("\n\n", "holds no prompts"),
+        (b"\xff\xfe\n", "not UTF-8"),
+        ("w1\n" + "w2 " * CONTEXT, "line 2: the prompt has"),
+    ],
+)
+def test_prompt_files_are_checked(model_folder, tmp_path, capsys, text, message):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert main(["generate", "--model", str(model_folder), "--file", str(path), "--max-new-tokens", "1"]) == 2
+    assert message in capsys.readouterr().err
