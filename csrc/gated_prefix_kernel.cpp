@@ -227,6 +227,20 @@ inline void product(int64_t count, int64_t terms, const C* a, int64_t ai, int64_
   }
 }
 
+// The sum of value(slot). Short runs first: the error of a long prefix grows with their number, not its
+// length.
+template <class C, class F>
+inline Vec<C> sum_slots(int64_t slots, F value) {
+  constexpr int64_t kRun = 16;
+  Vec<C> sum = {};
+  for (int64_t first = 0; first < slots; first += kRun) {
+    Vec<C> run = value(first);
+    for (int64_t i = first + 1; i < min(first + kRun, slots); ++i) run += value(i);
+    sum += run;
+  }
+  return sum;
+}
+
 // p[slot * ldp + row] from scores to numerators; returns the sums. Rows are the lanes.
 template <class C>
 inline Vec<C> softmax_numerators(C* p, int64_t ldp, int64_t slots, C scale) {
@@ -237,13 +251,11 @@ inline Vec<C> softmax_numerators(C* p, int64_t ldp, int64_t slots, C scale) {
     store(p + i * ldp, s);
     top = s > top ? s : top;
   }
-  Vec<C> sum = {};
-  for (int64_t i = 0; i < slots; ++i) {
+  return sum_slots<C>(slots, [&](int64_t i) {
     const Vec<C> e = exp(load(p + i * ldp) - top);
     store(p + i * ldp, e);
-    sum += e;
-  }
-  return sum;
+    return e;
+  });
 }
 
 // ---- work items ----
@@ -403,9 +415,9 @@ void backward(const GatedPrefix& op, int64_t begin, int64_t end, char* memory) {
         dots(count, s.query_rows + k, s.key, slots, dim, p, kBlock);
         dots(count, s.grad_rows + k, s.value, slots, dim, dp, kBlock);
         const Vec<C> inverse = C(1) / softmax_numerators(p, kBlock, slots, scale);
-        Vec<C> delta = {};
-        for (int64_t j = 0; j < slots; ++j) delta += load(p + j * kBlock) * load(dp + j * kBlock);
-        delta *= inverse;
+        const Vec<C> delta = inverse * sum_slots<C>(slots, [&](int64_t j) {
+                               return load(p + j * kBlock) * load(dp + j * kBlock);
+                             });
         for (int64_t m = 0; m < count; ++m) delta_sum[group[k + m]] += delta[m];
         const Vec<C> fk = load(f + k), weight = fk * inverse;
         for (int64_t j = 0; j < slots; ++j) {
