@@ -26,7 +26,9 @@ class Explanation:
             return "no adapter is attached"
         cells = [_COLUMNS, *(tuple(row[column] for column in _COLUMNS) for row in self.rows)]
         widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
-        return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in cells)
+        return "\n".join(
+            "  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in cells
+        )
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -45,10 +47,13 @@ def explain(model: nn.Module) -> Explanation:
     rows = []
     for path, host in hosts(model).items():
         config = getattr(model.get_submodule(path), "config", None)
-        for name, adapter in host.adapters.items():
+        for name in host.adapters:
+            adapter = host.adapter(name)
             prompt = adapter.prompt
             # The op runs in the activations' dtype; the masters are fp32 whatever that is.
-            backend, reason = automatic_backend(prompt.device.type, getattr(model, "dtype", prompt.dtype), len(prompt))
+            backend, reason = automatic_backend(
+                prompt.device.type, getattr(model, "dtype", prompt.dtype), len(prompt)
+            )
             rows.append(
                 {
                     "module": path,

@@ -69,7 +69,9 @@ def verify(model: nn.Module, batch: dict[str, Any] | None = None) -> list[Check]
             adapted = _output(model, batch)
             checks = [
                 Check("zero gate is the base model", _same_bits(zeroed, base), _difference(zeroed, base)),
-                Check("the gate changes the output", not _same_bits(adapted, base), _difference(adapted, base)),
+                Check(
+                    "the gate changes the output", not _same_bits(adapted, base), _difference(adapted, base)
+                ),
             ]
             if getattr(model, "can_generate", lambda: False)() and "input_ids" in batch:
                 checks.append(_check_generation(model, batch))
@@ -110,7 +112,9 @@ def _output(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return a.shape == b.shape and torch.equal(
+        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    )
 
 
 def _difference(a: Tensor, b: Tensor) -> str:
@@ -142,7 +146,9 @@ def _check_generation(model: nn.Module, batch: dict[str, Any]) -> Check:
     full = full[:, -_NEW_TOKENS:].float()
     # The two differ by the rounding of matrix products of other shapes, not by the adapter.
     dtype = next(model.parameters()).dtype
-    tolerance = 64 * torch.finfo(dtype if dtype.is_floating_point else torch.float32).eps * full.abs().max().item()
+    tolerance = (
+        64 * torch.finfo(dtype if dtype.is_floating_point else torch.float32).eps * full.abs().max().item()
+    )
     difference = (stepwise - full).abs().max().item()
     return Check(
         "cached generation is the full forward",

@@ -99,7 +99,10 @@ def test_rows_are_isolated(backend):
     )
     alone = run(single, backend)
     poisoned = inputs._replace(
-        **{name: getattr(inputs, name).clone() for name in ("base", "query", "prefix_key", "prefix_value", "grad_out")}
+        **{
+            name: getattr(inputs, name).clone()
+            for name in ("base", "query", "prefix_key", "prefix_value", "grad_out")
+        }
     )
     others = inputs.row_ids != entry
     for name in ("base", "query", "grad_out"):
@@ -153,7 +156,8 @@ def test_any_strides(backend):
         for name in ("out", *GRADS):
             # not bitwise: the matrix products of the reference round by alignment
             torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
-    assert run(inputs._replace(base=transposed(inputs.base)), backend)["out"].stride() == transposed(inputs.base).stride()
+    base = transposed(inputs.base)
+    assert run(inputs._replace(base=base), backend)["out"].stride() == base.stride()
     one_head = inputs._replace(
         prefix_key=inputs.prefix_key[:, :1].expand_as(inputs.prefix_key),
         prefix_value=inputs.prefix_value[:, :1].expand_as(inputs.prefix_value),
@@ -310,7 +314,11 @@ BAD_CALLS = [
     ("prefix_key must have head_dim 16", ValueError, lambda x: x._replace(prefix_key=x.prefix_key[..., :8])),
     ("prefix_key must be torch.float32", TypeError, lambda x: x._replace(prefix_key=x.prefix_key.half())),
     ("prefix_value must be", ValueError, lambda x: x._replace(prefix_value=x.prefix_value[:, :, 1:])),
-    ("prefix_value must be torch.float32", TypeError, lambda x: x._replace(prefix_value=x.prefix_value.half())),
+    (
+        "prefix_value must be torch.float32",
+        TypeError,
+        lambda x: x._replace(prefix_value=x.prefix_value.half()),
+    ),
     ("multiple of num_kv_heads", ValueError, lambda x: x._replace(query=x.query[:, :3], base=x.base[:, :3])),
     (
         "prefix_len and head_dim must be at least 1",

@@ -44,7 +44,16 @@ def test_import_needs_torch_alone():
     )
     roots = {name.partition(".")[0] for name in json.loads(run_python(program))}
     assert "fastadapter" in roots
-    assert not roots & {"triton", "transformers", "accelerate", "peft", "safetensors", "gguf", "tqdm", "matplotlib"}
+    assert not roots & {
+        "triton",
+        "transformers",
+        "accelerate",
+        "peft",
+        "safetensors",
+        "gguf",
+        "tqdm",
+        "matplotlib",
+    }
 
 
 def test_import_without_the_optional_packages():
@@ -117,7 +126,9 @@ def test_kernels_and_reference_stand_alone():
     for path in [*(ROOT / "reference").glob("*.py"), *(ROOT.parent / "kernels").glob("*.py")]:
         for name in imports_of(path):
             own = f"fastadapter.{path.parent.name}"
-            assert name.partition(".")[0] in ("torch", "triton", "math") or name.startswith(own), f"{path}: {name}"
+            assert name.partition(".")[0] in ("torch", "triton", "math") or name.startswith(own), (
+                f"{path}: {name}"
+            )
 
 
 MODULES = [

@@ -183,12 +183,16 @@ def _parse_header(data: bytes) -> tuple[Header, dict[str, str]]:
     tensors: Header = {}
     for name, entry in header.items():
         if not _NAME.fullmatch(name):
-            raise ValueError(f"a tensor has the name {name[:80]!r}; expected letters, digits, '_', '-' and '.'")
+            raise ValueError(
+                f"a tensor has the name {name[:80]!r}; expected letters, digits, '_', '-' and '.'"
+            )
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"tensor {name} is not described by dtype, shape and data_offsets")
         shape = entry["shape"]
         if not isinstance(shape, list) or len(shape) > _MAX_RANK or not all(_is_size(n) for n in shape):
-            raise ValueError(f"tensor {name} has the shape {str(shape)[:80]}; expected at most {_MAX_RANK} sizes")
+            raise ValueError(
+                f"tensor {name} has the shape {str(shape)[:80]}; expected at most {_MAX_RANK} sizes"
+            )
         tensors[name] = (str(entry["dtype"]), tuple(shape))
     return tensors, metadata
 

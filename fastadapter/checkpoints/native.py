@@ -22,7 +22,13 @@ from fastadapter.methods import METHODS
 FORMATS = ("fastadapter",)
 _VERSION = "1"
 # Which kind of model an adapter was made for; a mismatch is named before its shapes are.
-_BASE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_BASE_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 
 
 def save(
@@ -100,7 +106,9 @@ def load(
         )
     if not attached:
         try:
-            with torch.random.fork_rng(devices=[]):  # the fresh prompt is overwritten: draw nothing from the caller's
+            with torch.random.fork_rng(
+                devices=[]
+            ):  # the fresh prompt is overwritten: draw nothing from the caller's
                 attach(model, config, name)
         except ValueError as error:
             raise CheckpointError(f"{resolve(path)}: does not fit this model: {error}") from error
@@ -152,7 +160,11 @@ def set_adapter_tensors(
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") if names else "none"
+    return (
+        ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        if names
+        else "none"
+    )
 
 
 def _base_description(model: nn.Module) -> dict[str, Any]:
@@ -166,7 +178,9 @@ def _check_base(saved: Any, own: dict[str, Any]) -> None:
         raise ValueError("its metadata field 'base' is not a JSON object")
     for field in _BASE_FIELDS:
         if field in saved and field in own and saved[field] != own[field]:
-            raise ValueError(f"it was made for a model with {field} {saved[field]!r}, this one has {own[field]!r}")
+            raise ValueError(
+                f"it was made for a model with {field} {saved[field]!r}, this one has {own[field]!r}"
+            )
 
 
 def _read_json(metadata: dict[str, str], field: str) -> Any:
@@ -182,7 +196,9 @@ def _read_config(metadata: dict[str, str]):
     if metadata.get("format") != "fastadapter":
         raise ValueError("it is a safetensors file, but not one of fastadapter's adapters")
     if metadata.get("format_version") != _VERSION:
-        raise ValueError(f"it has format version {metadata.get('format_version')!r}; this release reads {_VERSION}")
+        raise ValueError(
+            f"it has format version {metadata.get('format_version')!r}; this release reads {_VERSION}"
+        )
     method = metadata.get("method")
     if method not in METHODS:
         raise ValueError(f"it holds the method {method!r}; this release knows {', '.join(METHODS)}")

@@ -33,12 +33,16 @@ _SHOWN = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo"), help="is replaced when it exists")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("outputs/demo"), help="is replaced when it exists"
+    )
     parser.add_argument("--train", type=int, default=2000, help="reviews to train on")
     parser.add_argument("--test", type=int, default=400, help="held-out reviews to judge by")
     parser.add_argument("--layers", type=int, default=10, help="adapt the top so many of 30 layers")
     parser.add_argument("--num-train-epochs", type=int, default=1, help="passes over the training reviews")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw of reviews, the adapter and their order")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the draw of reviews, the adapter and their order"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
 
 
@@ -69,7 +73,9 @@ def run(args: argparse.Namespace) -> int:
 
     adapter = args.output_dir / "adapter.safetensors"
     with tqdm(total=1.0, desc="predicting held-out reviews", bar_format="{l_bar}{bar}| {elapsed}") as bar:
-        predictions = predict_labels(model, tokenizer, test, labels, tick=lambda done: bar.update(done - bar.n))
+        predictions = predict_labels(
+            model, tokenizer, test, labels, tick=lambda done: bar.update(done - bar.n)
+        )
     again = _predict_in_fresh_process(model_dir, adapter, test_file)
     curve = plot_learning_curve(result, args.output_dir / "learning_curve.png")
     figures = {
@@ -83,7 +89,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         write_json(args.json, figures)
     if again != predictions:
-        print("fastadapter: error: the reloaded adapter predicts otherwise than the trained one", file=sys.stderr)
+        print(
+            "fastadapter: error: the reloaded adapter predicts otherwise than the trained one",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
@@ -158,7 +167,9 @@ def plot_learning_curve(result: FinetuneResult, path: Path) -> Path:
     accuracies = [result.eval["accuracy_before"], *(epoch["eval_accuracy"] for epoch in result.epochs)]
     accuracy_axis = loss_axis.twinx()
     marks = [round(i * per_epoch) for i in range(len(accuracies))]
-    accuracy_axis.plot(marks, [100 * a for a in accuracies], "o-", color="tab:orange", label="held-out accuracy")
+    accuracy_axis.plot(
+        marks, [100 * a for a in accuracies], "o-", color="tab:orange", label="held-out accuracy"
+    )
     accuracy_axis.set_ylabel("held-out accuracy, %")
     accuracy_axis.set_ylim(50, 100)
     figure.legend(loc="outside lower center", ncols=3)

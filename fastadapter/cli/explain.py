@@ -13,7 +13,9 @@ from fastadapter.verify import verify
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--adapter", metavar="PATH", help="file or folder of an adapter; a fresh one if not given")
+    parser.add_argument(
+        "--adapter", metavar="PATH", help="file or folder of an adapter; a fresh one if not given"
+    )
     parser.add_argument("--verify", action="store_true", help="also run the self-check on the model")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -10,7 +10,7 @@ import functools
 import inspect
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ CHILD = "fa_prefix"
 CAPTURE = "fa_capture"
 
 _hosts: "weakref.WeakSet[PrefixHost]" = weakref.WeakSet()
-_original_lookup = None
+_original_lookup: Any = None
 
 
 def _dispatch(attention, module, query, key, value, attention_mask, *args, **kwargs):
@@ -39,7 +39,7 @@ def _dispatch(attention, module, query, key, value, attention_mask, *args, **kwa
     if host is None or host.active is None:
         return result
     output, weights = result
-    return host.adapt(module, output, query, kwargs.get("scaling")), weights
+    return host.adapt(host.active, module, output, query, kwargs.get("scaling")), weights
 
 
 def _patched_lookup(self, attn_implementation, default):
@@ -87,8 +87,10 @@ class PrefixHost(nn.Module):
         _hosts.add(self)
         install_hook()
 
-    def adapt(self, attention: nn.Module, output: Tensor, query: Tensor, softmax_scale: float | None) -> Tensor:
-        """Add the active adapter's term to ``output``.
+    def adapt(
+        self, name: str, attention: nn.Module, output: Tensor, query: Tensor, softmax_scale: float | None
+    ) -> Tensor:
+        """Add the term of adapter ``name`` to ``output``.
 
         Args:
             attention: the attention module this host is a child of.
@@ -96,36 +98,39 @@ class PrefixHost(nn.Module):
             query: ``(batch, num_heads, q_len, head_dim)``.
             softmax_scale: the scale the base attention used.
         """
-        if output.dim() != 4 or output.transpose(1, 2).shape != query.shape:
+        batch, num_heads, q_len, head_dim = query.shape
+        if output.shape != (batch, q_len, num_heads, head_dim):
             raise ValueError(
                 f"the base attention {attention.config._attn_implementation!r} returned shape "
                 f"{tuple(output.shape)} for a query of shape {tuple(query.shape)}; expected "
                 "(batch, q_len, num_heads, head_dim): it is not supported under an adapter"
             )
-        base, query = output.transpose(1, 2), query.to(output.dtype)
+        base = output.transpose(1, 2)
+        if query.dtype != output.dtype:  # under autocast
+            query = query.to(output.dtype)
         # Inside a compiled graph a version could not be checked again at run time.
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            ready = self._prepare(attention, output.dtype)
+            ready = self._prepare(name, attention, output.dtype)
             if ready is not None:
-                scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+                scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
                 operands = (ready.key, ready.value, ready.gate, None, scale, ready.gate_fn)
                 return run_forward(ready.backend, base, query, *operands).transpose(1, 2)
-        adapter = self.adapters[self.active]
+        adapter = self.adapter(name)
         key, value = self._project(attention, adapter.prompt, output.dtype)
         return adapter(base, query, key, value, softmax_scale=softmax_scale).transpose(1, 2)
 
-    def _prepare(self, attention: nn.Module, dtype: torch.dtype) -> "_Ready | None":
-        """Operands of the active adapter, kept between calls that cannot need a gradient through them.
+    def _prepare(self, name: str, attention: nn.Module, dtype: torch.dtype) -> "_Ready | None":
+        """Operands of adapter ``name``, kept between calls that cannot need a gradient through them.
 
         Valid while every tensor they came from is the same version of the same storage, and the projections are
         the same modules. ``None`` where versions are not counted, in tensors made under inference mode.
         """
-        ready = self._ready.get(self.active)
+        ready = self._ready.get(name)
         if ready is not None and ready.is_current(attention, dtype):
             return ready
-        adapter = self.adapters[self.active]
+        adapter = self.adapter(name)
         modules = _projection_modules(attention)
-        sources = (adapter.prompt, adapter.gate, *_tensors_of(modules.values()))
+        sources: tuple[Tensor, ...] = (adapter.prompt, adapter.gate, *_tensors_of(modules.values()))
         if any(tensor.is_inference() for tensor in sources):
             return None
         # Made outside inference mode, the tensors stay usable wherever the model is called from next.
@@ -135,7 +140,7 @@ class PrefixHost(nn.Module):
             gate = gate.double() if dtype == torch.float64 else gate
         backend = choose_backend("auto", key.device.type, dtype, key.shape[2])
         ready = _Ready(key, value, gate, adapter.gate_fn, backend, dtype, modules, sources, _stamp(sources))
-        self._ready[self.active] = ready
+        self._ready[name] = ready
         return ready
 
     def _project(self, attention: nn.Module, prompt: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -153,6 +158,9 @@ class PrefixHost(nn.Module):
         self._ready.clear()
         return super()._apply(fn, recurse)
 
+    def adapter(self, name: str) -> GatedPrefix:
+        return cast(GatedPrefix, self.adapters[name])
+
     def add(self, name: str, adapter: GatedPrefix) -> None:
         self.adapters[name] = adapter
 
@@ -163,9 +171,17 @@ class PrefixHost(nn.Module):
             self.active = None
 
 
-def release(host: PrefixHost) -> None:
-    """Forget a host that was taken out of its attention module."""
-    _hosts.discard(host)
+def host_of(module: nn.Module) -> PrefixHost | None:
+    """The host in an attention module, if it has one."""
+    return cast("PrefixHost | None", module._modules.get(CHILD))
+
+
+def take_out(module: nn.Module) -> None:
+    """Remove the host from an attention module."""
+    host = host_of(module)
+    if host is not None:
+        _hosts.discard(host)
+        del module._modules[CHILD]
 
 
 def project_by_forward(
@@ -200,11 +216,8 @@ def _projection_modules(attention: nn.Module) -> dict[str, nn.Module]:
     """The modules a prompt goes through, by name: key and value projections and key norm, or all children."""
     for names in _SEPARATE:
         if all(attention._modules.get(name) is not None for name in names):
-            return {
-                name: attention._modules[name]
-                for name in (*names, "k_norm")
-                if attention._modules.get(name) is not None
-            }
+            found = ((name, attention._modules.get(name)) for name in (*names, "k_norm"))
+            return {name: module for name, module in found if module is not None}
     return {name: child for name, child in attention._modules.items() if name != CHILD and child is not None}
 
 
@@ -242,7 +255,11 @@ class _Ready:
 def project_by_modules(attention: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
     """The same keys and values from the key and value projections alone; only used where bit-equal at attach."""
     key_module, value_module, *norms = _projection_modules(attention).values()
-    shape = (*rows.shape[:-1], -1, attention.head_dim if hasattr(attention, "head_dim") else _head_size(attention))
+    shape = (
+        *rows.shape[:-1],
+        -1,
+        attention.head_dim if hasattr(attention, "head_dim") else _head_size(attention),
+    )
     key, value = key_module(rows).view(shape), value_module(rows).view(shape)
     for norm in norms:
         key = norm(key)
@@ -262,6 +279,11 @@ def can_project_by_modules(attention: nn.Module, rows: Tensor, key: Tensor, valu
         return False
     try:
         fast_key, fast_value = project_by_modules(attention, rows)
-    except (AttributeError, RuntimeError, ValueError, TypeError):  # another layout: the layer's forward knows it
+    except (
+        AttributeError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+    ):  # another layout: the layer's forward knows it
         return False
     return torch.equal(fast_key, key) and torch.equal(fast_value, value)

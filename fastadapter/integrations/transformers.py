@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from fastadapter.integrations import attention as hook
 from fastadapter.integrations.attention import CHILD, PrefixHost
 from fastadapter.methods import LlamaAdapterConfig
+from fastadapter.nn import GatedPrefix
 
 _ATTRIBUTE = "_fastadapter"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -65,7 +66,9 @@ def attach(model: nn.Module, config: LlamaAdapterConfig, name: str = "default") 
     model = unwrap(model)
     record = attachments(model) or Attachments()
     if name in record.configs:
-        raise ValueError(f"name: an adapter {name!r} is already attached; detach it first or choose another name")
+        raise ValueError(
+            f"name: an adapter {name!r} is already attached; detach it first or choose another name"
+        )
     hook.install_hook()
     try:
         targets = _targets(model, config.layers)
@@ -101,11 +104,14 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     for each in list(record.configs) if name is None else [_require_name(record, name)]:
         for path in record.layers[each]:
             module = model.get_submodule(path)
-            host = module._modules[CHILD]
+            host = hook.host_of(module)
+            if host is None:
+                raise RuntimeError(
+                    f"{path} lost its child {CHILD!r}: it was removed by other means than detach"
+                )
             host.remove(each)
             if not host.adapters:
-                hook.release(host)
-                del module._modules[CHILD]
+                hook.take_out(module)
                 record.handles.pop(path).remove()
         del record.configs[each], record.layers[each]
         if record.active == each:
@@ -134,7 +140,9 @@ def set_active(model: nn.Module, name: str | None) -> None:
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters that require gradients, in the model's order; hand the second to an optimiser."""
-    return [(name, parameter) for name, parameter in unwrap(model).named_parameters() if parameter.requires_grad]
+    return [
+        (name, parameter) for name, parameter in unwrap(model).named_parameters() if parameter.requires_grad
+    ]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -151,14 +159,11 @@ def attachments(model: nn.Module) -> Attachments | None:
 
 def hosts(model: nn.Module) -> dict[str, PrefixHost]:
     """The adapted attention modules of ``model`` by dotted path."""
-    return {
-        path: module._modules[CHILD]
-        for path, module in unwrap(model).named_modules()
-        if isinstance(module._modules.get(CHILD), PrefixHost)
-    }
+    found = ((path, hook.host_of(module)) for path, module in unwrap(model).named_modules())
+    return {path: host for path, host in found if host is not None}
 
 
-def adapter_modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
+def adapter_modules(model: nn.Module, name: str) -> dict[str, GatedPrefix]:
     """The modules of adapter ``name`` by the dotted path of the attention they are in.
 
     Raises: ValueError: no adapter of that name.
@@ -166,7 +171,7 @@ def adapter_modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
     record = _require_attachments(unwrap(model))
     _require_name(record, name)
     found = hosts(model)
-    return {path: found[path].adapters[name] for path in record.layers[name]}
+    return {path: found[path].adapter(name) for path in record.layers[name]}
 
 
 def _require_attachments(model: nn.Module) -> Attachments:
@@ -178,7 +183,9 @@ def _require_attachments(model: nn.Module) -> Attachments:
 
 def _require_name(record: Attachments, name: str) -> str:
     if name not in record.configs:
-        raise ValueError(f"name: no adapter {name!r} is attached; there is {', '.join(record.configs) or 'none'}")
+        raise ValueError(
+            f"name: no adapter {name!r} is attached; there is {', '.join(record.configs) or 'none'}"
+        )
     return name
 
 
@@ -237,12 +244,16 @@ def _targets(model: nn.Module, layers: int | None) -> list[tuple[str, nn.Module]
     for path in found:
         match = re.match(r"(.*?)\.?(\d+)(?:\.|$)", path)
         if match is None:
-            raise TypeError(f"{path} is not in a numbered block, so the top layers of the model are not defined")
+            raise TypeError(
+                f"{path} is not in a numbered block, so the top layers of the model are not defined"
+            )
         stacks.setdefault(match[1], {}).setdefault(int(match[2]), []).append(path)
     chosen = []
     for stack, blocks in stacks.items():
         if layers is not None and layers > len(blocks):
-            raise ValueError(f"layers must be at most {len(blocks)}, the attention blocks of {stack}, got {layers}")
+            raise ValueError(
+                f"layers must be at most {len(blocks)}, the attention blocks of {stack}, got {layers}"
+            )
         top = sorted(blocks)[-layers if layers else 0 :]
         chosen += [path for index in top for path in blocks[index]]
     return [(path, found[path]) for path in chosen]
@@ -257,7 +268,7 @@ def _prepare(model: nn.Module, path: str, module: nn.Module, config: LlamaAdapte
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     dtype = weight.dtype if weight is not None else torch.float32
     device = next(module.parameters()).device
-    host = module._modules.get(CHILD)
+    host = hook.host_of(module)
     rotary_dim = host.rotary_dim if host is not None else _rotary_dim(model, path)
     hidden_size = getattr(module.config, "hidden_size", None)
     if hidden_size is None:

@@ -37,7 +37,9 @@ def require_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype
 def require_row_ids(op: str, row_ids: Tensor | None, batch: int, num_prefixes: int) -> None:
     if row_ids is None:
         if num_prefixes != 1:
-            raise ValueError(f"{op}: a bank of {num_prefixes} entries needs row_ids (which entry each row uses)")
+            raise ValueError(
+                f"{op}: a bank of {num_prefixes} entries needs row_ids (which entry each row uses)"
+            )
         return
     require_tensor(op, row_ids=row_ids)
     require_dtype(op, "row_ids", row_ids, (torch.int32,))
@@ -46,4 +48,6 @@ def require_row_ids(op: str, row_ids: Tensor | None, batch: int, num_prefixes: i
     if batch and row_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = (int(x) for x in row_ids.aminmax())
         if low < -1 or high >= num_prefixes:
-            raise ValueError(f"{op}: row_ids must be in [-1, {num_prefixes}), got values from {low} to {high}")
+            raise ValueError(
+                f"{op}: row_ids must be in [-1, {num_prefixes}), got values from {low} to {high}"
+            )

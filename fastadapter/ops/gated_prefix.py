@@ -84,9 +84,13 @@ def _validate(base, query, prefix_key, prefix_value, gate, row_ids, gate_fn) -> 
     if base.shape != query.shape:
         checks.require_shape(op, "base", base, "the shape of query", tuple(query.shape))
     if prefix_key.shape[3] != head_dim:
-        raise ValueError(f"{op}: prefix_key must have head_dim {head_dim} like query, got {prefix_key.shape[3]}")
+        raise ValueError(
+            f"{op}: prefix_key must have head_dim {head_dim} like query, got {prefix_key.shape[3]}"
+        )
     if prefix_value.shape != prefix_key.shape:
-        checks.require_shape(op, "prefix_value", prefix_value, "the shape of prefix_key", tuple(prefix_key.shape))
+        checks.require_shape(
+            op, "prefix_value", prefix_value, "the shape of prefix_key", tuple(prefix_key.shape)
+        )
     if num_kv_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(
             f"{op}: num_heads of query must be a multiple of num_kv_heads of prefix_key, "
@@ -131,7 +135,9 @@ class _GatedPrefix(torch.autograd.Function):
         ctx.save_for_backward(query, prefix_key, prefix_value, gate, row_ids)
         ctx.constants = (softmax_scale, gate_fn)
         ctx.backend = backend
-        return run_forward(backend, base, query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn)
+        return run_forward(
+            backend, base, query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn
+        )
 
     @staticmethod
     @once_differentiable

@@ -85,7 +85,9 @@ def gated_prefix_backward(
     grad_query = softmax_scale * torch.einsum("bhtp,bhpd->bhtd", grad_scores, keys)
     grad_query = torch.where(contributes, grad_query, zero)
 
-    def sum_heads(x: Tensor) -> Tensor:  # the query heads of one kv head, (batch, num_kv_heads, prefix_len, head_dim)
+    def sum_heads(
+        x: Tensor,
+    ) -> Tensor:  # the query heads of one kv head, (batch, num_kv_heads, prefix_len, head_dim)
         x = torch.where(contributes, x, zero)
         return x.unflatten(1, (num_kv_heads, num_heads // num_kv_heads)).sum(2)
 
@@ -95,7 +97,9 @@ def gated_prefix_backward(
         own = [(row_ids == entry).view(-1, *[1] * (x.dim() - 1)) for entry in range(num_prefixes)]
         return torch.stack([torch.where(rows, x, zero).sum(0) for rows in own])
 
-    grad_key = sum_rows(sum_heads(softmax_scale * torch.einsum("bhtp,bhtd->bhpd", grad_scores, query.to(compute))))
+    grad_key = sum_rows(
+        sum_heads(softmax_scale * torch.einsum("bhtp,bhtd->bhpd", grad_scores, query.to(compute)))
+    )
     grad_value = sum_rows(sum_heads(torch.einsum("bhtp,bhtd->bhpd", weights, grad)))
     grad_gate = sum_rows(slope * delta.sum((2, 3)))
     return (

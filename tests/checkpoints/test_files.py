@@ -9,11 +9,14 @@ import threading
 import pytest
 import torch
 
-from fastadapter.checkpoints import CheckpointError
-from fastadapter.checkpoints import files
+from fastadapter.checkpoints import CheckpointError, files
 from fastadapter.checkpoints.files import read_tensors, write_tensors
 
-TENSORS = {"a.prompt": torch.arange(6.0).view(2, 3), "a.gate": torch.tensor([0.5]), "empty": torch.zeros(0, 3)}
+TENSORS = {
+    "a.prompt": torch.arange(6.0).view(2, 3),
+    "a.gate": torch.tensor([0.5]),
+    "empty": torch.zeros(0, 3),
+}
 
 
 @pytest.fixture
@@ -83,7 +86,7 @@ def test_missing_file_and_folder(tmp_path):
     with pytest.raises(CheckpointError, match="No such file"):
         read_tensors(tmp_path / "nothing.safetensors")
     (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(CheckpointError, match="not a regular file|Is a directory"):
+    with pytest.raises(CheckpointError, match=r"not a regular file|Is a directory"):
         read_tensors(tmp_path / "folder.safetensors")
 
 
@@ -110,23 +113,43 @@ HEADERS = [
     ("NaN", b'{"a": NaN}', "holds NaN"),
     (
         "doubled key",
-        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
         "names a field twice",
     ),
     ("metadata not strings", b'{"__metadata__":{"a":1}}', "not a map of strings"),
     ("extra field", b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":1}}', "not described by"),
     ("rank", b'{"a":{"dtype":"F32","shape":[1,1,1,1,1,1,1,1,1],"data_offsets":[0,4]}}', "at most 8 sizes"),
     ("negative size", b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', "at most 8 sizes"),
-    ("huge size", b'{"a":{"dtype":"F32","shape":[0,4611686018427387904],"data_offsets":[0,0]}}', "at most 8 sizes"),
-    ("path as name", b'{"../../etc/passwd":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "has the name"),
-    ("long name", b'{"' + b"a" * 1000 + b'":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "has the name"),
-    ("overlap", b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "."),
+    (
+        "huge size",
+        b'{"a":{"dtype":"F32","shape":[0,4611686018427387904],"data_offsets":[0,0]}}',
+        "at most 8 sizes",
+    ),
+    (
+        "path as name",
+        b'{"../../etc/passwd":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        "has the name",
+    ),
+    (
+        "long name",
+        b'{"' + b"a" * 1000 + b'":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        "has the name",
+    ),
+    (
+        "overlap",
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        b'"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        ".",
+    ),
     ("unknown dtype", b'{"a":{"dtype":"F33","shape":[1],"data_offsets":[0,4]}}', "."),
     ("shape and bytes differ", b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', "."),
 ]
 
 
-@pytest.mark.parametrize(("raw", "message"), [case[1:] for case in HEADERS], ids=[case[0] for case in HEADERS])
+@pytest.mark.parametrize(
+    ("raw", "message"), [case[1:] for case in HEADERS], ids=[case[0] for case in HEADERS]
+)
 def test_malformed_headers(tmp_path, raw, message):
     target = tmp_path / "bad.safetensors"
     rebuild(target, None, bytes(4), raw)
@@ -217,7 +240,7 @@ def test_a_failed_write_keeps_the_old_file(path, monkeypatch, failing):
         monkeypatch.setattr(files.os, "fdopen", Full)
     else:
         monkeypatch.setattr(files.os, failing, fail)
-    with pytest.raises(CheckpointError, match="file.safetensors: cannot be written: No space left"):
+    with pytest.raises(CheckpointError, match=r"file.safetensors: cannot be written: No space left"):
         write_tensors(path, {"other": torch.ones(3)}, {})
     monkeypatch.undo()
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]

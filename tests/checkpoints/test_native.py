@@ -62,7 +62,7 @@ def test_load_into_an_attached_adapter(saved):
     fa.load(model, saved)
     assert [p for _, p in fa.trainable_parameters(model)] == parameters and parameters[1].abs().min() > 0
     other = fa.attach(build(LLAMA), fa.LlamaAdapterConfig(prefix_len=4))
-    with pytest.raises(ValueError, match="is attached with .* but .* holds"):
+    with pytest.raises(ValueError, match=r"is attached with .* but .* holds"):
         fa.load(other, saved)
 
 
@@ -111,7 +111,11 @@ BAD_FILES = [
     ("unexpected tensor", _add_one, "unexpected model.layers.9.self_attn.gate"),
     ("attribute as a name", _attribute_name, "unexpected __class__"),
     ("gate of another head count", _change("gate", lambda x: torch.zeros(3)), r"gate must be .* \(1,\), got"),
-    ("other hidden size", _change("prompt", lambda x: torch.zeros(4, 16)), r"prompt must be .* \(4, 32\), got"),
+    (
+        "other hidden size",
+        _change("prompt", lambda x: torch.zeros(4, 16)),
+        r"prompt must be .* \(4, 32\), got",
+    ),
     ("prompt shorter than its config", _change("prompt", lambda x: x[:2]), "prefix_len 4"),
     ("other dtype", _change("prompt", lambda x: x.half()), "must be torch.float32"),
     ("not finite", _change("prompt", lambda x: x * float("inf")), "holds NaN or Inf"),
@@ -125,12 +129,18 @@ BAD_FILES = [
     ("config out of range", _config(prefix_len=10**9), "prefix_len must be between"),
     ("bool as int", _config(prefix_len=True), "prefix_len must be an int"),
     ("more layers than the model", _config(layers=40), "layers must be at most 3"),
-    ("other base model", _metadata(base=json.dumps({"hidden_size": 64})), "made for a model with hidden_size 64"),
+    (
+        "other base model",
+        _metadata(base=json.dumps({"hidden_size": 64})),
+        "made for a model with hidden_size 64",
+    ),
     ("base is a list", _metadata(base="[]"), "'base' is not a JSON object"),
 ]
 
 
-@pytest.mark.parametrize(("spoil", "message"), [case[1:] for case in BAD_FILES], ids=[case[0] for case in BAD_FILES])
+@pytest.mark.parametrize(
+    ("spoil", "message"), [case[1:] for case in BAD_FILES], ids=[case[0] for case in BAD_FILES]
+)
 @torch.no_grad()
 def test_bad_files_leave_the_model_untouched(saved, spoil, message):
     """One exception type with the file and the reason; another adapter stays active with its bits."""

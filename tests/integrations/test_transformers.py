@@ -334,14 +334,14 @@ def test_verify_catches_a_silent_no_op(model, monkeypatch):
     fa.attach(model, CONFIG)
     from fastadapter.integrations.attention import PrefixHost
 
-    monkeypatch.setattr(PrefixHost, "adapt", lambda self, attention, output, query, scale: output)
+    monkeypatch.setattr(PrefixHost, "adapt", lambda self, name, attention, output, *_: output)
     with pytest.raises(fa.VerificationError, match="the gate changes the output"):
         fa.verify(model)
     monkeypatch.undo()
     original = PrefixHost.adapt
 
-    def only_prefill(self, attention, output, query, scale):
-        return original(self, attention, output, query, scale) if query.shape[2] > 1 else output
+    def only_prefill(self, name, attention, output, query, scale):
+        return original(self, name, attention, output, query, scale) if query.shape[2] > 1 else output
 
     monkeypatch.setattr(PrefixHost, "adapt", only_prefill)
     with pytest.raises(fa.VerificationError, match="cached generation"):
@@ -358,11 +358,14 @@ def test_unsupported_attention_layout_is_an_error(model, inputs):
     """An attention function that returns another layout is refused, not misread."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register("flat_attention", lambda module, q, k, v, mask, **_: (q.transpose(1, 2).flatten(2), None))
+    def flat(module, query, *_, **__):
+        return query.transpose(1, 2).flatten(2), None
+
+    AttentionInterface.register("flat_attention", flat)
     fa.attach(model, CONFIG)
     set_gates(model)
     model.config._attn_implementation = "flat_attention"
-    with pytest.raises(ValueError, match="flat_attention.*returned shape"):
+    with pytest.raises(ValueError, match=r"flat_attention.*returned shape"):
         output_of(model, inputs)
 
 

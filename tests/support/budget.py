@@ -17,7 +17,9 @@ def assert_within_budget(actual, eager, exact, label=""):
     error = _largest(actual.double() - exact.double())
     eager_error = _largest(eager.double() - exact.double())
     allowed = 2 * eager_error + _FLOOR_ULP[dtype] * _ulp(_largest(exact.double()), dtype)
-    assert error <= allowed, f"{label}: error {error:.3g} of {dtype}, allowed {allowed:.3g} (eager {eager_error:.3g})"
+    assert error <= allowed, (
+        f"{label}: error {error:.3g} of {dtype}, allowed {allowed:.3g} (eager {eager_error:.3g})"
+    )
 
 
 def same_bits(a, b):

@@ -48,7 +48,9 @@ def make_inputs(shape, dtype, *, seed=0, gate="random", prefix_dtype=None):
 
     activations = (shape.batch, shape.num_heads, shape.q_len, shape.head_dim)
     bank = (shape.num_prefixes, shape.num_kv_heads, shape.prefix_len, shape.head_dim)
-    gates = draw(shape.num_prefixes, shape.num_heads, of=torch.float64 if dtype == torch.float64 else torch.float32)
+    gates = draw(
+        shape.num_prefixes, shape.num_heads, of=torch.float64 if dtype == torch.float64 else torch.float32
+    )
     row_ids = None
     if shape.num_prefixes > 1:  # every entry and the absence of one, in no order
         pool = torch.arange(-1, shape.num_prefixes).repeat(shape.batch)[: shape.batch]
@@ -66,10 +68,7 @@ def make_inputs(shape, dtype, *, seed=0, gate="random", prefix_dtype=None):
 
 def run(inputs, backend="auto", *, gate_fn="tanh", softmax_scale=None, frozen=()):
     """Output and gradients by name (``None`` for frozen inputs)."""
-    leaves = {
-        name: getattr(inputs, name).detach().requires_grad_(name not in frozen)
-        for name in GRADS
-    }
+    leaves = {name: getattr(inputs, name).detach().requires_grad_(name not in frozen) for name in GRADS}
     out = ops.gated_prefix(
         **leaves, row_ids=inputs.row_ids, gate_fn=gate_fn, softmax_scale=softmax_scale, backend=backend
     )
@@ -80,7 +79,12 @@ def run(inputs, backend="auto", *, gate_fn="tanh", softmax_scale=None, frozen=()
 def eager(inputs, compute_dtype, *, gate_fn="tanh", softmax_scale=None):
     """The reference formulas with every intermediate in ``compute_dtype``: fp64 for the truth, else plain PyTorch."""
     scale = softmax_scale or inputs.query.shape[-1] ** -0.5
-    options = {"softmax_scale": scale, "gate_fn": gate_fn, "row_ids": inputs.row_ids, "compute_dtype": compute_dtype}
+    options = {
+        "softmax_scale": scale,
+        "gate_fn": gate_fn,
+        "row_ids": inputs.row_ids,
+        "compute_dtype": compute_dtype,
+    }
     if compute_dtype == torch.float64:
         inputs = inputs.cast(torch.float64)
     operands = inputs[1:5]

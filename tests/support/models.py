@@ -44,7 +44,9 @@ def _vit():
 
 
 def _t5():
-    return tf.T5EncoderModel(tf.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, vocab_size=64))
+    return tf.T5EncoderModel(
+        tf.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, vocab_size=64)
+    )
 
 
 def _whisper():
@@ -71,11 +73,15 @@ def _whisper_inputs():
 
 
 def _gpt2():
-    return tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=64, n_positions=64, **_TOKENS))
+    return tf.GPT2LMHeadModel(
+        tf.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=64, n_positions=64, **_TOKENS)
+    )
 
 
 def _distilbert():
-    return tf.DistilBertModel(tf.DistilBertConfig(dim=32, hidden_dim=48, n_layers=3, n_heads=4, vocab_size=64))
+    return tf.DistilBertModel(
+        tf.DistilBertConfig(dim=32, hidden_dim=48, n_layers=3, n_heads=4, vocab_size=64)
+    )
 
 
 FAMILIES = [
@@ -95,7 +101,10 @@ FAMILIES = [
 ]
 # Attention outside transformers' interface: they must be refused.
 UNSUPPORTED = [
-    Family("bloom", lambda: tf.BloomForCausalLM(tf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64))),
+    Family(
+        "bloom",
+        lambda: tf.BloomForCausalLM(tf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64)),
+    ),
     Family(
         "falcon",
         lambda: tf.FalconForCausalLM(

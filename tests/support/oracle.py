@@ -14,7 +14,9 @@ from fastadapter.integrations.attention import CHILD
 
 
 def _heads(x, head_dim):
-    return x.unflatten(-1, (-1, head_dim)).transpose(-3, -2)  # (prefix_len, width) -> (heads, prefix_len, head_dim)
+    return x.unflatten(-1, (-1, head_dim)).transpose(
+        -3, -2
+    )  # (prefix_len, width) -> (heads, prefix_len, head_dim)
 
 
 def _separate(key_name, value_name):
