@@ -17,7 +17,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CCompilerError
 
 TORCH_MINIMUM = (2, 10)  # the first with parallel_for in the stable ABI
 PYTHON_MINIMUM = (3, 10)
@@ -82,11 +82,10 @@ class BuildExtension(build_ext):
             torch, info["torch"] = find_torch()
             self.compile_and_link(extension, torch)
             info["extension"] = True
-        except (Unavailable, BaseError) as error:
+        except (Unavailable, BaseError, CCompilerError) as error:
             if wanted == "1":
                 raise
-            compiler = " ".join(getattr(self.compiler, "compiler_cxx", None) or ["the C++ compiler"])
-            info["reason"] = str(error) if isinstance(error, Unavailable) else f"{compiler} failed: {error}"
+            info["reason"] = str(error) if isinstance(error, Unavailable) else self.describe(error)
             self.make_pure()
             print(f"fastadapter: installing without the C++ extension: {info['reason']}", file=sys.stderr)
         self.write_info(info)
@@ -126,23 +125,35 @@ class BuildExtension(build_ext):
             target_lang="c++",
         )
 
+    def describe(self, error):
+        """A compiler that ran has already printed its complaint; the command line is no help to anyone."""
+        if "exit status" not in str(error):
+            return " ".join(str(error).split())
+        command = (getattr(self.compiler, "compiler_cxx", None) or ["the compiler"])[0]
+        return f"{command} failed (FASTADAPTER_BUILD=1 pip install -v shows why)"
+
     def make_pure(self):
         """Leave no trace of an extension, so that the wheel is tagged py3-none-any."""
-        for path in (self.get_ext_fullpath("fastadapter._C"), *self.get_output_mapping().values()):
-            Path(path).unlink(missing_ok=True)
+        file = os.path.basename(self.get_ext_fullpath("fastadapter._C"))
+        for folder in self.output_folders():
+            (folder / file).unlink(missing_ok=True)
         self.extensions = []
         self.distribution.ext_modules = []
         wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
         if wheel is not None:
             wheel.root_is_pure = True
 
-    def write_info(self, info):
-        """For `fastadapter doctor`. Written where the extension goes: the build, and the tree if in place."""
-        text = json.dumps(info, indent=2) + "\n"
+    def output_folders(self):
+        """Where the package is built, and its place in the source tree when building in place."""
         folders = [Path(self.build_lib, "fastadapter")]
         if self.in_place:
             folders.append(Path(self.get_finalized_command("build_py").get_package_dir("fastadapter")))
-        for folder in folders:
+        return folders
+
+    def write_info(self, info):
+        """The outcome, for `fastadapter doctor`."""
+        text = json.dumps(info, indent=2) + "\n"
+        for folder in self.output_folders():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "_build_info.json").write_text(text, encoding="utf-8")
 

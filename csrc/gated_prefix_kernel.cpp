@@ -33,55 +33,65 @@ inline void with_element(DType dtype, F f) {
   }
 }
 
-// Up to a vector of `count` elements of type E that are `stride` bytes apart; lanes beyond `count` are zero.
+// The slow way, for strides and for ends of rows: lanes beyond `count` are zero, and not stored.
 template <class C, class E>
 inline Vec<C> load_some(const char* src, int64_t stride, int64_t count) {
-  constexpr int W = kLanes<C>;
-  if (count >= W && stride == static_cast<int64_t>(sizeof(E))) return load(reinterpret_cast<const E*>(src));
-  E part[W] = {};
-  for (int64_t i = 0; i < min(W, count); ++i) std::memcpy(part + i, src + i * stride, sizeof(E));
+  E part[kLanes<C>] = {};
+  for (int64_t i = 0; i < min(kLanes<C>, count); ++i) std::memcpy(part + i, src + i * stride, sizeof(E));
   return load(part);
 }
 template <class C, class E>
 inline void store_some(char* dst, int64_t stride, int64_t count, Vec<C> v) {
-  constexpr int W = kLanes<C>;
-  if (count >= W && stride == static_cast<int64_t>(sizeof(E))) {
-    store(reinterpret_cast<E*>(dst), v);
-    return;
-  }
-  E part[W];
+  E part[kLanes<C>];
   store(part, v);
-  for (int64_t i = 0; i < min(W, count); ++i) std::memcpy(dst + i * stride, part + i, sizeof(E));
+  for (int64_t i = 0; i < min(kLanes<C>, count); ++i) std::memcpy(dst + i * stride, part + i, sizeof(E));
 }
 
 // dst = the n elements of a row, padded with zeros.
 template <class C>
 inline void load_row(const View& x, const char* row, int64_t n, C* dst) {
+  constexpr int W = kLanes<C>;
+  const int64_t stride = x.stride[3];
   with_element<C>(x.dtype, [&](auto* element) {
     using E = std::remove_pointer_t<decltype(element)>;
-    for (int64_t j = 0; j < n; j += kLanes<C>) {
-      store(dst + j, load_some<C, E>(row + j * x.stride[3], x.stride[3], n - j));
+    int64_t j = 0;
+    if (stride == sizeof(E)) {
+      for (; j + W <= n; j += W) store(dst + j, load(reinterpret_cast<const E*>(row) + j));
     }
+    for (; j < n; j += W) store(dst + j, load_some<C, E>(row + j * stride, stride, n - j));
   });
 }
 template <class C>
 inline void store_row(const View& x, char* row, int64_t n, const C* src) {
+  constexpr int W = kLanes<C>;
+  const int64_t stride = x.stride[3];
   with_element<C>(x.dtype, [&](auto* element) {
     using E = std::remove_pointer_t<decltype(element)>;
-    for (int64_t j = 0; j < n; j += kLanes<C>) {
-      store_some<C, E>(row + j * x.stride[3], x.stride[3], n - j, load(src + j));
+    int64_t j = 0;
+    if (stride == sizeof(E)) {
+      for (; j + W <= n; j += W) store(reinterpret_cast<E*>(row) + j, load(src + j));
     }
+    for (; j < n; j += W) store_some<C, E>(row + j * stride, stride, n - j, load(src + j));
   });
 }
 // out = base + term, rounded once.
 template <class C>
 inline void add_row(const View& base, const char* base_row, const View& out, char* out_row, int64_t n,
                     const C* term) {
+  constexpr int W = kLanes<C>;
+  const int64_t from = base.stride[3], to = out.stride[3];
   with_element<C>(out.dtype, [&](auto* element) {
     using E = std::remove_pointer_t<decltype(element)>;
-    for (int64_t j = 0; j < n; j += kLanes<C>) {
-      const Vec<C> b = load_some<C, E>(base_row + j * base.stride[3], base.stride[3], n - j);
-      store_some<C, E>(out_row + j * out.stride[3], out.stride[3], n - j, b + load(term + j));
+    int64_t j = 0;
+    if (from == sizeof(E) && to == sizeof(E)) {
+      for (; j + W <= n; j += W) {
+        store(reinterpret_cast<E*>(out_row) + j,
+              load(reinterpret_cast<const E*>(base_row) + j) + load(term + j));
+      }
+    }
+    for (; j < n; j += W) {
+      const Vec<C> b = load_some<C, E>(base_row + j * from, from, n - j);
+      store_some<C, E>(out_row + j * to, to, n - j, b + load(term + j));
     }
   });
 }
