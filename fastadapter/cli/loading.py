@@ -32,8 +32,9 @@ def load_model(name: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:
     options: dict[str, Any] = {"trust_remote_code": False}
     if Path(name).is_dir():
         options["local_files_only"] = True
-    elif Path(name).exists():
-        raise UserError(f"--model {name}: expected a folder or a hub name, got a file")
+    elif Path(name).exists() or Path(name).is_absolute() or name.startswith((".", "~")):
+        what = "a file" if Path(name).exists() else "a path where nothing is"
+        raise UserError(f"--model {name}: expected a folder or a hub name, got {what}")
     if gguf_file is not None:
         options["gguf_file"] = gguf_file
     try:

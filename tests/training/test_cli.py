@@ -152,7 +152,8 @@ def test_sigterm_gives_143_and_resumes(finetune, tmp_path, monkeypatch, capsys):
     "options, message",
     [
         ({"data": "none.jsonl"}, "none.jsonl: no such file"),
-        ({"model": "/nowhere/model"}, "--model /nowhere/model: cannot be loaded"),
+        ({"model": "/nowhere/model"}, "--model /nowhere/model: expected a folder or a hub name, got a path where nothing is"),
+        ({"model": "no/such-model"}, "--model no/such-model: cannot be loaded"),
         ({"template": "no field"}, "template must hold {text}"),
         ({"eval_count": 30}, "held-out examples must be between 1 and 29, got 30"),
         ({"eval_count": None, "eval_fraction": 1.5}, "--eval-fraction must be between 0 and 1"),

@@ -1,6 +1,7 @@
 """Records, splits and tokens: the values by hand, and every complaint names the file and the line."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -172,3 +173,11 @@ def test_json_lines_round_trip(tmp_path):
     text = "".join(json.dumps({"prompt": e.prompt, "completion": e.completion}) + "\n" for e in examples)
     again = read_examples(write(tmp_path, "a.jsonl", text))
     assert [(e.prompt, e.completion) for e in again] == [(e.prompt, e.completion) for e in examples]
+
+
+def test_the_example_file_is_read():
+    examples = read_examples(Path(__file__).parents[2] / "examples" / "reviews.jsonl")
+    assert len(examples) == 32 and label_completions(examples) == {
+        "negative": " negative",
+        "positive": " positive",
+    }
