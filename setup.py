@@ -175,6 +175,7 @@ setup(
                 "csrc/dispatch.h",
                 "csrc/gated_prefix_kernel.cpp",
                 "csrc/gated_prefix_kernel.h",
+                "csrc/rows.h",
                 "csrc/vec.h",
             ],
             define_macros=[

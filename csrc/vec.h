@@ -7,8 +7,6 @@
 #include <cstring>
 #include <utility>
 
-#include "gated_prefix_kernel.h"
-
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
