@@ -1,0 +1,278 @@
+"""The Triton launchers themselves, by the budget of tests/support/budget.py; what the public op adds is tested there.
+
+Without a GPU the kernels run in Triton's interpreter, which multiplies bf16 wrongly: fp32 and fp16 there, bf16 too
+on a GPU. Gates are random and non-zero unless a test says so.
+"""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read when a kernel is decorated, so it must be set before the import below.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+from fastadapter.kernels import gated_prefix as kernels
+
+from tests.support.budget import assert_within_budget, same_bits
+from tests.support.gated_prefix import Inputs, Shape, eager, make_inputs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+GRADS = ("query", "prefix_key", "prefix_value", "gate")
+SHAPES = [
+    Shape(batch=1, num_heads=2, num_kv_heads=2, q_len=1, head_dim=40, prefix_len=1),
+    Shape(batch=1, num_heads=3, num_kv_heads=1, q_len=63, head_dim=64, prefix_len=10),
+    Shape(batch=2, num_heads=4, num_kv_heads=1, q_len=7, head_dim=60, prefix_len=17),
+    Shape(batch=1, num_heads=1, num_kv_heads=1, q_len=111, head_dim=80, prefix_len=10),
+    Shape(batch=1, num_heads=2, num_kv_heads=1, q_len=5, head_dim=128, prefix_len=100),
+    Shape(batch=1, num_heads=4, num_kv_heads=2, q_len=3, head_dim=200, prefix_len=9),
+    Shape(batch=5, num_heads=2, num_kv_heads=1, q_len=9, head_dim=16, prefix_len=10, num_prefixes=3),
+    Shape(batch=3, num_heads=2, num_kv_heads=2, q_len=17, head_dim=1, prefix_len=40, num_prefixes=2),
+]
+BANK = Shape(batch=4, num_heads=2, num_kv_heads=1, q_len=5, head_dim=16, prefix_len=5, num_prefixes=3)
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    # numpy's, from the interpreter, where a test multiplies Inf and NaN on purpose
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+]
+
+
+def launch(inputs, *, gate_fn="tanh", softmax_scale=None, needs=(True, True, True)):
+    """Output and gradients by name, from the launchers on this machine's device."""
+    base, *operands, grad_out = (x if x is None else to_device(x) for x in inputs)
+    constants = (softmax_scale or inputs.query.shape[-1] ** -0.5, gate_fn)
+    out = kernels.gated_prefix_forward(base, *operands, *constants)
+    grads = kernels.gated_prefix_backward(grad_out, *operands, *constants, *needs)
+    return {name: x.cpu() for name, x in zip(("out", *GRADS), (out, *grads))}
+
+
+def to_device(x):
+    """The same strides on the device: ``.to`` would make a strided view dense."""
+    if DEVICE == "cpu":
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE).copy_(x)
+
+
+def check(inputs, actual, **options):
+    plain = eager(inputs, inputs.query.dtype, **options)
+    exact = eager(inputs, torch.float64, **options)
+    for name in ("out", *GRADS):
+        assert_within_budget(actual[name], plain[name], exact[name], name)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_are_within_budget(dtype, shape):
+    inputs = make_inputs(shape, dtype)
+    actual = launch(inputs)
+    check(inputs, actual)
+    assert [actual[name].dtype for name in GRADS] == [dtype, dtype, dtype, torch.float32]
+
+
+@pytest.mark.parametrize("prefix_len", [5, 17])
+def test_fp32_prefix_beside_half_activations(prefix_len):
+    """Judged against eager with fp32 intermediates: the masters' gradients have fp32 accuracy, not half's."""
+    shape = Shape(batch=2, num_heads=2, num_kv_heads=1, q_len=5, head_dim=16, prefix_len=prefix_len)
+    inputs = make_inputs(shape, torch.float16, prefix_dtype=torch.float32)
+    actual, plain, exact = launch(inputs), eager(inputs, torch.float32), eager(inputs, torch.float64)
+    assert actual["prefix_key"].dtype == torch.float32
+    for name in ("out", *GRADS):
+        assert_within_budget(actual[name], plain[name], exact[name], name)
+
+
+@pytest.mark.parametrize("gate", [1e-6, 1e-3, 0.62, 0.63, 3.0, -0.4])
+def test_gate_factor_is_accurate_over_its_range(gate):
+    """Zero-init gates start tiny, where tanh by the exponential has no digit left."""
+    inputs = make_inputs(Shape(num_heads=2, num_kv_heads=1, head_dim=16), torch.float32, gate=gate)
+    check(inputs, launch(inputs))
+
+
+def test_tiny_gates_keep_half_precision_gradients():
+    """f p and dS lie below fp16's normal range here; flushing them would lose dKp and dVp of small gates."""
+    inputs = make_inputs(Shape(batch=1, num_heads=1, num_kv_heads=1, q_len=40), torch.float16, gate=2e-5)
+    inputs = inputs._replace(grad_out=inputs.grad_out * 64)
+    actual, exact = launch(inputs), eager(inputs, torch.float64)
+    for name in ("prefix_key", "prefix_value"):
+        error = (actual[name].double() - exact[name]).abs().max()
+        assert error <= exact[name].abs().max() * 2**-8, name
+
+
+def test_identity_gate_and_scale():
+    inputs = make_inputs(BANK, torch.float32)
+    options = {"gate_fn": "identity", "softmax_scale": 0.7}
+    check(inputs, launch(inputs, **options), **options)
+
+
+def strided(x):
+    """The values of ``x`` with other strides: axes 1 and 2 swapped in memory, every second innermost element."""
+    if x is None or x.dim() < 4:
+        return x
+    wide = (
+        torch.full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"), dtype=x.dtype).transpose(1, 2).contiguous()
+    )
+    return wide.transpose(1, 2)[..., ::2].copy_(x)
+
+
+def test_strided_inputs():
+    inputs = make_inputs(BANK, torch.float32)
+    views = Inputs(*(strided(x) for x in inputs))
+    views = views._replace(gate=inputs.gate.t().contiguous().t())
+    expected, actual = launch(inputs), launch(views)
+    for name, value in expected.items():
+        assert same_bits(actual[name], value), name
+    like_bshd = inputs.base.transpose(1, 2).contiguous().transpose(1, 2)
+    assert kernels.gated_prefix_forward(
+        *(to_device(x) for x in (like_bshd, *inputs[1:6])), 0.25, "tanh"
+    ).stride() == like_bshd.stride()  # fmt: skip
+    expanded = inputs._replace(grad_out=inputs.grad_out[:1, :1].expand_as(inputs.grad_out))
+    check(expanded, launch(expanded))
+
+
+@pytest.mark.parametrize("prefix_len", [5, 17])
+@pytest.mark.parametrize("poisoned_rows", [[0], [1, 2]], ids=str)
+def test_rows_and_entries_are_isolated(poisoned_rows, prefix_len):
+    """NaN in some rows and in their bank entries leaves every other row and entry with the same bits."""
+    inputs = make_inputs(BANK._replace(prefix_len=prefix_len), torch.float32)
+    inputs = inputs._replace(row_ids=torch.tensor([0, 1, 1, 2], dtype=torch.int32))
+    expected = launch(inputs)
+    entries = sorted({int(inputs.row_ids[row]) for row in poisoned_rows})
+    for name in ("base", "query", "grad_out"):
+        getattr(inputs, name)[poisoned_rows] = float("nan")
+    for name in ("prefix_key", "prefix_value", "gate"):
+        getattr(inputs, name)[entries] = float("nan")
+    actual = launch(inputs)
+    rows = [row for row in range(4) if row not in poisoned_rows]
+    others = [entry for entry in range(3) if entry not in entries]
+    for name in ("out", "query"):
+        assert same_bits(actual[name][rows], expected[name][rows]), name
+    for name in ("prefix_key", "prefix_value", "gate"):
+        assert same_bits(actual[name][others], expected[name][others]), name
+        assert actual[name][entries].isnan().all(), name
+
+
+def test_a_row_in_a_batch_has_the_bits_it_has_alone():
+    """Also its gradients: how a row is cut into slots does not depend on the batch."""
+    shape = BANK._replace(batch=2, q_len=260, num_heads=1, prefix_len=3)
+    inputs = make_inputs(shape, torch.float32)
+    inputs = inputs._replace(row_ids=torch.tensor([2, 0], dtype=torch.int32))
+    batch = launch(inputs)
+    alone = launch(
+        Inputs(*(x[:1] for x in inputs[:2]), *inputs[2:5], inputs.row_ids[:1], inputs.grad_out[:1])
+    )
+    for name in ("out", "query"):
+        assert same_bits(alone[name][0], batch[name][0]), name
+    for name in ("prefix_key", "prefix_value", "gate"):
+        assert same_bits(alone[name][2], batch[name][2]), name
+
+
+def test_rows_without_an_adapter():
+    """-1 copies base, also -0.0 and NaN, whatever the bank holds; a bank entry that no row uses gets zeros."""
+    inputs = make_inputs(BANK, torch.float32)
+    inputs = inputs._replace(row_ids=torch.tensor([-1, 1, -1, 1], dtype=torch.int32))
+    inputs.base[0, :, 0] = -0.0
+    inputs.base[2, :, 1] = float("nan")
+    inputs.prefix_key[0] = float("nan")
+    inputs.query[0] = float("nan")
+    actual = launch(inputs)
+    assert same_bits(actual["out"][[0, 2]], inputs.base[[0, 2]])
+    assert not actual["query"][[0, 2]].any()
+    for name in ("prefix_key", "prefix_value", "gate"):
+        assert not actual[name][[0, 2]].any(), name
+        assert actual[name][1].abs().min() > 0, name
+
+
+def test_ids_outside_the_bank_show_as_nan():
+    """A device cannot raise; it must neither read past the bank nor return something that looks right."""
+    inputs = make_inputs(BANK, torch.float32)
+    inputs = inputs._replace(row_ids=torch.tensor([0, 3, -2, 2**31 - 1], dtype=torch.int32))
+    actual = launch(inputs)
+    for name in ("out", "query"):
+        assert actual[name][1:].isnan().all(), name
+        assert actual[name][0].isfinite().all(), name
+    assert all(actual[name].isfinite().all() for name in ("prefix_key", "prefix_value", "gate"))
+
+
+@pytest.mark.parametrize("prefix_len", [5, 17])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_gate(dtype, prefix_len):
+    """Base bit for bit and exactly zero gradients though the prefix holds Inf; the gate keeps its own gradient."""
+    inputs = make_inputs(BANK._replace(num_prefixes=1, prefix_len=prefix_len), dtype, gate=0.0)
+    inputs.base[:, :, 0] = -0.0
+    check(inputs, launch(inputs))
+    assert launch(inputs)["gate"].abs().min() > 0
+    inputs.prefix_key[..., 0], inputs.prefix_value[..., 0] = float("inf"), float("nan")
+    actual = launch(inputs)
+    assert same_bits(actual["out"], inputs.base)
+    for name in ("query", "prefix_key", "prefix_value"):
+        assert not actual[name].any(), name
+
+
+def test_minus_inf_score_is_a_zero_probability():
+    """A prefix position that no query attends to contributes nothing, also from the padded query positions."""
+    inputs = make_inputs(BANK._replace(num_prefixes=1), torch.float32)
+    inputs.query[..., 0] = 1.0
+    inputs.prefix_key[:, :, 2, 0] = float("-inf")
+    actual = launch(inputs)
+    exact = eager(inputs, torch.float64)
+    torch.testing.assert_close(actual["out"].double(), exact["out"], rtol=1e-5, atol=1e-6)
+    assert actual["prefix_key"].isfinite().all() and actual["prefix_value"].isfinite().all()
+    assert not actual["prefix_value"][:, :, 2].any()
+
+
+@pytest.mark.parametrize("shape", [BANK._replace(batch=0), BANK._replace(q_len=0)], ids=str)
+@pytest.mark.parametrize("shared", [True, False])
+def test_empty_batches(shape, shared):
+    inputs = make_inputs(shape._replace(num_prefixes=1) if shared else shape, torch.float32)
+    inputs = inputs if shared else inputs._replace(row_ids=torch.zeros(shape.batch, dtype=torch.int32))
+    actual = launch(inputs)
+    assert actual["out"].shape == inputs.base.shape and actual["query"].shape == inputs.query.shape
+    for name in ("prefix_key", "prefix_value", "gate"):
+        assert actual[name].shape == getattr(inputs, name).shape and not actual[name].any(), name
+
+
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("prefix_len", [5, 17])
+def test_only_needed_gradients_are_computed(needs, prefix_len):
+    inputs = make_inputs(BANK._replace(prefix_len=prefix_len, batch=2), torch.float32)
+    full = launch(inputs)
+    actual = launch(inputs, needs=tuple(map(bool, needs)))
+    wanted = dict(zip(GRADS, (needs[0], needs[1], needs[1], needs[2])))
+    for name, needed in wanted.items():
+        expected = full[name] if needed else torch.empty(0, dtype=full[name].dtype)
+        assert same_bits(actual[name], expected), name
+
+
+def test_shared_prefix_over_a_large_batch():
+    """More tiles than the programs of a shared prefix: several tiles and rows fall into one slot."""
+    inputs = make_inputs(Shape(batch=9, num_heads=2, num_kv_heads=1, q_len=17, head_dim=8), torch.float32)
+    assert kernels._tiles_per_slot(10**6, 4, 2, by_row=False) * 384 >= 2 * 10**6
+    actual = launch(inputs)
+    check(inputs, actual)
+    again = launch(inputs)
+    assert all(same_bits(actual[name], again[name]) for name in actual)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"dtype": torch.float64}, TypeError, "fp32, bf16 or fp16, got torch.float64"),
+        ({"head_dim": 257}, ValueError, "head_dim must be at most 256, got 257"),
+        ({"gate_fn": "relu"}, ValueError, "gate_fn must be 'tanh' or 'identity', got 'relu'"),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_cannot_do_is_an_error(change, error, message):
+    inputs = make_inputs(
+        BANK._replace(head_dim=change.get("head_dim", 8)), change.get("dtype", torch.float32)
+    )
+    with pytest.raises(error, match=message):
+        launch(inputs, gate_fn=change.get("gate_fn", "tanh"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes bf16")
+def test_bf16_in_the_interpreter_is_refused():
+    with pytest.raises(TypeError, match="under TRITON_INTERPRET=1"):
+        launch(make_inputs(BANK, torch.bfloat16))
