@@ -51,9 +51,8 @@ def explain(model: nn.Module) -> Explanation:
             adapter = host.adapter(name)
             prompt = adapter.prompt
             # The op runs in the activations' dtype; the masters are fp32 whatever that is.
-            backend, reason = automatic_backend(
-                prompt.device.type, getattr(model, "dtype", prompt.dtype), len(prompt)
-            )
+            dtype = getattr(model, "dtype", prompt.dtype)
+            backend, reason = automatic_backend(prompt.device.type, dtype)
             rows.append(
                 {
                     "module": path,

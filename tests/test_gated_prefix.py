@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 
 from fastadapter import ops
 from tests.support.budget import assert_within_budget, same_bits
-from tests.support.gated_prefix import GRADS, Shape, eager, make_inputs, run
+from tests.support.gated_prefix import GRADS, Shape, device_of, eager, make_inputs, run
 
 BACKENDS = ["reference", "cpp", "triton"]
 SHAPES = [
@@ -28,7 +28,7 @@ def dtypes_of(backend):
     """What a backend can run here; Triton's interpreter computes bf16 wrongly, a GPU does not."""
     if backend != "triton":
         return [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-    return [torch.float32, torch.float16]
+    return [torch.float32, torch.float16] + [torch.bfloat16] * (device_of("triton") == "cuda")
 
 
 CASES = [(backend, dtype) for backend in BACKENDS for dtype in dtypes_of(backend)]

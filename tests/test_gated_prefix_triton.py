@@ -17,9 +17,9 @@ pytest.importorskip("triton")
 from fastadapter.kernels import gated_prefix as kernels
 
 from tests.support.budget import assert_within_budget, same_bits
-from tests.support.gated_prefix import Inputs, Shape, eager, make_inputs
+from tests.support.gated_prefix import Inputs, Shape, device_of, eager, make_inputs, on_device
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = device_of("triton")
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 GRADS = ("query", "prefix_key", "prefix_value", "gate")
 SHAPES = [
@@ -42,18 +42,11 @@ pytestmark = [
 
 def launch(inputs, *, gate_fn="tanh", softmax_scale=None, needs=(True, True, True)):
     """Output and gradients by name, from the launchers on this machine's device."""
-    base, *operands, grad_out = (x if x is None else to_device(x) for x in inputs)
+    base, *operands, grad_out = (on_device(x, DEVICE) for x in inputs)
     constants = (softmax_scale or inputs.query.shape[-1] ** -0.5, gate_fn)
     out = kernels.gated_prefix_forward(base, *operands, *constants)
     grads = kernels.gated_prefix_backward(grad_out, *operands, *constants, *needs)
     return {name: x.cpu() for name, x in zip(("out", *GRADS), (out, *grads))}
-
-
-def to_device(x):
-    """The same strides on the device: ``.to`` would make a strided view dense."""
-    if DEVICE == "cpu":
-        return x
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE).copy_(x)
 
 
 def check(inputs, actual, **options):
@@ -125,7 +118,7 @@ def test_strided_inputs():
         assert same_bits(actual[name], value), name
     like_bshd = inputs.base.transpose(1, 2).contiguous().transpose(1, 2)
     assert kernels.gated_prefix_forward(
-        *(to_device(x) for x in (like_bshd, *inputs[1:6])), 0.25, "tanh"
+        *(on_device(x) for x in (like_bshd, *inputs[1:6])), 0.25, "tanh"
     ).stride() == like_bshd.stride()  # fmt: skip
     expanded = inputs._replace(grad_out=inputs.grad_out[:1, :1].expand_as(inputs.grad_out))
     check(expanded, launch(expanded))

@@ -11,8 +11,6 @@ from pathlib import Path
 import torch
 
 BACKENDS = ("auto", "triton", "cpp", "reference")
-# The Triton kernels hold the whole prefix in one tile.
-MAX_TRITON_PREFIX_LEN = 128
 
 library = torch.library.Library("fastadapter", "DEF")
 
@@ -51,39 +49,35 @@ def triton_error(device_type: str) -> str | None:
     return f"Triton has no {device_type} device here (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
 
 
-def _triton_limit(dtype: torch.dtype, prefix_len: int) -> str | None:
-    if dtype == torch.float64:
-        return "the Triton kernels have no fp64"
-    if prefix_len > MAX_TRITON_PREFIX_LEN:
-        return f"the Triton kernels hold at most {MAX_TRITON_PREFIX_LEN} prefix positions, got {prefix_len}"
-    return None
+def _triton_limit(dtype: torch.dtype) -> str | None:
+    return "the Triton kernels have no fp64" if dtype == torch.float64 else None
 
 
-def automatic_backend(device_type: str, dtype: torch.dtype, prefix_len: int) -> tuple[str, str]:
+def automatic_backend(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     """The backend ``auto`` takes, and why."""
     if device_type == "cpu":
         error = extension_error()
         return ("reference", f"no C++ extension: {error}") if error else ("cpp", "compiled extension")
     if device_type == "cuda":
-        error = triton_error("cuda") or _triton_limit(dtype, prefix_len)
+        error = triton_error("cuda") or _triton_limit(dtype)
         return ("reference", error) if error else ("triton", "GPU kernel")
     return "reference", f"no kernel for device type {device_type}"
 
 
-def choose_backend(backend: str, device_type: str, dtype: torch.dtype, prefix_len: int) -> str:
+def choose_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
     """Resolve ``backend`` for one call.
 
     Raises:
         ValueError: unknown name, or a named backend that cannot run this call, with the reason.
     """
     if backend == "auto":
-        return automatic_backend(device_type, dtype, prefix_len)[0]
+        return automatic_backend(device_type, dtype)[0]
     if backend == "reference":
         return backend
     if backend == "cpp":
         error = extension_error() if device_type == "cpu" else f"it runs on cpu tensors, got {device_type}"
     elif backend == "triton":
-        error = triton_error(device_type) or _triton_limit(dtype, prefix_len)
+        error = triton_error(device_type) or _triton_limit(dtype)
     else:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if error:
@@ -100,6 +94,6 @@ def backends() -> list[dict[str, str]]:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     rows = []
     for device in devices:
-        name, reason = automatic_backend(device, torch.float32, 1)
+        name, reason = automatic_backend(device, torch.float32)
         rows.append({"op": "gated_prefix", "device": device, "backend": name, "reason": reason})
     return rows

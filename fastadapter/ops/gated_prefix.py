@@ -58,7 +58,7 @@ def gated_prefix(
     _validate(base, query, prefix_key, prefix_value, gate, row_ids, gate_fn)
     if softmax_scale is None:
         softmax_scale = query.shape[-1] ** -0.5
-    chosen = choose_backend(backend, query.device.type, query.dtype, prefix_key.shape[2])
+    chosen = choose_backend(backend, query.device.type, query.dtype)
     args = (base, query, prefix_key, prefix_value, gate, row_ids, float(softmax_scale), gate_fn)
     if torch.is_grad_enabled() and any(x.requires_grad for x in args[:5]):
         return _GatedPrefix.apply(*args, chosen)
@@ -217,12 +217,12 @@ def _triton_backward(*args):
 
 
 def _cuda_forward(*args):
-    backend, _ = automatic_backend("cuda", args[1].dtype, args[2].shape[2])
+    backend, _ = automatic_backend("cuda", args[1].dtype)
     return (_triton_forward if backend == "triton" else _reference_forward)(*args)
 
 
 def _cuda_backward(*args):
-    backend, _ = automatic_backend("cuda", args[1].dtype, args[2].shape[2])
+    backend, _ = automatic_backend("cuda", args[1].dtype)
     return (_triton_backward if backend == "triton" else _reference_backward)(*args)
 
 

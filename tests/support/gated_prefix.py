@@ -66,14 +66,28 @@ def make_inputs(shape, dtype, *, seed=0, gate="random", prefix_dtype=None):
     )
 
 
+def device_of(backend):
+    """Where a backend runs here; without a GPU, Triton's kernels run in its interpreter."""
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def on_device(x, device):
+    """A copy with the same strides: ``.to`` would make a strided view dense."""
+    if x is None or x.device.type == device:
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+
+
 def run(inputs, backend="auto", *, gate_fn="tanh", softmax_scale=None, frozen=()):
-    """Output and gradients by name (``None`` for frozen inputs)."""
+    """Output and gradients by name (``None`` for frozen inputs), computed where the backend runs."""
+    inputs = Inputs(*(on_device(x, device_of(backend)) for x in inputs))
     leaves = {name: getattr(inputs, name).detach().requires_grad_(name not in frozen) for name in GRADS}
     out = ops.gated_prefix(
         **leaves, row_ids=inputs.row_ids, gate_fn=gate_fn, softmax_scale=softmax_scale, backend=backend
     )
     out.backward(inputs.grad_out)
-    return {"out": out.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+    results = {"out": out.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+    return {name: on_device(x, "cpu") for name, x in results.items()}
 
 
 def eager(inputs, compute_dtype, *, gate_fn="tanh", softmax_scale=None):
