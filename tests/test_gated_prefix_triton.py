@@ -118,7 +118,7 @@ def test_strided_inputs():
         assert same_bits(actual[name], value), name
     like_bshd = inputs.base.transpose(1, 2).contiguous().transpose(1, 2)
     assert kernels.gated_prefix_forward(
-        *(on_device(x) for x in (like_bshd, *inputs[1:6])), 0.25, "tanh"
+        *(on_device(x, DEVICE) for x in (like_bshd, *inputs[1:6])), 0.25, "tanh"
     ).stride() == like_bshd.stride()  # fmt: skip
     expanded = inputs._replace(grad_out=inputs.grad_out[:1, :1].expand_as(inputs.grad_out))
     check(expanded, launch(expanded))
