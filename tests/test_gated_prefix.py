@@ -10,9 +10,9 @@ from torch.autograd import gradcheck
 
 from fastadapter import ops
 from tests.support.budget import assert_within_budget, same_bits
-from tests.support.gated_prefix import GRADS, Shape, device_of, eager, make_inputs, run
+from tests.support.gated_prefix import CPP, GRADS, Shape, device_of, eager, make_inputs, needs_extension, run
 
-BACKENDS = ["reference", "cpp", "triton"]
+BACKENDS = ["reference", CPP, "triton"]
 SHAPES = [
     Shape(),
     Shape(q_len=1, prefix_len=10, head_dim=64, num_heads=9, num_kv_heads=3),
@@ -31,7 +31,11 @@ def dtypes_of(backend):
     return [torch.float32, torch.float16] + [torch.bfloat16] * (device_of("triton") == "cuda")
 
 
-CASES = [(backend, dtype) for backend in BACKENDS for dtype in dtypes_of(backend)]
+CASES = [
+    pytest.param(backend, dtype, marks=needs_extension if backend == "cpp" else ())
+    for backend in ("reference", "cpp", "triton")
+    for dtype in dtypes_of(backend)
+]
 
 
 @pytest.mark.parametrize("gate_fn", ["tanh", "identity"])
@@ -223,7 +227,7 @@ def test_frozen_inputs_get_no_gradient(backend, frozen):
         assert some[name] is None if name in frozen else same_bits(some[name], everything[name]), name
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("backend", ["reference", CPP])
 @pytest.mark.parametrize("gate_fn", ["tanh", "identity"])
 def test_gradcheck(backend, gate_fn):
     """Finite differences in fp64, GQA and a bank included; backward may not vary at all."""

@@ -12,13 +12,10 @@ import sys
 import pytest
 import torch
 
-from fastadapter.ops.backends import extension_error
 from tests.support.budget import assert_within_budget, same_bits
-from tests.support.gated_prefix import GRADS, Shape, eager, make_inputs, run
+from tests.support.gated_prefix import GRADS, Shape, eager, make_inputs, needs_extension, run
 
-pytestmark = pytest.mark.skipif(
-    extension_error() is not None, reason=f"no C++ extension: {extension_error()}"
-)
+pytestmark = needs_extension
 
 RESULTS = ("out", *GRADS)
 ODD_SHAPES = [
@@ -172,7 +169,7 @@ CAPABILITY_PROGRAM = """
 import json, sys, torch
 from fastadapter import ops
 from tests.support.budget import assert_within_budget
-from tests.support.gated_prefix import GRADS, Shape, eager, make_inputs, run
+from tests.support.gated_prefix import GRADS, Shape, eager, make_inputs, needs_extension, run
 
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     for shape in (Shape(), Shape(batch=5, q_len=67, prefix_len=17, head_dim=59, num_prefixes=2)):

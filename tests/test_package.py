@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import fastadapter
+from tests.support.gated_prefix import needs_extension
 
 ROOT = Path(fastadapter.__file__).parent
 # Each layer may import itself and those to its right.
@@ -77,6 +78,7 @@ def test_import_without_the_optional_packages():
     )
 
 
+@needs_extension
 def test_without_the_extension_the_reference_runs():
     """A pure Python install says so and gives the same numbers."""
     program = (

@@ -2,10 +2,17 @@
 
 from typing import NamedTuple
 
+import pytest
 import torch
 
 from fastadapter import ops, reference
+from fastadapter.ops.backends import extension_error
 
+# For the tests of a pure Python install; CI builds with FASTADAPTER_BUILD=1, so there it is never skipped.
+needs_extension = pytest.mark.skipif(
+    extension_error() is not None, reason=f"no extension: {extension_error()}"
+)
+CPP = pytest.param("cpp", marks=needs_extension)
 GRADS = ("base", "query", "prefix_key", "prefix_value", "gate")
 
 
