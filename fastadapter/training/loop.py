@@ -175,12 +175,11 @@ class _Run:
             self.progress = state.load_state(
                 self.state_file, self.parameters, self.optimizer, self.identity, self.accelerator
             )
-        else:
+        self.agree()
+        if not self.saved:
             set_seed(self.config.seed, device_specific=True)
             for _, parameter in self.parameters:
                 parameter.data.copy_(broadcast(parameter.data))
-        # None may look for a run after the first process began to write one.
-        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             report.require_writable(self.output_dir)
         self.reporter = report.Reporter(
@@ -189,6 +188,16 @@ class _Run:
             self.total_steps,
             self.accelerator.device,
         )
+
+    def agree(self) -> None:
+        """Wait until every process has looked for a run, before the first one writes, and compare what they found."""
+        step = self.progress.step if self.saved else -1
+        found = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device)).tolist()
+        if len(set(found)) > 1:
+            steps = ", ".join("none" if step < 0 else str(step) for step in found)
+            raise UserError(
+                f"output_dir must be one folder that all processes share; they found a run at the steps {steps}"
+            )
 
     def go(self) -> report.FinetuneResult:
         progress = self.progress

@@ -82,12 +82,27 @@ def save_state(
     identity: dict[str, Any],
     accelerator: Any,
 ) -> None:
-    """Write the state. Every process must call this; the first one gathers the generators and writes."""
+    """Write the state. Every process must call this; the first one gathers the generators and writes.
+
+    None returns before the file is there: a process that ended a run and resumed it would otherwise read the file of
+    an earlier step while the first one still writes, and the two would wait for each other for ever.
+    """
     tensors = {
         name: accelerator.gather(each[None]).cpu() for name, each in _generators(accelerator.device).items()
     }
-    if not accelerator.is_main_process:
-        return
+    if accelerator.is_main_process:
+        _write(path, tensors, parameters, optimizer, progress, identity)
+    accelerator.wait_for_everyone()
+
+
+def _write(
+    path: Path,
+    tensors: dict[str, Tensor],
+    parameters: Sequence[tuple[str, nn.Parameter]],
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    identity: dict[str, Any],
+) -> None:
     for name, parameter in parameters:
         tensors[f"adapter.{name}"] = parameter.detach().cpu()
         for moment in _MOMENTS if progress.step else ():

@@ -1,19 +1,22 @@
 """One process of the toy training under torchrun; the argument is the output folder.
 
 Writes its histories to ``rank0.json`` or ``rank1.json``: of runs with labels and with free completions, and of a run
-with dropout that is left alone and of one that a signal to the second process stops and that is then resumed.
+with dropout that is left alone and of one that a signal to the second process stops and that is then resumed;
+and what is said when the processes do not share a folder.
 """
 
 import json
 import os
+import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from fastadapter.training import TrainingInterrupted, loop
+from fastadapter.training import TrainingInterrupted, UserError, loop, state
 from tests.training.toy import history, run
 
 
@@ -36,12 +39,22 @@ def main() -> None:
         return plain(model, batch)
 
     loop.supervised_loss = stopping
+    write = state.write_tensors
+    # Slow enough that a process that did not wait for the first one's file would resume from an older one.
+    state.write_tensors = lambda *args: time.sleep(0.2) or write(*args)
     try:
         run(folder / "stopped", dropout=0.2, **options)
     except TrainingInterrupted as stop:
         results["exit_code"] = stop.exit_code
-    loop.supervised_loss = plain
+    loop.supervised_loss, state.write_tensors = plain, write
     results["resumed"] = history(run(folder / "stopped", dropout=0.2, resume=True, **options))
+    if accelerator.is_main_process:
+        shutil.copytree(folder / "whole" / "last", folder / "private0" / "last")
+    try:
+        private = folder / f"private{accelerator.process_index}"
+        run(private, dropout=0.2, resume=True, **options)
+    except UserError as error:
+        results["private"] = str(error)
     (folder / f"rank{accelerator.process_index}.json").write_text(json.dumps(results))
     accelerator.end_training()
 

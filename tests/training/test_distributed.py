@@ -65,6 +65,12 @@ def test_a_signal_to_one_stops_both_and_they_resume_bit_for_bit(together):
     assert adapter_bits(folder / "stopped") == adapter_bits(folder / "whole")
 
 
+def test_folders_that_are_not_shared_are_found_out(together):
+    folder, results = together
+    assert results["private"].endswith("share; they found a run at the steps 10, none")
+    assert not (folder / "private1").exists()
+
+
 def test_another_number_of_processes_is_refused(together):
     with pytest.raises(UserError, match="num_processes was 2, now 1"):
         run(together[0] / "labels", batch_size=5, resume=True)
