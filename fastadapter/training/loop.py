@@ -216,8 +216,6 @@ class _Run:
                 if stop or progress.step % self.save_steps == 0 or progress.step % self.steps_per_epoch == 0:
                     self.save()
                 if stop:
-                    # Who resumes in this very process must find the file that the first process is still writing.
-                    self.accelerator.wait_for_everyone()
                     self.interrupt(stop)
         if self.accelerator.is_main_process:
             save_adapter(self.model, self.output_dir, self.name)
