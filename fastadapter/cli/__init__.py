@@ -15,7 +15,7 @@ _COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; user errors print one line and return 2."""
+    """Run one command; user errors print one line and return 2, Ctrl-C returns 130."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="fastadapter", description="Adapters for frozen models, fused.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, CheckpointError, VerificationError) as error:
         print(f"fastadapter: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("fastadapter: interrupted", file=sys.stderr)
+        return 130
     except ImportError as error:
         if error.name is None or error.name.partition(".")[0] == "fastadapter":
             raise

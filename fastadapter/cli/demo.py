@@ -22,6 +22,7 @@ from fastadapter.training import (
     Example,
     FinetuneResult,
     TrainingConfig,
+    TrainingInterrupted,
     finetune,
     label_completions,
     predict_labels,
@@ -68,7 +69,11 @@ def run(args: argparse.Namespace) -> int:
     config = LlamaAdapterConfig(layers=args.layers)
     attach(model, config)
     training = TrainingConfig(num_train_epochs=args.num_train_epochs, seed=args.seed)
-    result = finetune(model, tokenizer, train, test, training, output_dir=args.output_dir)
+    try:
+        result = finetune(model, tokenizer, train, test, training, output_dir=args.output_dir)
+    except TrainingInterrupted as stop:
+        print("fastadapter: the demo was interrupted; it starts anew the next time", file=sys.stderr)
+        return stop.exit_code
     after = [_answer(model, tokenizer, example) for example in shown]
 
     adapter = args.output_dir / "adapter.safetensors"
