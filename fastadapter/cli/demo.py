@@ -144,8 +144,8 @@ def _write_split(reviews: Path, args: argparse.Namespace) -> tuple[Path, Path]:
     return files
 
 
-def _answer(model: Any, tokenizer: Any, example: Example, new_tokens: int = 4) -> str:
-    """The first words the model itself goes on with."""
+def _answer(model: Any, tokenizer: Any, example: Example, new_tokens: int = 1) -> str:
+    """The word the model itself goes on with; it is trained on one."""
     inputs = tokenizer(example.prompt, return_tensors="pt").to(model.device)
     output = model.generate(
         **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
@@ -188,7 +188,7 @@ def _report(figures, shown, before, after, curve, model_dir, adapter) -> str:
     tokens = sum(epoch["tokens"] for epoch in figures["epochs"])
     trainable, total = figures["trainable_parameters"], figures["total_parameters"]
     evaluation = figures["eval"]
-    lines = ["", "Three held-out reviews, the model's own words before and after:"]
+    lines = ["", "Three held-out reviews, the model's own next word before and after:"]
     for example, old, new in zip(shown, before, after, strict=True):
         lines += [f"  {example.prompt!r}", f"    is {example.label}; before: {old!r}; after: {new!r}"]
     lines += [
