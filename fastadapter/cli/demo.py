@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", type=int, default=2000, help="reviews to train on")
     parser.add_argument("--test", type=int, default=400, help="held-out reviews to judge by")
     parser.add_argument("--layers", type=int, default=10, help="adapt the top so many of 30 layers")
-    parser.add_argument("--num-train-epochs", type=int, default=1, help="passes over the training reviews")
+    parser.add_argument("--num-train-epochs", type=int, default=2, help="passes over the training reviews")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the draw of reviews, the adapter and their order"
     )
@@ -68,7 +68,9 @@ def run(args: argparse.Namespace) -> int:
     set_seed(args.seed)
     config = LlamaAdapterConfig(layers=args.layers)
     attach(model, config)
-    training = TrainingConfig(num_train_epochs=args.num_train_epochs, seed=args.seed)
+    # Small batches: a closed gate gives its prompt no gradient, so the first steps only open gates, and a few
+    # hundred steps are all that two passes over this much data have.
+    training = TrainingConfig(num_train_epochs=args.num_train_epochs, batch_size=8, seed=args.seed)
     try:
         result = finetune(model, tokenizer, train, test, training, output_dir=args.output_dir)
     except TrainingInterrupted as stop:
