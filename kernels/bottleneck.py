@@ -29,8 +29,6 @@ Tiles have fewer than 64 rows so that Hopper runs ``mma.sync``: ptxas before 13.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastadapter.kernels import target
 from fastadapter.kernels.activation import _activate
 from fastadapter.kernels.bottleneck_tiles import (
@@ -46,6 +44,7 @@ from fastadapter.kernels.bottleneck_tiles import (
     products,
     strides,
 )
+from torch import Tensor
 
 LENGTHS = ["batch", "seq_len", "num_adapters"]
 # The largest bottleneck_size of the one-kernel form, after padding to a power of two.
@@ -293,7 +292,9 @@ def bottleneck_forward(
     return out
 
 
-def prefers_gemm_pair(arch: str, dtype: torch.dtype, rows: int, hidden_size: int, bottleneck_size: int) -> bool:
+def prefers_gemm_pair(
+    arch: str, dtype: torch.dtype, rows: int, hidden_size: int, bottleneck_size: int
+) -> bool:
     """Whether two library products are expected to be faster than the kernels here.
 
     Not measured: below 256 hidden columns the op is bound by reading and writing the activations once, which only

@@ -3,9 +3,8 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastadapter.kernels.activation import ACTIVATIONS
+from torch import Tensor
 
 NORMS = ("none", "layer_norm", "rms_norm")
 # Rows of the scratch tensors between two kernels start on 16 elements, so that they load 128 bits at a time.
@@ -121,7 +120,9 @@ def check(x: Tensor, activation: str, norm: str) -> None:
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"{op}: x must be fp32, bf16 or fp16, got {x.dtype}")
     if interpreted and x.dtype == torch.bfloat16:
-        raise TypeError(f"{op}: x must be fp32 or fp16 under TRITON_INTERPRET=1 (bf16 is wrong there), got bf16")
+        raise TypeError(
+            f"{op}: x must be fp32 or fp16 under TRITON_INTERPRET=1 (bf16 is wrong there), got bf16"
+        )
     if not interpreted and x.device.type == "cpu":
         raise ValueError(f"{op}: x must be on a GPU (or set TRITON_INTERPRET=1), got cpu")
     if activation not in ACTIVATIONS:
