@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 BACKENDS = ("auto", "triton", "cpp", "reference")
+OPS = ("gated_prefix", "gated_prefix_attention", "prefix_attention")
 
 library = torch.library.Library("fastadapter", "DEF")
 
@@ -31,6 +32,12 @@ def _load_extension() -> str | None:
 # Settled once, at import: a compiled graph must not ask the file system.
 _EXTENSION_ERROR = _load_extension()
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_LACKING: dict[tuple[str, str], str] = {}
+
+
+def lack(op: str, backend: str, reason: str) -> None:
+    """Note, while ``op`` is registered, that ``backend`` has no kernel for it."""
+    _LACKING[op, backend] = reason
 
 
 def extension_error() -> str | None:
@@ -49,51 +56,59 @@ def triton_error(device_type: str) -> str | None:
     return f"Triton has no {device_type} device here (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
 
 
-def _triton_limit(dtype: torch.dtype) -> str | None:
-    return "the Triton kernels have no fp64" if dtype == torch.float64 else None
+def _cpp_limit(op: str, device_type: str) -> str | None:
+    if device_type != "cpu":
+        return f"it runs on cpu tensors, got {device_type}"
+    return extension_error() or _LACKING.get((op, "cpp"))
 
 
-def automatic_backend(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
-    """The backend ``auto`` takes, and why."""
+def _triton_limit(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    error = _LACKING.get((op, "triton")) or triton_error(device_type)
+    return error or ("the Triton kernels have no fp64" if dtype == torch.float64 else None)
+
+
+def automatic_backend(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend ``auto`` takes for ``op``, and why."""
     if device_type == "cpu":
-        error = extension_error()
-        return ("reference", f"no C++ extension: {error}") if error else ("cpp", "compiled extension")
+        error = _cpp_limit(op, device_type)
+        return ("reference", f"no C++ kernel: {error}") if error else ("cpp", "compiled extension")
     if device_type == "cuda":
-        error = triton_error("cuda") or _triton_limit(dtype)
+        error = _triton_limit(op, "cuda", dtype)
         return ("reference", error) if error else ("triton", "GPU kernel")
     return "reference", f"no kernel for device type {device_type}"
 
 
-def choose_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
-    """Resolve ``backend`` for one call.
+def choose_backend(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
+    """Resolve ``backend`` for one call of ``op``.
 
     Raises:
         ValueError: unknown name, or a named backend that cannot run this call, with the reason.
     """
     if backend == "auto":
-        return automatic_backend(device_type, dtype)[0]
+        return automatic_backend(op, device_type, dtype)[0]
     if backend == "reference":
         return backend
     if backend == "cpp":
-        error = extension_error() if device_type == "cpu" else f"it runs on cpu tensors, got {device_type}"
+        error = _cpp_limit(op, device_type)
     elif backend == "triton":
-        error = triton_error(device_type) or _triton_limit(dtype)
+        error = _triton_limit(op, device_type, dtype)
     else:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if error:
-        raise ValueError(f"backend={backend!r} cannot run here: {error}")
+        raise ValueError(f"backend={backend!r} cannot run {op} here: {error}")
     return backend
 
 
 def backends() -> list[dict[str, str]]:
     """The backend every op takes on this machine, per device, and why; what ``fastadapter doctor`` prints.
 
-    >>> [row["backend"] in ("cpp", "reference") for row in backends() if row["device"] == "cpu"]
-    [True]
+    >>> [row["backend"] in ("cpp", "reference") for row in backends() if row["op"] == "gated_prefix"][0]
+    True
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     rows = []
-    for device in devices:
-        name, reason = automatic_backend(device, torch.float32)
-        rows.append({"op": "gated_prefix", "device": device, "backend": name, "reason": reason})
+    for op in OPS:
+        for device in devices:
+            name, reason = automatic_backend(op, device, torch.float32)
+            rows.append({"op": op, "device": device, "backend": name, "reason": reason})
     return rows
