@@ -55,7 +55,7 @@ def without_hook():
 def on_backend(backend: str):
     """Have the op's automatic choice be ``backend``."""
     choose = _op.choose_backend
-    _op.choose_backend = lambda op, _, *call: choose(op, backend, *call)
+    _op.choose_backend = lambda _, *call: choose(backend, *call)
     try:
         yield
     finally:

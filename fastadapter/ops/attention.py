@@ -1,7 +1,8 @@
 """What the two attention ops share: argument checks, and the options in the form the registered ops take."""
 
 import math
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Options(NamedTuple):
 
 def reference_options(
     attn_mask, cu_seqlens, row_ids, softmax_scale, is_causal, window, softcap
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """The schema's options as keywords of a reference."""
     return {
         "attn_mask": attn_mask,
@@ -169,7 +170,7 @@ def require_cu_seqlens(op: str, cu_seqlens: Tensor, query: Tensor, kv_len: int) 
         raise ValueError(f"{op}: with cu_seqlens, key must have kv_len {q_len} like q_len, got {kv_len}")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != q_len or any(a > b for a, b in zip(ends, ends[1:])):
+        if ends[0] != 0 or ends[-1] != q_len or any(a > b for a, b in pairwise(ends)):
             raise ValueError(f"{op}: cu_seqlens must ascend from 0 to q_len {q_len}, got {_shortened(ends)}")
 
 

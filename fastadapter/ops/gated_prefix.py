@@ -59,7 +59,7 @@ def gated_prefix(
     _validate(base, query, prefix_key, prefix_value, gate, row_ids, gate_fn)
     if softmax_scale is None:
         softmax_scale = query.shape[-1] ** -0.5
-    chosen = choose_backend("gated_prefix", backend, query.device.type, query.dtype)
+    chosen = choose_backend(backend, query.device.type, query.dtype, "gated_prefix")
     args = (base, query, prefix_key, prefix_value, gate, row_ids, float(softmax_scale), gate_fn)
     if torch.is_grad_enabled() and any(x.requires_grad for x in args[:5]):
         return _GatedPrefix.apply(*args, chosen)

@@ -89,7 +89,7 @@ def gated_prefix_attention(
         softmax_scale=softmax_scale,
         row_ids=row_ids,
     )
-    chosen = choose_backend(_OP, backend, query.device.type, query.dtype)
+    chosen = choose_backend(backend, query.device.type, query.dtype, _OP)
     args = (query, key, value, prefix_key, prefix_value, gate, *options.gated(gate_fn))
     if torch.is_grad_enabled() and any(x.requires_grad for x in args[:6]):
         return _GatedPrefixAttention.apply(chosen, *args)

@@ -71,7 +71,7 @@ def prefix_attention(
         softmax_scale=softmax_scale,
         row_ids=row_ids,
     )
-    chosen = choose_backend(_OP, backend, query.device.type, query.dtype)
+    chosen = choose_backend(backend, query.device.type, query.dtype, _OP)
     args = (query, key, value, prefix_key, prefix_value, *options)
     if torch.is_grad_enabled() and any(x.requires_grad for x in args[:5]):
         return _PrefixAttention.apply(chosen, *args)

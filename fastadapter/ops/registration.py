@@ -35,13 +35,12 @@ def register(
         return getattr(kernels, launcher)(*args)
 
     def cuda(*args):
-        backend, _ = automatic_backend(op, "cuda", args[0].dtype)
+        backend, _ = automatic_backend("cuda", args[0].dtype, op)
         return (triton if backend == "triton" else reference)(*args)
 
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
+    if error := extension_error(name):
         library.impl(name, reference, "CPU")
-        if extension_error() is None:
-            lack(op, "cpp", f"the compiled extension has no {name}")
+        lack(op, "cpp", error)
     if importlib.util.find_spec(f"fastadapter.kernels.{op}") is None:
         lack(op, "triton", f"there is no Triton kernel of {op}")
     library.impl(name, cuda, "CUDA")

@@ -78,9 +78,10 @@ def gated_prefix_backward(
     """
     compute = compute_dtype or default_compute_dtype(query)
     probs = prefix_scores(query, prefix_key, softmax_scale, row_ids, compute).softmax(-1)
-    operands = (x.to(compute) for x in (grad_out, query, prefix_key, prefix_value, gate))
-    grads = prefix_gradients(*operands, probs, softmax_scale, gate_fn, row_ids)
-    grad_query, grad_key, grad_value, grad_gate = grads
+    grad, q, keys, values, gates = (x.to(compute) for x in (grad_out, query, prefix_key, prefix_value, gate))
+    grad_query, grad_key, grad_value, grad_gate = prefix_gradients(
+        grad, q, keys, values, gates, probs, softmax_scale, gate_fn, row_ids
+    )
     return (
         torch.empty_like(query).copy_(grad_query),
         grad_key.to(prefix_key.dtype),

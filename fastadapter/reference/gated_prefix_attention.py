@@ -7,6 +7,8 @@ Mask, window and soft cap are the base's alone. Gradients: those of the base att
 share ``dO``; ``dQ`` is their sum. Derivation: docs/maths.md.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,7 +60,7 @@ def gated_prefix_attention(
         base's softmax (-inf where nothing is visible) and of the prefix's (-inf in rows without an adapter).
     """
     compute = compute_dtype or default_compute_dtype(query)
-    options = {
+    options: dict[str, Any] = {
         "softmax_scale": softmax_scale,
         "window": window,
         "softcap": softcap,
@@ -70,10 +72,9 @@ def gated_prefix_attention(
         lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(compute, torch.float32))
         prefix_lse = torch.empty_like(lse)
         for span, own_id in sequences(cu_seqlens, row_ids):
-            packed = (tokens(x, span) for x in (query, key, value))
-            results = gated_prefix_attention(
-                *packed, prefix_key, prefix_value, gate, is_causal=is_causal, row_ids=own_id, **options
-            )
+            own = [tokens(x, span) for x in (query, key, value)]
+            operands: Any = (*own, prefix_key, prefix_value, gate)
+            results = gated_prefix_attention(*operands, is_causal=is_causal, row_ids=own_id, **options)
             for whole, part in zip((out, base, lse, prefix_lse), results):
                 whole[:, :, span] = part
         return out, base, lse, prefix_lse
@@ -122,7 +123,7 @@ def gated_prefix_attention_backward(
     gate_fn: str = "tanh",
     row_ids: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of :func:`gated_prefix_attention` from ``base``, ``lse`` and ``prefix_lse`` that it returned.
 
     Returns: ``grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value, grad_gate``, each in the shape and
@@ -130,17 +131,16 @@ def gated_prefix_attention_backward(
     """
     compute = compute_dtype or default_compute_dtype(query)
     inputs = (query, key, value, prefix_key, prefix_value, gate)
-    operands = [x.to(compute) for x in (grad_out, *inputs, base)]
-    options = (softmax_scale, attn_mask, window, softcap, gate_fn)
+    grad, q, k, v, *adapter = (x.to(compute) for x in (grad_out, *inputs))
+    options = (softmax_scale, is_causal, attn_mask, window, softcap, gate_fn)
     if cu_seqlens is None:
-        grads = _gradients(*operands, lse, prefix_lse, row_ids, is_causal, *options)
+        grads = _gradients((grad, q, k, v), adapter, (base, lse, prefix_lse), row_ids, options)
     else:
-        grad, q, k, v, *adapter, saved = operands
-        grads = [torch.zeros_like(x) for x in operands[1:7]]
+        grads = [torch.zeros_like(x) for x in (q, k, v, *adapter)]
         for span, own_id in sequences(cu_seqlens, row_ids):
             packed = [tokens(x, span) for x in (grad, q, k, v)]
-            kept = [tokens(x, span) for x in (saved, lse, prefix_lse)]
-            parts = _gradients(*packed, *adapter, *kept, own_id, is_causal, *options)
+            kept = [tokens(x, span) for x in (base, lse, prefix_lse)]
+            parts = _gradients(packed, adapter, kept, own_id, options)
             for whole, part in zip(grads[:3], parts[:3]):
                 whole[:, :, span] = part
             for whole, part in zip(grads[3:], parts[3:]):
@@ -150,39 +150,31 @@ def gated_prefix_attention_backward(
     return (*activations, *banks)
 
 
-def _gradients(
-    grad_out,
-    query,
-    key,
-    value,
-    prefix_key,
-    prefix_value,
-    gate,
-    base,
-    lse,
-    prefix_lse,
-    row_ids,
-    is_causal,
-    softmax_scale,
-    attn_mask,
-    window,
-    softcap,
-    gate_fn,
-) -> list[Tensor]:
-    """The gradients of one unpacked batch, unrounded."""
+def _gradients(activations, adapter, kept, row_ids, options) -> list[Tensor]:
+    """The gradients of one unpacked batch in the dtype of the operands, unrounded."""
+    grad_out, query, key, value = activations
+    prefix_key, prefix_value, gate = adapter
+    base, lse, prefix_lse = kept
+    softmax_scale, is_causal, attn_mask, window, softcap, gate_fn = options
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     keys, values = per_query_head(key, num_heads), per_query_head(value, num_heads)
     scores, slope = scores_of(query, keys, softmax_scale, softcap)
     probs = probabilities(mask_scores(scores, attn_mask, is_causal, window), lse)
-    delta = (grad_out * base).sum(-1, keepdim=True)
+    delta = (grad_out * base.to(query.dtype)).sum(-1, keepdim=True)
     grad_query, grad_keys, grad_values = softmax_gradients(
         grad_out, query, keys, values, probs, slope, delta, softmax_scale
     )
-    prefix_probs = probabilities(
-        prefix_scores(query, prefix_key, softmax_scale, row_ids, query.dtype), prefix_lse
-    )
+    on_prefix = prefix_scores(query, prefix_key, softmax_scale, row_ids, query.dtype)
     from_prefix, *grad_banks = prefix_gradients(
-        grad_out, query, prefix_key, prefix_value, gate, prefix_probs, softmax_scale, gate_fn, row_ids
+        grad_out,
+        query,
+        prefix_key,
+        prefix_value,
+        gate,
+        probabilities(on_prefix, prefix_lse),
+        softmax_scale,
+        gate_fn,
+        row_ids,
     )
     return [
         grad_query + from_prefix,

@@ -64,21 +64,17 @@ def prefix_attention(
     Returns: ``out`` like ``query`` and ``lse (batch, num_heads, q_len)``; 0 and -inf where nothing is visible.
     """
     compute = compute_dtype or default_compute_dtype(query)
-    options = (is_causal, window, softcap)
+    options = (compute, softmax_scale, is_causal, window, softcap)
     if cu_seqlens is not None:
         out = torch.empty_like(query)
         lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(compute, torch.float32))
         for span, own_id in sequences(cu_seqlens, row_ids):
-            packed = [tokens(x, span).to(compute) for x in (query, key, value)]
-            joined = _join(
-                *packed, prefix_key, prefix_value, attn_mask, own_id, compute, softmax_scale, *options
-            )
+            q, k, v = (tokens(x, span) for x in (query, key, value))
+            joined = _join(q, k, v, prefix_key, prefix_value, None, own_id, options)
             probs, lse[:, :, span] = softmax(joined.scores)
             out[:, :, span] = torch.einsum("bhts,bhsd->bhtd", probs, joined.values).to(out.dtype)
         return out, lse
-    joined = _join(
-        query, key, value, prefix_key, prefix_value, attn_mask, row_ids, compute, softmax_scale, *options
-    )
+    joined = _join(query, key, value, prefix_key, prefix_value, attn_mask, row_ids, options)
     probs, lse = softmax(joined.scores)
     out = torch.einsum("bhts,bhsd->bhtd", probs, joined.values)
     return torch.empty_like(query).copy_(out), lse
@@ -102,7 +98,7 @@ def prefix_attention_backward(
     softcap: float | None = None,
     row_ids: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of :func:`prefix_attention` from ``out`` and ``lse`` that it returned.
 
     With no keys (``kv_len`` 0) and the ``out, lse`` of a merge it gives the prefix's part of the merged gradient.
@@ -113,13 +109,12 @@ def prefix_attention_backward(
     inputs = (query, key, value, prefix_key, prefix_value)
     options = (compute, softmax_scale, is_causal, window, softcap)
     if cu_seqlens is None:
-        grads = _gradients(grad_out, *inputs, out, lse, attn_mask, row_ids, *options)
+        grads = _gradients(grad_out, *inputs, out, lse, attn_mask, row_ids, options)
     else:
         grads = [torch.zeros_like(x, dtype=compute) for x in inputs]
         for span, own_id in sequences(cu_seqlens, row_ids):
-            packed = [tokens(x, span) for x in (grad_out, query, key, value)]
-            kept = [tokens(x, span) for x in (out, lse)]
-            parts = _gradients(*packed, prefix_key, prefix_value, *kept, attn_mask, own_id, *options)
+            grad, q, k, v, o, stats = (tokens(x, span) for x in (grad_out, query, key, value, out, lse))
+            parts = _gradients(grad, q, k, v, prefix_key, prefix_value, o, stats, None, own_id, options)
             for whole, part in zip(grads[:3], parts[:3]):
                 whole[:, :, span] = part
             for whole, part in zip(grads[3:], parts[3:]):
@@ -168,20 +163,8 @@ def _share(part_lse: Tensor, lse: Tensor) -> Tensor:
     return torch.where(part_lse == NEVER, 0, (part_lse - lse).exp())[..., None]
 
 
-def _join(
-    query,
-    key,
-    value,
-    prefix_key,
-    prefix_value,
-    attn_mask,
-    row_ids,
-    compute,
-    softmax_scale,
-    is_causal,
-    window,
-    softcap,
-) -> _Joined:
+def _join(query, key, value, prefix_key, prefix_value, attn_mask, row_ids, options) -> _Joined:
+    compute, softmax_scale, is_causal, window, softcap = options
     batch, num_heads = query.shape[:2]
     adapted = has_adapter(row_ids, batch, query.device)[:, None, None, None]
     # where: entry 0 stands in for rows without an adapter, and may hold NaN
@@ -198,40 +181,14 @@ def _join(
 
 
 def _gradients(
-    grad_out,
-    query,
-    key,
-    value,
-    prefix_key,
-    prefix_value,
-    out,
-    lse,
-    attn_mask,
-    row_ids,
-    compute,
-    softmax_scale,
-    is_causal,
-    window,
-    softcap,
+    grad_out, query, key, value, prefix_key, prefix_value, out, lse, attn_mask, row_ids, options
 ) -> list[Tensor]:
-    """The gradients of one unpacked batch, in ``compute``, unrounded."""
+    """The gradients of one unpacked batch, unrounded."""
+    compute, softmax_scale, *_ = options
     num_kv_heads = key.shape[1]
     num_prefixes, _, prefix_len, _ = prefix_key.shape
     grad, q, saved = (x.to(compute) for x in (grad_out, query, out))
-    joined = _join(
-        query,
-        key,
-        value,
-        prefix_key,
-        prefix_value,
-        attn_mask,
-        row_ids,
-        compute,
-        softmax_scale,
-        is_causal,
-        window,
-        softcap,
-    )
+    joined = _join(query, key, value, prefix_key, prefix_value, attn_mask, row_ids, options)
     probs = probabilities(joined.scores, lse)
     delta = (grad * saved).sum(-1, keepdim=True)
     grad_query, grad_keys, grad_values = softmax_gradients(

@@ -174,7 +174,7 @@ def module_of(op):
 def runs_here(op, backend):
     """Whether ``backend`` has kernels of ``op`` that can run on this machine."""
     try:
-        choose_backend(op, backend, device_of(backend), torch.float32)
+        choose_backend(backend, device_of(backend), torch.float32, op)
     except ValueError:
         return False
     return True
@@ -214,7 +214,7 @@ def run(op, inputs, backend="auto", *, frozen=()):
 
 def saved(op, inputs, backend="auto"):
     """What the forward keeps for backward, by name."""
-    chosen = choose_backend(op, backend, inputs.query.device.type, inputs.query.dtype)
+    chosen = choose_backend(backend, inputs.query.device.type, inputs.query.dtype, op)
     forward = module_of(op).run_forward
     _, *kept = forward(chosen, *inputs.operands(op), *inputs.schema_options(op), True)
     return dict(zip(SAVED[op], kept, strict=True))
