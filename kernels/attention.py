@@ -20,19 +20,20 @@ operand lies in registers, and p is such an operand. Tiles for sm_90 are therefo
 ``mma.sync``: it needs 64 rows and four warps for ``wgmma``, the tiles here have fewer of one or the other.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastadapter.kernels import target
 from fastadapter.kernels.gated_prefix import _gate_factor, _rescale, _row_entry, _tanh, block_d
+from torch import Tensor
 
 LENGTHS = [
     "window", "num_prefixes", "num_heads", "num_kv_heads", "q_len", "kv_len", "prefix_len", "num_seqs", "num_tiles"
 ]  # fmt: skip
+LOG2E = math.log2(math.e)
 NO_MASK, BOOL_MASK, FLOAT_MASK = range(3)
 
 
@@ -115,15 +116,15 @@ def _load(ptrs, mask, mask_d, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _capped(s, softmax_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def _capped(s, score_scale, cap_log2, HAS_SOFTCAP: tl.constexpr):
     """Scores in units of log 2 from products ``s``, and the derivative of the cap."""
     slope = 1.0
     if HAS_SOFTCAP:
-        t = _tanh(s * (softmax_scale / softcap))
+        t = _tanh(s * score_scale)
         slope = 1.0 - t * t
-        s = t * (softcap * 1.4426950408889634)
+        s = t * cap_log2
     else:
-        s = s * (softmax_scale * 1.4426950408889634)
+        s = s * score_scale
     return s, slope
 
 
@@ -131,7 +132,8 @@ def _capped(s, softmax_scale, softcap, HAS_SOFTCAP: tl.constexpr):
 def _hide(s, offs_m, offs_n, mask_ptr, MASK_STRIDES, q_len, kv_len, window,
           IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, MASK_KIND: tl.constexpr):  # fmt: skip
     """-inf where a key is hidden from a query; positions come shaped to broadcast to ``s``, either way round."""
-    visible = offs_n < kv_len
+    # padded queries too: 0 * Inf from a key would make them NaN
+    visible = (offs_m < q_len) & (offs_n < kv_len)
     if IS_CAUSAL:
         visible = visible & (offs_n <= offs_m)
     if HAS_WINDOW:
@@ -159,7 +161,7 @@ def _softmax_step(acc, m_i, l_i, s, v, PRECISION: tl.constexpr):
 
 @triton.jit
 def _attend_prefix(
-    acc, m_i, l_i, q, k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, end, mask_d, softmax_scale, softcap,
+    acc, m_i, l_i, q, k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, end, mask_d, score_scale, cap_log2,
     BLOCK_P: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Take prefix positions up to ``end`` into the running state."""
@@ -169,7 +171,7 @@ def _attend_prefix(
         k = _load(k_ptrs + first * KEY_STRIDES[2], mask_p, mask_d, True, HEAD_DIM)  # (BLOCK_P, BLOCK_D)
         v = _load(v_ptrs + first * VALUE_STRIDES[2], mask_p, mask_d, True, HEAD_DIM)  # (BLOCK_P, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        s, _ = _capped(s, softmax_scale, softcap, HAS_SOFTCAP)
+        s, _ = _capped(s, score_scale, cap_log2, HAS_SOFTCAP)
         s = tl.where(mask_p[None, :], s, float("-inf"))
         acc, m_i, l_i = _softmax_step(acc, m_i, l_i, s, v, PRECISION)
     return acc, m_i, l_i
@@ -193,7 +195,7 @@ def _dot_fp32_by(a, b, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _add_gated_prefix(
-    out, q, k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, factor, end, mask_d, softmax_scale,
+    out, q, k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, factor, end, mask_d, scale_log2,
     BLOCK_P: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``out`` plus the gated term, and its running maximum and normaliser.
@@ -203,7 +205,9 @@ def _add_gated_prefix(
     m_i = tl.full((out.shape[0],), float("-inf"), tl.float32)
     l_i = tl.zeros((out.shape[0],), tl.float32)
     for start in tl.range(0, end, BLOCK_P, num_stages=1):
-        s, _ = _prefix_scores(q, k_ptrs, KEY_STRIDES, start, end, mask_d, softmax_scale, BLOCK_P, HEAD_DIM, PRECISION)
+        s, _ = _prefix_scores(
+            q, k_ptrs, KEY_STRIDES, start, end, mask_d, scale_log2, BLOCK_P, HEAD_DIM, PRECISION
+        )
         m_i, shift, alpha = _rescale(m_i, s)
         l_i = l_i * alpha + tl.sum(tl.exp2(s - shift[:, None]), axis=1)
     if factor != 0.0:
@@ -211,28 +215,30 @@ def _add_gated_prefix(
         weight = factor / tl.where(l_i == 0.0, 1.0, l_i)
         for start in tl.range(0, end, BLOCK_P, num_stages=1):
             s, mask_p = _prefix_scores(
-                q, k_ptrs, KEY_STRIDES, start, end, mask_d, softmax_scale, BLOCK_P, HEAD_DIM, PRECISION
+                q, k_ptrs, KEY_STRIDES, start, end, mask_d, scale_log2, BLOCK_P, HEAD_DIM, PRECISION
             )
-            v = _load(v_ptrs + (tl.zeros((), tl.int64) + start) * VALUE_STRIDES[2], mask_p, mask_d, True, HEAD_DIM)
+            v = _load(
+                v_ptrs + (tl.zeros((), tl.int64) + start) * VALUE_STRIDES[2], mask_p, mask_d, True, HEAD_DIM
+            )
             out = _dot_fp32_by(tl.exp2(s - shift[:, None]) * weight[:, None], v, out, WIDE, PRECISION)
     return out, m_i, l_i
 
 
 @triton.jit
-def _prefix_scores(q, k_ptrs, KEY_STRIDES, start, end, mask_d, softmax_scale, BLOCK_P: tl.constexpr,
+def _prefix_scores(q, k_ptrs, KEY_STRIDES, start, end, mask_d, scale_log2, BLOCK_P: tl.constexpr,
                    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Scores (BLOCK_M, BLOCK_P) of a gated prefix in units of log 2, and which positions there are."""
     mask_p = start + tl.arange(0, BLOCK_P) < end
     first = tl.zeros((), tl.int64) + start
     k = _load(k_ptrs + first * KEY_STRIDES[2], mask_p, mask_d, True, HEAD_DIM)  # (BLOCK_P, BLOCK_D)
-    s, _ = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), softmax_scale, 0.0, False)
+    s, _ = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale_log2, 0.0, False)
     return tl.where(mask_p[None, :], s, float("-inf")), mask_p
 
 
 @triton.jit
 def _attend_keys(
     acc, m_i, l_i, q, k_ptrs, v_ptrs, mask_ptr, KEY_STRIDES, VALUE_STRIDES, MASK_STRIDES, low, high, offs_m, mask_d,
-    softmax_scale, softcap, q_len, kv_len, window,
+    score_scale, cap_log2, q_len, kv_len, window,
     BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -240,13 +246,17 @@ def _attend_keys(
     for start in range(low, high, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         first = tl.zeros((), tl.int64) + start
-        k = _load(k_ptrs + first * KEY_STRIDES[2], offs_n < kv_len, mask_d, MASKED, HEAD_DIM)  # (BLOCK_N, BLOCK_D)
+        k = _load(
+            k_ptrs + first * KEY_STRIDES[2], offs_n < kv_len, mask_d, MASKED, HEAD_DIM
+        )  # (BLOCK_N, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        s, _ = _capped(s, softmax_scale, softcap, HAS_SOFTCAP)
+        s, _ = _capped(s, score_scale, cap_log2, HAS_SOFTCAP)
         if MASKED:
             s = _hide(s, offs_m[:, None], offs_n[None, :], mask_ptr, MASK_STRIDES, q_len, kv_len, window,
                       IS_CAUSAL, HAS_WINDOW, MASK_KIND)  # fmt: skip
-        v = _load(v_ptrs + first * VALUE_STRIDES[2], offs_n < kv_len, mask_d, MASKED, HEAD_DIM)  # (BLOCK_N, BLOCK_D)
+        v = _load(
+            v_ptrs + first * VALUE_STRIDES[2], offs_n < kv_len, mask_d, MASKED, HEAD_DIM
+        )  # (BLOCK_N, BLOCK_D)
         acc, m_i, l_i = _softmax_step(acc, m_i, l_i, s, v, PRECISION)
     return acc, m_i, l_i
 
@@ -277,8 +287,8 @@ def _attention_fwd_kernel(
     gate_ptr, mask_ptr, cu_seqlens_ptr, row_ids_ptr,
     OUT_STRIDES, BASE_STRIDES, QUERY_STRIDES, KEY_STRIDES, VALUE_STRIDES, PREFIX_KEY_STRIDES, PREFIX_VALUE_STRIDES,
     GATE_STRIDES, MASK_STRIDES,
-    softmax_scale, softcap, window, num_prefixes, num_heads, num_kv_heads, q_len, kv_len, prefix_len, num_seqs,
-    num_tiles,
+    scale_log2, score_scale, cap_log2, window, num_prefixes, num_heads, num_kv_heads, q_len, kv_len, prefix_len,
+    num_seqs, num_tiles,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr, GATED: tl.constexpr, TANH: tl.constexpr, HAS_ROW_IDS: tl.constexpr,
     PACKED: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
@@ -314,7 +324,7 @@ def _attention_fwd_kernel(
     if not GATED:
         acc, m_i, l_i = _attend_prefix(
             acc, m_i, l_i, q.to(prefix_key_ptr.dtype.element_ty), pk_ptrs, pv_ptrs, PREFIX_KEY_STRIDES,
-            PREFIX_VALUE_STRIDES, tl.where(adapted, prefix_len, 0), mask_d, softmax_scale, softcap,
+            PREFIX_VALUE_STRIDES, tl.where(adapted, prefix_len, 0), mask_d, score_scale, cap_log2,
             BLOCK_P, HEAD_DIM, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
     low, full_low, full_high, high = _key_ranges(
@@ -323,18 +333,18 @@ def _attention_fwd_kernel(
     if HAS_WINDOW:
         acc, m_i, l_i = _attend_keys(
             acc, m_i, l_i, q, k_ptrs, v_ptrs, mask_ptrs, KEY_STRIDES, VALUE_STRIDES, MASK_STRIDES, low, full_low,
-            offs_m, mask_d, softmax_scale, softcap, length, keys, window,
+            offs_m, mask_d, score_scale, cap_log2, length, keys, window,
             BLOCK_N, HEAD_DIM, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, MASK_KIND, PRECISION, True,
         )  # fmt: skip
     if MASK_KIND == 0:
         acc, m_i, l_i = _attend_keys(
             acc, m_i, l_i, q, k_ptrs, v_ptrs, mask_ptrs, KEY_STRIDES, VALUE_STRIDES, MASK_STRIDES, full_low, full_high,
-            offs_m, mask_d, softmax_scale, softcap, length, keys, window,
+            offs_m, mask_d, score_scale, cap_log2, length, keys, window,
             BLOCK_N, HEAD_DIM, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, MASK_KIND, PRECISION, False,
         )  # fmt: skip
     acc, m_i, l_i = _attend_keys(
         acc, m_i, l_i, q, k_ptrs, v_ptrs, mask_ptrs, KEY_STRIDES, VALUE_STRIDES, MASK_STRIDES, full_high, high,
-        offs_m, mask_d, softmax_scale, softcap, length, keys, window,
+        offs_m, mask_d, score_scale, cap_log2, length, keys, window,
         BLOCK_N, HEAD_DIM, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, MASK_KIND, PRECISION, True,
     )  # fmt: skip
 
@@ -353,7 +363,7 @@ def _attention_fwd_kernel(
         # a branch or an empty loop, not a product with zero: Inf or NaN in the prefix stays out of the bits of base
         out, m_i, l_i = _add_gated_prefix(
             out, q.to(prefix_key_ptr.dtype.element_ty), pk_ptrs, pv_ptrs, PREFIX_KEY_STRIDES, PREFIX_VALUE_STRIDES,
-            factor, tl.where(adapted & (SAVE or (factor != 0.0)), prefix_len, 0), mask_d, softmax_scale,
+            factor, tl.where(adapted & (SAVE or (factor != 0.0)), prefix_len, 0), mask_d, scale_log2,
             BLOCK_P, HEAD_DIM, WIDE, PRECISION,
         )  # fmt: skip
         if SAVE:
@@ -411,10 +421,11 @@ def attention_forward(
     )
     num_tiles, rows = tiles_of_head(q_len, batch, cu_seqlens, tiles.block_m)
     with torch.cuda.device_of(query):
-        _attention_fwd_kernel[(num_tiles * rows * num_heads,)](
+        launch(
+            _attention_fwd_kernel, num_tiles * rows * num_heads, shared, tiles, head_dim,
             out_ptr=out, base_ptr=base, lse_ptr=lse, prefix_lse_ptr=prefix_lse,
             OUT_STRIDES=out.stride(), BASE_STRIDES=base.stride() if base.dim() == 4 else out.stride(),
-            num_tiles=num_tiles, SAVE=save, **shared, **tile_arguments(tiles, head_dim),
+            num_tiles=num_tiles, SAVE=save,
         )  # fmt: skip
     return out, base, lse, prefix_lse
 
@@ -439,7 +450,10 @@ def shared_arguments(
         "PREFIX_KEY_STRIDES": prefix_key.stride(), "PREFIX_VALUE_STRIDES": prefix_value.stride(),
         "GATE_STRIDES": (0, 0) if gate is None else gate.stride(),
         "MASK_STRIDES": (0, 0, 0, 0) if attn_mask is None else attn_mask.stride(),
-        "softmax_scale": softmax_scale, "softcap": softcap, "window": window, "num_prefixes": num_prefixes,
+        # products of constants are rounded once, here; see _capped
+        "softmax_scale": softmax_scale, "scale_log2": softmax_scale * LOG2E, "cap_log2": softcap * LOG2E,
+        "score_scale": softmax_scale / softcap if softcap > 0 else softmax_scale * LOG2E,
+        "window": window, "num_prefixes": num_prefixes,
         "num_heads": query.shape[1], "num_kv_heads": num_kv_heads, "q_len": query.shape[2], "kv_len": key.shape[2],
         "prefix_len": prefix_len, "num_seqs": cu_seqlens.shape[0] - 1 if packed else 0,
         "GATED": gate is not None, "TANH": gate_fn == "tanh",
@@ -449,13 +463,18 @@ def shared_arguments(
     }  # fmt: skip
 
 
-def tile_arguments(tiles: Tiles, head_dim: int) -> dict:
-    return {
+def launch(kernel, num_programs: int, shared: dict, tiles: Tiles, head_dim: int, **own) -> None:
+    """Launch with its own arguments and those of the shared ones that this kernel has."""
+    arguments = shared | own | {
         "HEAD_DIM": head_dim, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_P": tiles.block_p,
         "BLOCK_D": block_d(head_dim), "PRECISION": tiles.precision,
         "WIDE": "ieee" if torch.version.hip else "tf32",  # AMD's matrix units take fp32 as it is
-        "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
     }  # fmt: skip
+    kernel[(num_programs,)](
+        **{name: arguments[name] for name in kernel.arg_names},
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
 
 
 def tiles_of_head(length: int, batch: int, cu_seqlens: Tensor | None, block: int) -> tuple[int, int]:

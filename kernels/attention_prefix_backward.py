@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from fastadapter.kernels.attention import (
     LENGTHS,
     _adapter_of,
@@ -31,10 +30,10 @@ def _prefix_tile(ptrs, STRIDES, start, mask_p, mask_d, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _prefix_probs(q, do, k, v, shift, mask_p, softmax_scale, softcap, HAS_SOFTCAP: tl.constexpr,
+def _prefix_probs(q, do, k, v, shift, mask_p, score_scale, cap_log2, HAS_SOFTCAP: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
     """p, dO Vp^T and the slope of the cap for one prefix block, (BLOCK_M, BLOCK_P)."""
-    s, slope = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), softmax_scale, softcap, HAS_SOFTCAP)
+    s, slope = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), score_scale, cap_log2, HAS_SOFTCAP)
     p = tl.exp2(tl.where(mask_p[None, :], s, float("-inf")) - shift[:, None])
     return p, tl.dot(do, tl.trans(v), input_precision=PRECISION), slope
 
@@ -45,8 +44,8 @@ def _attention_bwd_prefix_kernel(
     query_ptr, prefix_key_ptr, prefix_value_ptr, gate_ptr, cu_seqlens_ptr, row_ids_ptr,
     GRAD_QUERY_STRIDES, GRAD_OUT_STRIDES, OUT_STRIDES, QUERY_STRIDES, PREFIX_KEY_STRIDES, PREFIX_VALUE_STRIDES,
     GATE_STRIDES,
-    softmax_scale, softcap, num_prefixes, num_heads, num_kv_heads, q_len, prefix_len, num_seqs, num_tiles,
-    tiles_per_slot, slots_per_row, kv_columns, columns,
+    softmax_scale, scale_log2, score_scale, cap_log2, num_prefixes, num_heads, num_kv_heads, q_len, prefix_len,
+    num_seqs, num_tiles, tiles_per_slot, slots_per_row, kv_columns, columns,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
     GATED: tl.constexpr, TANH: tl.constexpr, HAS_ROW_IDS: tl.constexpr, PACKED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ONE_BLOCK: tl.constexpr,
@@ -88,13 +87,18 @@ def _attention_bwd_prefix_kernel(
     offs_p = tl.arange(0, BLOCK_P)
     mask_p = first_p + offs_p < prefix_len
     prefix_dtype = prefix_key_ptr.dtype.element_ty
+    prefix_scale = scale_log2 if GATED else score_scale
     k_ptrs = _rows(prefix_key_ptr, PREFIX_KEY_STRIDES, entry, kv_head, offs_p, offs_d)
     v_ptrs = _rows(prefix_value_ptr, PREFIX_VALUE_STRIDES, entry, kv_head, offs_p, offs_d)
-    NEED_DELTA: tl.constexpr = FIRST and (NEED_GATE or SAVE_PREFIX_DELTA or (GATED and (NEED_PREFIX or NEED_QUERY)))
+    NEED_DELTA: tl.constexpr = FIRST and (
+        NEED_GATE or SAVE_PREFIX_DELTA or (GATED and (NEED_PREFIX or NEED_QUERY))
+    )
     NEED_BLOCK: tl.constexpr = NEED_PREFIX or NEED_QUERY or (NEED_DELTA and ONE_BLOCK)
     if NEED_BLOCK:
         k = _prefix_tile(k_ptrs, PREFIX_KEY_STRIDES, first_p, mask_p, mask_d, HEAD_DIM)  # (BLOCK_P, BLOCK_D)
-        v = _prefix_tile(v_ptrs, PREFIX_VALUE_STRIDES, first_p, mask_p, mask_d, HEAD_DIM)  # (BLOCK_P, BLOCK_D)
+        v = _prefix_tile(
+            v_ptrs, PREFIX_VALUE_STRIDES, first_p, mask_p, mask_d, HEAD_DIM
+        )  # (BLOCK_P, BLOCK_D)
     dk = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     for member in range(group_size):
@@ -138,18 +142,25 @@ def _attention_bwd_prefix_kernel(
                 do = do.to(prefix_dtype)
                 shift = _shift(tl.load(lse_ptr + offs_stats, mask=mask_m, other=0.0))
                 if NEED_DELTA and not ONE_BLOCK:
+                    total = tl.zeros((BLOCK_M,), tl.float32)
                     delta = tl.zeros((BLOCK_M,), tl.float32)
                     for start in range(0, tl.where(adapted, prefix_len, 0), BLOCK_P):
                         mask_n = start + offs_p < prefix_len
                         kn = _prefix_tile(k_ptrs, PREFIX_KEY_STRIDES, start, mask_n, mask_d, HEAD_DIM)
                         vn = _prefix_tile(v_ptrs, PREFIX_VALUE_STRIDES, start, mask_n, mask_d, HEAD_DIM)
-                        p, dp, _ = _prefix_probs(q, do, kn, vn, shift, mask_n, softmax_scale, 0.0, False, PRECISION)
+                        p, dp, _ = _prefix_probs(
+                            q, do, kn, vn, shift, mask_n, scale_log2, 0.0, False, PRECISION
+                        )
+                        total += tl.sum(p, axis=1)
                         delta += tl.sum(p * dp, axis=1)
+                    delta = delta / tl.where(total == 0.0, 1.0, total)
                 if NEED_BLOCK:
                     p, dp, cap = _prefix_probs(
-                        q, do, k, v, shift, mask_p, softmax_scale, softcap, HAS_SOFTCAP and not GATED, PRECISION
-                    )
+                        q, do, k, v, shift, mask_p, prefix_scale, cap_log2, HAS_SOFTCAP and not GATED, PRECISION
+                    )  # fmt: skip
                     if NEED_DELTA and ONE_BLOCK:
+                        # p by its own sum: dP - delta cancels, and the lse that p comes from was rounded
+                        p = p / tl.sum(p, axis=1)[:, None]
                         delta = tl.sum(p * dp, axis=1)
                     # padded positions: 0 * Inf from the prefix would make them NaN
                     mask_mp = mask_m[:, None] & mask_p[None, :]

@@ -17,9 +17,8 @@ head_dim)``; prefix_key, prefix_value ``(num_prefixes, num_kv_heads, prefix_len,
 num_heads)``; any strides. lse, prefix_lse ``(batch, num_heads, q_len)``, contiguous.
 """
 
-from torch import Tensor
-
 from fastadapter.kernels import attention, attention_backward
+from torch import Tensor
 
 
 def gated_prefix_attention_forward(

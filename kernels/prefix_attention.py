@@ -16,9 +16,8 @@ prefix_key, prefix_value ``(num_prefixes, num_kv_heads, prefix_len, head_dim)``;
 num_heads, q_len)``, contiguous.
 """
 
-from torch import Tensor
-
 from fastadapter.kernels import attention, attention_backward
+from torch import Tensor
 
 
 def prefix_attention_forward(
