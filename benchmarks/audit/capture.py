@@ -96,6 +96,12 @@ def specialise(launch: Launch, arch: str):
     return ASTSource(kernel, signature, constants, attributes), options, signature
 
 
+def identity(launch: Launch, arch: str) -> str:
+    """Equal for launches that compile to the same kernel."""
+    source, options, _ = specialise(launch, arch)
+    return f"{arch} {source.hash()} {options.hash()}"
+
+
 def compile_launch(launch: Launch, arch: str) -> Compiled:
     """Compile afresh, whatever Triton's cache holds, so that the time means something."""
     source, options, signature = specialise(launch, arch)

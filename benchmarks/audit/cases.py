@@ -99,6 +99,7 @@ class Op:
     bytes: Callable[[Case], int]
     flops: Callable[[Case], int]
     cases: Callable[[], Iterator[Case]]
+    small: Callable[[], Iterator[Case]]  # for the interpreter, which has fp32 and fp16
 
 
 def launcher(op: str, direction: str) -> Callable:
@@ -155,8 +156,19 @@ def _gated_prefix_cases() -> Iterator[Case]:
     yield Case("gated_prefix", "backward", "bf16", llama, {"query_only": True})
 
 
+def _gated_prefix_small() -> Iterator[Case]:
+    sizes = {"b": 2, "h": 4, "kv": 2, "q": 80, "d": 64, "p": 10, "n": 0}
+    for direction in ("forward", "backward"):
+        for dtype in ("fp16", "fp32"):
+            yield Case("gated_prefix", direction, dtype, sizes)
+        yield Case("gated_prefix", direction, "fp16", sizes | {"p": 40})
+        yield Case("gated_prefix", direction, "fp16", sizes | {"n": 2})
+
+
 OPS = {
-    "gated_prefix": Op(_gated_prefix, _gated_prefix_bytes, _gated_prefix_flops, _gated_prefix_cases),
+    "gated_prefix": Op(
+        _gated_prefix, _gated_prefix_bytes, _gated_prefix_flops, _gated_prefix_cases, _gated_prefix_small
+    ),
 }
 
 
@@ -167,6 +179,11 @@ def all_cases() -> list[Case]:
     True
     """
     return [case for op in OPS.values() for case in op.cases()]
+
+
+def small_cases() -> list[Case]:
+    """Whose bytes are counted."""
+    return [case for op in OPS.values() for case in op.small()]
 
 
 def sample(architectures: Sequence[str]) -> list[tuple[Case, str]]:

@@ -5,11 +5,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
+
+from ..runner import Progress
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -31,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--sample", action="store_true", help="one case of every op and pass, two architectures"
     )
+    parser.add_argument(
+        "--traffic", action="store_true", help="count the bytes that small calls touch, in the interpreter"
+    )
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compile in parallel")
     parser.add_argument("--out", type=Path, help="store the rows in this file, replacing what it holds")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
@@ -39,10 +43,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        # a kernel that was decorated for the interpreter cannot be compiled
+    if args.traffic != (os.environ.get("TRITON_INTERPRET") == "1"):
+        # settled when a kernel is decorated: one made for the interpreter cannot be compiled, nor the reverse
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment |= {"TRITON_INTERPRET": "1"} if args.traffic else {}
         return subprocess.run([sys.executable, "-m", __package__, *arguments], env=environment).returncode
+    if args.traffic:
+        return traffic_main(args)
 
     from . import cases, draw, report
 
@@ -86,21 +93,45 @@ def main(argv: list[str] | None = None) -> int:
     return int(bool(unsound))
 
 
-def collect(work, jobs: int) -> list:
-    """Rows of all (case, architecture) pairs, in their order."""
-    from . import report
+def traffic_main(args: argparse.Namespace) -> int:
+    """1 where the count of a call is more than a tenth off its formula."""
+    from . import draw, traffic
 
-    start = last = time.monotonic()
-    if jobs == 1 or len(work) == 1:
-        return [row for case, arch in work for row in report.rows_of(case, arch)]
+    counts = traffic.count_all(args.arch, args.op)
+    if args.out:
+        traffic.store(args.out, counts)
+    if args.json:
+        print(json.dumps([asdict(count) for count in counts], indent=1))
+    else:
+        print(draw.traffic_table(counts))
+    return int(any(abs(count.ratio - 1) > 0.1 for count in counts))
+
+
+def collect(work, jobs: int) -> list:
+    """Rows of all (case, architecture) pairs, in their order. What compiles to the same kernel is compiled once."""
+    from . import capture, report
+
+    launches = [
+        (case, arch, index, launch)
+        for case, arch in work
+        for index, launch in enumerate(report.launches_of(case, arch))
+    ]
+    keys = [capture.identity(launch, arch) for _, arch, _, launch in launches]
+    first = {key: place for place, key in reversed(list(enumerate(keys)))}
+    progress = Progress("audit", len(first))
     found = {}
-    # spawned: a forked compiler inherits locks that another thread may hold
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        places = {pool.submit(report.rows_of, *item): place for place, item in enumerate(work)}
-        for future in as_completed(places):
-            found[places[future]] = future.result()
-            now = time.monotonic()
-            if now - last > 1:
-                last = now
-                print(f"audit: {len(found)}/{len(work)}, {now - start:.0f} s", file=sys.stderr, flush=True)
-    return [row for place in sorted(found) for row in found[place]]
+    if jobs == 1 or len(first) == 1:
+        for key, place in first.items():
+            found[key] = report.inspect(*launches[place][:3])
+            progress(len(found))
+    else:
+        # spawned: a forked compiler inherits locks that another thread may hold
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            futures = {pool.submit(report.inspect, *launches[place][:3]): key for key, place in first.items()}
+            for future in as_completed(futures):
+                found[futures[future]] = future.result()
+                progress(len(found))
+    return [
+        report.make_row(case, arch, index, launch, found[key])
+        for (case, arch, index, launch), key in zip(launches, keys, strict=True)
+    ]

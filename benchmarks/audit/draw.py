@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from .report import Row
+from .traffic import Count
 
 HEAD = (
     "op", "pass", "dtype", "case", "arch", "kernel", "tile", "warps", "regs", "spills", "shared KiB",
@@ -23,9 +24,28 @@ def table(rows: Iterable[Row]) -> str:
                 f"{row.floor_us:.3g}",
             ]
         )  # fmt: skip
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEAD))]
+    return aligned(lines)
+
+
+def aligned(lines: list[list[str]]) -> str:
+    """Markdown; the first line is the head."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines
     ]
     text.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
     return "\n".join(text)
+
+
+def traffic_table(counts: Iterable[Count]) -> str:
+    """Counted bytes beside those of the formula."""
+    lines = [["op", "pass", "dtype", "case", "arch", "formula", "touched", "ratio", "moved", "requested"]]
+    for count in counts:
+        sizes = [
+            f"{count.ratio:.3f}",
+            f"{count.moved / count.bytes:.2f}",
+            f"{count.requested / count.bytes:.2f}",
+        ]
+        what = [count.op, count.direction, count.dtype, count.case, count.arch]
+        lines.append([*what, str(count.bytes), str(count.touched), *sizes])
+    return aligned(lines)

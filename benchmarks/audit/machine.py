@@ -1,6 +1,5 @@
 """Registers, spills, shared memory and instructions, read from what the compilers wrote."""
 
-import functools
 import re
 import subprocess
 import tempfile
@@ -100,14 +99,3 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 def _tool(name: str, *args: str) -> str:
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     return subprocess.run([path, *args], check=True, capture_output=True, text=True).stdout
-
-
-@functools.cache
-def ptxas_version(arch: str) -> str:
-    """Version of the ptxas that Triton takes for an NVIDIA architecture; "" for AMD."""
-    if not arch.startswith("sm_"):
-        return ""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    found = get_ptxas(int(arch.removeprefix("sm_")))
-    return getattr(found, "version", None) or found[1]

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import triton
+from fastadapter.kernels import toolchain
 
 from ..rows import RESULTS
 from . import capture, machine
@@ -55,34 +56,51 @@ class Row:
         return (self.op, self.direction, self.dtype, self.case, self.arch, self.launch)
 
 
-def rows_of(case: Case, arch: str) -> list[Row]:
-    """Compile everything that ``case`` launches on ``arch``."""
-    chip = CHIPS[arch]
-    launches = capture.launches_of(lambda: case.call(Maker(case)), arch)
-    rows = []
-    for index, launch in enumerate(launches):
-        compiled = capture.compile_launch(launch, arch)
-        found = machine.resources(compiled.kernel)
-        tiles = {name: size for name, size in launch.constants.items() if name.startswith("BLOCK")}
-        filled = (found.registers, found.threads, found.shared)
-        rows.append(
-            Row(
-                op=case.op, direction=case.direction, dtype=case.dtype, case=str(case), arch=arch,
-                kernel=launch.name, launch=index,
-                tile=" ".join(f"{name.removeprefix('BLOCK_')}{size}" for name, size in tiles.items()),
-                num_warps=compiled.kernel.metadata.num_warps, grid=math.prod(launch.grid),
-                registers=found.registers, stack=found.stack, spills=found.spills, shared=found.shared,
-                blocks_per_multiprocessor=chip.blocks(*filled), occupancy=round(chip.occupancy(*filled), 3),
-                matrix=found.matrix, matrix_count=found.matrix_count,
-                widest_load=found.widest_load, bulk_copies=found.bulk_copies,
-                narrow_offsets=len(narrow_products(compiled.kernel.asm["ttir"], tiles.values())),
-                compile_seconds=round(compiled.seconds, 2), bytes=case.bytes, flops=case.flops,
-                floor_us=round(chip.floor_us(case.bytes, case.flops, case.matrix), 2),
-                reached_floor_us=round(chip.floor_us(case.bytes, case.flops, case.matrix, reached=True), 2),
-                triton=triton.__version__, ptxas=machine.ptxas_version(arch),
-            )
-        )  # fmt: skip
-    return rows
+@dataclass(frozen=True)
+class Finding:
+    """What one compile says; the same for every launch that Triton would compile to the same kernel."""
+
+    resources: machine.Resources
+    num_warps: int
+    narrow_offsets: int
+    seconds: float
+
+
+def launches_of(case: Case, arch: str) -> list[capture.Launch]:
+    return capture.launches_of(lambda: case.call(Maker(case)), arch)
+
+
+def inspect(case: Case, arch: str, index: int) -> Finding:
+    """Compile launch ``index`` of ``case``."""
+    launch = launches_of(case, arch)[index]
+    compiled = capture.compile_launch(launch, arch)
+    narrow = narrow_products(compiled.kernel.asm["ttir"], tiles_of(launch).values())
+    found = machine.resources(compiled.kernel)
+    return Finding(found, compiled.kernel.metadata.num_warps, len(narrow), round(compiled.seconds, 2))
+
+
+def tiles_of(launch: capture.Launch) -> dict[str, int]:
+    return {name: size for name, size in launch.constants.items() if name.startswith("BLOCK")}
+
+
+def make_row(case: Case, arch: str, index: int, launch: capture.Launch, finding: Finding) -> Row:
+    chip, found = CHIPS[arch], finding.resources
+    filled = (found.registers, found.threads, found.shared)
+    return Row(
+        op=case.op, direction=case.direction, dtype=case.dtype, case=str(case), arch=arch,
+        kernel=launch.name, launch=index,
+        tile=" ".join(f"{name.removeprefix('BLOCK_')}{size}" for name, size in tiles_of(launch).items()),
+        num_warps=finding.num_warps, grid=math.prod(launch.grid),
+        registers=found.registers, stack=found.stack, spills=found.spills, shared=found.shared,
+        blocks_per_multiprocessor=chip.blocks(*filled), occupancy=round(chip.occupancy(*filled), 3),
+        matrix=found.matrix, matrix_count=found.matrix_count,
+        widest_load=found.widest_load, bulk_copies=found.bulk_copies,
+        narrow_offsets=finding.narrow_offsets, compile_seconds=finding.seconds,
+        bytes=case.bytes, flops=case.flops,
+        floor_us=round(chip.floor_us(case.bytes, case.flops, case.matrix), 2),
+        reached_floor_us=round(chip.floor_us(case.bytes, case.flops, case.matrix, reached=True), 2),
+        triton=triton.__version__, ptxas=toolchain.installed(arch).ptxas,
+    )  # fmt: skip
 
 
 def faults(row: Row) -> list[str]:
@@ -110,7 +128,7 @@ def store(path: Path, rows: Iterable[Row]) -> None:
 def load(path: Path = TABLE) -> list[Row]:
     """Raises: ValueError: columns that are missing or unknown, or a value of the wrong type, with its line."""
     kinds = {
-        field.name: {"int": int, "float": float, "bool": _truth}.get(field.type, str) for field in fields(Row)
+        field.name: {int: int, float: float, bool: _truth}.get(field.type, str) for field in fields(Row)
     }
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
