@@ -13,6 +13,7 @@ import re
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -23,7 +24,9 @@ TORCH_MINIMUM = (2, 10)  # the first with parallel_for in the stable ABI
 PYTHON_MINIMUM = (3, 10)
 ABI3 = sys.implementation.name == "cpython" and not sysconfig.get_config_var("Py_GIL_DISABLED")
 X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
+SOURCES = sorted(glob("csrc/*.cpp"))
 # The kernels are compiled once per instruction set and chosen at run time.
+KERNELS = [source for source in SOURCES if source.endswith("_kernel.cpp")]
 ISAS = {"isa_default": []}
 if X86:
     ISAS["isa_avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -96,11 +99,12 @@ class BuildExtension(build_ext):
         jobs += [
             # Contraction: fused multiply-adds, also where -std=c++17 would switch them off.
             (
-                "csrc/gated_prefix_kernel.cpp",
+                source,
                 isa,
                 [*common, "-ffp-contract=fast", "-Wno-psabi", *flags],
                 [("FASTADAPTER_ISA", isa)],
             )
+            for source in KERNELS
             for isa, flags in ISAS.items()
         ]
 
@@ -170,14 +174,8 @@ setup(
     ext_modules=[
         Extension(
             "fastadapter._C",
-            ["csrc/dispatch.cpp", "csrc/gated_prefix.cpp"],
-            depends=[
-                "csrc/dispatch.h",
-                "csrc/gated_prefix_kernel.cpp",
-                "csrc/gated_prefix_kernel.h",
-                "csrc/rows.h",
-                "csrc/vec.h",
-            ],
+            [source for source in SOURCES if source not in KERNELS],
+            depends=[*KERNELS, *sorted(glob("csrc/*.h"))],
             define_macros=[
                 ("Py_LIMITED_API", "0x{:02x}{:02x}0000".format(*PYTHON_MINIMUM)),
                 ("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*TORCH_MINIMUM)),

@@ -1,98 +1,23 @@
 // fastadapter::gated_prefix and its backward for CPU tensors, on torch's stable ABI.
 // Schemas, meta functions and autograd live in fastadapter/ops/gated_prefix.py; the maths in docs/maths.md.
-#include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
-#include <numeric>
-#include <optional>
 #include <string>
 #include <tuple>
-#include <vector>
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include "dispatch.h"
 #include "gated_prefix_kernel.h"
+#include "host.h"
 
 namespace fastadapter {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr int64_t kRowsPerItem = 128;     // of one bank entry and kv head, per work item
-constexpr int64_t kItemsPerEntry = 64;    // bounds the partial gradients of one bank entry in backward
-constexpr int64_t kSerialWork = 1 << 18;  // multiply-adds below which a second thread is not worth waking
+constexpr const char* kOp = "gated_prefix";
+constexpr int64_t kRowsPerItem = 128;   // of one bank entry and kv head, per work item
+constexpr int64_t kItemsPerEntry = 64;  // bounds the partial gradients of one bank entry in backward
 
 const GatedPrefixKernels& kernels(bool in_double) {
-  switch (cpu_isa()) {
-#ifdef FASTADAPTER_X86
-    case Isa::kAvx512:
-      return in_double ? isa_avx512::gated_prefix_double : isa_avx512::gated_prefix_float;
-    case Isa::kAvx2:
-      return in_double ? isa_avx2::gated_prefix_double : isa_avx2::gated_prefix_float;
-#endif
-    default:
-      return in_double ? isa_default::gated_prefix_double : isa_default::gated_prefix_float;
-  }
-}
-
-struct Free {
-  void operator()(char* p) const { ::operator delete[](p, std::align_val_t(64)); }
-};
-using Buffer = std::unique_ptr<char[], Free>;
-
-Buffer allocate(int64_t bytes) {
-  return Buffer(static_cast<char*>(::operator new[](static_cast<size_t>(bytes), std::align_val_t(64))));
-}
-
-DType dtype_of(const char* name, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Double:
-      return DType::kDouble;
-    case ScalarType::Float:
-      return DType::kFloat;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kHalf;
-    default:
-      STD_TORCH_CHECK(false, "gated_prefix: ", name, " must be float64, float32, bfloat16 or float16, got ",
-                      torch::headeronly::toString(x.scalar_type()));
-  }
-}
-
-View view(const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 4, "gated_prefix: ", name, " must have 4 dims, got ", x.dim());
-  View v{static_cast<char*>(x.data_ptr()), {}, dtype_of(name, x)};
-  const int64_t item = static_cast<int64_t>(x.element_size());
-  const auto strides = x.strides();
-  for (int i = 0; i < 4; ++i) v.stride[i] = strides[i] * item;
-  return v;
-}
-
-void check_sizes(const char* name, const Tensor& x, const int64_t (&expected)[4]) {
-  const auto sizes = x.sizes();
-  for (int i = 0; i < 4; ++i) {
-    STD_TORCH_CHECK(sizes[i] == expected[i], "gated_prefix: ", name, " must have size ", expected[i],
-                    " in dim ", i, ", got ", sizes[i]);
-  }
-}
-
-// f(begin, end) over the items; `work` is what all of them cost in multiply-adds.
-template <class F>
-void parallel(int64_t items, int64_t work, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, kSerialWork * items / std::max<int64_t>(1, work));
-  if (items <= grain) {
-    if (items > 0) f(0, items);
-  } else {
-    torch::stable::parallel_for(0, items, grain, f);
-  }
+  return in_double ? FASTADAPTER_FOR_ISA(gated_prefix_double) : FASTADAPTER_FOR_ISA(gated_prefix_float);
 }
 
 // One call: the arguments as the kernels see them, and everything that must outlive the kernels.
@@ -106,16 +31,16 @@ class Call {
   Call(const char* name, const Tensor& first, const Tensor& query, const Tensor& prefix_key,
        const Tensor& prefix_value, const Tensor& gate, const std::optional<Tensor>& row_ids,
        double softmax_scale, const std::string& gate_fn) {
-    op.query = view("query", query);
-    op.key = view("prefix_key", prefix_key);
-    op.value = view("prefix_value", prefix_value);
-    const View like_query = view(name, first);
+    op.query = view(kOp, "query", query);
+    op.key = view(kOp, "prefix_key", prefix_key);
+    op.value = view(kOp, "prefix_value", prefix_value);
+    const View like_query = view(kOp, name, first);
     const auto q = query.sizes(), k = prefix_key.sizes();
     batch_ = q[0], op.heads = q[1], op.q_len = q[2], op.head_dim = q[3];
     num_prefixes_ = k[0], op.kv_heads = k[1], op.prefix_len = k[2];
-    check_sizes(name, first, {q[0], q[1], q[2], q[3]});
-    check_sizes("prefix_key", prefix_key, {k[0], k[1], k[2], q[3]});
-    check_sizes("prefix_value", prefix_value, {k[0], k[1], k[2], q[3]});
+    check_sizes(kOp, name, first, {q[0], q[1], q[2], q[3]});
+    check_sizes(kOp, "prefix_key", prefix_key, {k[0], k[1], k[2], q[3]});
+    check_sizes(kOp, "prefix_value", prefix_value, {k[0], k[1], k[2], q[3]});
     STD_TORCH_CHECK(op.kv_heads > 0 && op.heads % op.kv_heads == 0,
                     "gated_prefix: heads of query must be a multiple of those of prefix_key, got ", op.heads,
                     " and ", op.kv_heads);
@@ -131,7 +56,7 @@ class Call {
     }
     STD_TORCH_CHECK(gate.dim() == 2 && gate.size(0) == num_prefixes_ && gate.size(1) == op.heads,
                     "gated_prefix: gate must have shape (", num_prefixes_, ", ", op.heads, ")");
-    STD_TORCH_CHECK(dtype_of("gate", gate) == (in_double ? DType::kDouble : DType::kFloat),
+    STD_TORCH_CHECK(dtype_of(kOp, "gate", gate) == (in_double ? DType::kDouble : DType::kFloat),
                     "gated_prefix: gate must be ", in_double ? "float64" : "float32");
     STD_TORCH_CHECK(gate_fn == "tanh" || gate_fn == "identity",
                     "gated_prefix: gate_fn must be 'tanh' or 'identity', got '", gate_fn, "'");
@@ -139,7 +64,11 @@ class Call {
     op.scale = softmax_scale;
     kernel = &kernels(in_double);
     op.padded_dim = (op.head_dim + kernel->lanes - 1) / kernel->lanes * kernel->lanes;
-    sort_rows(row_ids);
+    entries_.emplace(kOp, row_ids, batch_, num_prefixes_);
+    op.num_entries = entries_->size();
+    op.entry_id = entries_->id.data();
+    op.batch_rows = entries_->rows.data();
+    op.entry_begin = entries_->begin.data();
     if (in_double) {
       read_gate<double>(gate, gate_fn == "tanh");
     } else {
@@ -156,7 +85,7 @@ class Call {
   void split(int64_t most) {
     const int64_t most_parts = std::max<int64_t>(1, most / op.kv_heads);
     for (int64_t e = 0; e < op.num_entries; ++e) {
-      const int64_t rows = (entry_begin_[e + 1] - entry_begin_[e]) * op.group * op.q_len;
+      const int64_t rows = (op.entry_begin[e + 1] - op.entry_begin[e]) * op.group * op.q_len;
       const int64_t parts = std::min(most_parts, (rows + kRowsPerItem - 1) / kRowsPerItem);
       for (int64_t kv = 0; kv < op.kv_heads; ++kv) {
         first_item_.push_back(items());
@@ -179,52 +108,13 @@ class Call {
   }
 
   int64_t items() const { return static_cast<int64_t>(items_.size()); }
-  int64_t unadapted() const { return entry_begin_[0]; }  // rows without an adapter
+  int64_t unadapted() const { return entries_->unadapted(); }  // rows without an adapter
   int64_t num_prefixes() const { return num_prefixes_; }
   int64_t row_work() const { return op.heads * op.q_len * op.padded_dim; }
   int64_t work() const { return (batch_ - unadapted()) * row_work() * op.prefix_len * 2; }
   double gate_slope(int64_t entry, int64_t head) const { return gate_slope_[entry * op.heads + head]; }
 
  private:
-  void sort_rows(const std::optional<Tensor>& row_ids) {
-    const int32_t* ids = nullptr;
-    int64_t stride = 0;
-    if (row_ids) {
-      STD_TORCH_CHECK(row_ids->dim() == 1 && row_ids->size(0) == batch_,
-                      "gated_prefix: row_ids must have shape (", batch_, ",)");
-      STD_TORCH_CHECK(row_ids->scalar_type() == ScalarType::Int, "gated_prefix: row_ids must be int32, got ",
-                      torch::headeronly::toString(row_ids->scalar_type()));
-      ids = static_cast<const int32_t*>(row_ids->data_ptr());
-      stride = row_ids->stride(0);
-    } else {
-      STD_TORCH_CHECK(num_prefixes_ == 1, "gated_prefix: row_ids must be given for a bank of ", num_prefixes_,
-                      ", got None");
-    }
-    // Copied first: what is checked here is what is used below, even if another thread writes to row_ids.
-    std::vector<int64_t> id(batch_, 0);
-    for (int64_t b = 0; ids && b < batch_; ++b) {
-      id[b] = ids[b * stride];
-      STD_TORCH_CHECK(id[b] >= -1 && id[b] < num_prefixes_, "gated_prefix: row_ids must be in [-1, ",
-                      num_prefixes_, "), got ", id[b]);
-    }
-    batch_rows_.resize(batch_);
-    std::iota(batch_rows_.begin(), batch_rows_.end(), 0);
-    std::sort(batch_rows_.begin(), batch_rows_.end(),
-              [&](int64_t a, int64_t b) { return id[a] != id[b] ? id[a] < id[b] : a < b; });
-    int64_t last = -1;
-    for (int64_t i = 0; i < batch_; ++i) {
-      if (id[batch_rows_[i]] == last) continue;
-      last = id[batch_rows_[i]];
-      entry_id_.push_back(last);
-      entry_begin_.push_back(i);
-    }
-    entry_begin_.push_back(batch_);
-    op.num_entries = static_cast<int64_t>(entry_id_.size());
-    op.entry_id = entry_id_.data();
-    op.batch_rows = batch_rows_.data();
-    op.entry_begin = entry_begin_.data();
-  }
-
   template <class C>
   void read_gate(const Tensor& gate, bool tanh) {
     const C* data = static_cast<const C*>(gate.data_ptr());
@@ -234,7 +124,7 @@ class Call {
     gate_slope_.resize(op.num_entries * op.heads);
     for (int64_t e = 0; e < op.num_entries; ++e) {
       for (int64_t h = 0; h < op.heads; ++h) {
-        const double g = data[entry_id_[e] * row + h * column], f = tanh ? std::tanh(g) : g;
+        const double g = data[op.entry_id[e] * row + h * column], f = tanh ? std::tanh(g) : g;
         factor[e * op.heads + h] = static_cast<C>(f);
         gate_slope_[e * op.heads + h] = tanh ? 1.0 - f * f : 1.0;
       }
@@ -264,40 +154,20 @@ class Call {
   }
 
   int64_t batch_, num_prefixes_;
-  std::vector<int64_t> batch_rows_, entry_id_, entry_begin_, first_item_;
+  std::optional<Entries> entries_;
+  std::vector<int64_t> first_item_;
   std::vector<Item> items_;
   std::vector<double> gate_slope_;
   Buffer factor_, packed_key_, packed_value_;
 };
-
-// torch.empty_like. The common case, dense without overlap, skips the dispatcher's search by name.
-Tensor fast_empty_like(const Tensor& x) {
-  const auto sizes = x.sizes(), strides = x.strides();
-  int order[4] = {0, 1, 2, 3};
-  std::sort(order, order + 4, [&](int a, int b) { return strides[a] < strides[b]; });
-  int64_t expected = 1;
-  for (int i : order) {
-    if (sizes[i] == 1) continue;
-    if (strides[i] != expected) return torch::stable::empty_like(x);
-    expected *= sizes[i];
-  }
-  int32_t dtype, device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(4, sizes.data(), strides.data(), dtype, device_type, device_index, &handle));
-  return Tensor(handle);
-}
 
 Tensor gated_prefix(const Tensor& base, const Tensor& query, const Tensor& prefix_key,
                     const Tensor& prefix_value, const Tensor& gate, const std::optional<Tensor>& row_ids,
                     double softmax_scale, const std::string& gate_fn) {
   Call call("base", base, query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn);
   Tensor out = fast_empty_like(base);
-  call.op.base = view("base", base);
-  call.op.out = view("out", out);
+  call.op.base = view(kOp, "base", base);
+  call.op.out = view(kOp, "out", out);
   call.split(std::numeric_limits<int64_t>::max());
   call.run(call.kernel->forward, call.items(), call.work());
   call.run(call.kernel->keep, call.unadapted() * call.op.heads, call.unadapted() * call.row_work());
@@ -335,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_prefix_backward(
   Call call("grad_out", grad_out, query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn);
   call.split(kItemsPerEntry);
   GatedPrefix& op = call.op;
-  op.grad_out = view("grad_out", grad_out);
+  op.grad_out = view(kOp, "grad_out", grad_out);
   op.need_query = need_query, op.need_prefix = need_prefix;
 
   auto none = [](const Tensor& x) { return torch::stable::new_empty(x, {0}); };
@@ -343,9 +213,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_prefix_backward(
   Tensor grad_key = need_prefix ? empty_gradient(call, prefix_key) : none(prefix_key);
   Tensor grad_value = need_prefix ? empty_gradient(call, prefix_value) : none(prefix_value);
   Tensor grad_gate = need_gate ? empty_gradient(call, gate) : none(gate);
-  if (need_query) op.out = view("grad_query", grad_query);
-  if (need_prefix) op.grad_key = view("grad_prefix_key", grad_key);
-  if (need_prefix) op.grad_value = view("grad_prefix_value", grad_value);
+  if (need_query) op.out = view(kOp, "grad_query", grad_query);
+  if (need_prefix) op.grad_key = view(kOp, "grad_prefix_key", grad_key);
+  if (need_prefix) op.grad_value = view(kOp, "grad_prefix_value", grad_value);
 
   const int64_t partial_size = call.items() * 2 * op.prefix_len * op.padded_dim;
   const Buffer partial = allocate(need_prefix ? partial_size * (call.in_double ? 8 : 4) : 0);

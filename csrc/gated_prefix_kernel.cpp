@@ -4,6 +4,7 @@
 // across lanes once per (row, slot), so K and V are used as they lie in memory; the softmax keeps rows in the
 // lanes, so it needs neither padding nor sums across lanes. Every row is computed by the same chain of
 // operations wherever it stands in a block: its bits do not depend on its neighbours or on the thread count.
+#include "gated_prefix_kernel.h"
 #include "rows.h"
 
 namespace fastadapter {

@@ -5,15 +5,9 @@
 
 #include <cstdint>
 
+#include "view.h"
+
 namespace fastadapter {
-
-enum class DType { kDouble, kFloat, kBFloat16, kHalf };
-
-struct View {  // (batch, heads, rows, head_dim); strides in bytes
-  char* data;
-  int64_t stride[4];
-  DType dtype;
-};
 
 // A contiguous range of the rows of one bank entry and one key/value head. Rows are numbered
 // (batch row among those of the entry, head within the group, t).

@@ -1,8 +1,8 @@
 // Rows of tensors, any dtype and stride of the last dimension, to and from padded rows in the compute type.
 #pragma once
 
-#include "gated_prefix_kernel.h"
 #include "vec.h"
+#include "view.h"
 
 namespace fastadapter {
 namespace FASTADAPTER_ISA {
