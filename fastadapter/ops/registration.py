@@ -48,7 +48,8 @@ def register(
         backend, _ = automatic_backend("cuda", args[0].dtype, op)
         return (triton if backend == "triton" else reference)(*args)
 
-    if error := extension_error(name):
+    error = extension_error(name)
+    if error:
         library.impl(name, reference, "CPU")
         lack(op, "cpp", error)
     if importlib.util.find_spec(file) is None:
@@ -58,8 +59,9 @@ def register(
     registered = getattr(torch.ops.fastadapter, name).default
 
     def run(backend: str, *args):
-        if backend == "reference":
+        if backend == "reference" and not (error and args[0].device.type == "cpu"):
             return reference(*args)
+        # Where the CPU has no kernel the registered op is the reference, and opaque to torch.compile.
         # Triton's interpreter runs on CPU tensors, where the registered op is the C++ one.
         if backend == "triton" and args[0].device.type == "cpu":
             return triton(*args)
