@@ -101,12 +101,13 @@ inline void gemm_rest(int64_t rows, int64_t k, const C* a, int64_t row_stride, i
   }
 }
 
-// C (m, n) = A (m, k) B, or += with kAdd. Strides and ldc in elements; `packed` from pack() with the same k
-// and n.
+// C (m, n) = A (m, k) B, or += with kAdd. Strides and ldc in elements; `packed` from pack() with the same n,
+// and `packed_k` rows (the same k unless given), from its row p on where it is moved by p * kPanel.
 template <class C, bool kAdd = false>
 inline void gemm(int64_t m, int64_t n, int64_t k, const C* a, int64_t row_stride, int64_t k_stride,
-                 const C* packed, C* c, int64_t ldc) {
-  for (int64_t j = 0; j < n; j += kPanel<C>, packed += kPanel<C> * k) {
+                 const C* packed, C* c, int64_t ldc, int64_t packed_k = 0) {
+  const int64_t step = kPanel<C> * (packed_k ? packed_k : k);
+  for (int64_t j = 0; j < n; j += kPanel<C>, packed += step) {
     const int64_t width = n - j < kPanel<C> ? n - j : kPanel<C>;
     int64_t i = 0;
     for (; i + kTileRows <= m; i += kTileRows) {
