@@ -8,10 +8,19 @@ namespace fastadapter {
 namespace {
 
 constexpr int64_t kFewRows = 16;     // query rows of a kv head up to which keys are not worth packing
-constexpr int64_t kPartKeys = 512;   // keys of a part, where query rows are few
+constexpr int64_t kPartKeys = 512;     // keys of a part of forward, where query rows are few
+constexpr int64_t kPartQueries = 256;  // least queries of a part of backward, where kv heads are few
+constexpr int64_t kMostItems = 16;     // of a sequence in backward: bounds the memory for partial sums
+
+int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 const AttentionForward& forward_kernels(bool in_double) {
   return in_double ? FASTADAPTER_FOR_ISA(attention_forward_double) : FASTADAPTER_FOR_ISA(attention_forward_float);
+}
+
+const AttentionBackward& backward_kernels(bool in_double) {
+  return in_double ? FASTADAPTER_FOR_ISA(attention_backward_double)
+                   : FASTADAPTER_FOR_ISA(attention_backward_float);
 }
 
 // Offsets of the packed sequences, copied once: what is checked is what is used.
@@ -176,9 +185,8 @@ int64_t AttentionCall::work(int64_t products) const {
   return pairs * op.heads * op.head_dim * products;
 }
 
-void AttentionCall::forward() {
-  const AttentionForward& kernels = forward_kernels(in_double);
-  int64_t parts = 0;
+// Items of the forward pass, and the parts that have to be joined.
+void AttentionCall::split_forward(int64_t query_block) {
   for (int64_t i = 0; i < op.num_sequences; ++i) {
     Sequence& sequence = sequences_[i];
     if (sequence.q_len == 0) continue;
@@ -186,11 +194,11 @@ void AttentionCall::forward() {
     sequence.few = rows <= kFewRows;
     if (sequence.few) {
       op.few_rows = std::max(op.few_rows, rows);
-      sequence.parts = std::max<int64_t>(1, (sequence.kv_len + kPartKeys - 1) / kPartKeys);
+      sequence.parts = std::max<int64_t>(1, ceil_div(sequence.kv_len, kPartKeys));
       if (sequence.parts > 1) {
         in_parts_.push_back(i);
-        sequence.first_part = parts;
-        parts += sequence.parts * op.kv_heads;
+        sequence.first_part = num_parts_;
+        num_parts_ += sequence.parts * op.kv_heads;
       }
       for (int64_t kv = 0; kv < op.kv_heads; ++kv) {
         for (int64_t part = 0; part < sequence.parts; ++part) {
@@ -201,29 +209,138 @@ void AttentionCall::forward() {
     } else {
       op.longest_query = std::max(op.longest_query, sequence.q_len);
       op.longest_keys = std::max(op.longest_keys, sequence.kv_len);
-      const int64_t blocks = (sequence.q_len + kernels.query_block - 1) / kernels.query_block;
+      const int64_t blocks = ceil_div(sequence.q_len, query_block);
       for (int64_t kv = 0; kv < op.kv_heads; ++kv) {
         for (int64_t j = 0; j < blocks; ++j) {
           // First and last in turn: under a causal mask the halves of the items cost the same.
-          const int64_t begin = (j % 2 ? blocks - 1 - j / 2 : j / 2) * kernels.query_block;
-          items_.push_back({i, kv, begin, std::min(begin + kernels.query_block, sequence.q_len), 0});
+          const int64_t begin = (j % 2 ? blocks - 1 - j / 2 : j / 2) * query_block;
+          items_.push_back({i, kv, begin, std::min(begin + query_block, sequence.q_len), 0});
         }
       }
     }
   }
-  parts_ = allocate(parts * op.few_rows * (op.padded_dim + 2) * (in_double ? 8 : 4));
   op.items = items_.data();
   op.in_parts = in_parts_.data();
+}
+
+// Items of the backward pass: one per sequence and kv head, more where these are few and long.
+void AttentionCall::split_backward() {
+  for (int64_t i = 0; i < op.num_sequences; ++i) {
+    Sequence& sequence = sequences_[i];
+    op.longest_query = std::max(op.longest_query, sequence.q_len);
+    op.longest_keys = std::max(op.longest_keys, sequence.kv_len);
+    const int64_t most = std::max<int64_t>(1, kMostItems / op.kv_heads);
+    sequence.parts = std::clamp<int64_t>(sequence.q_len / kPartQueries, 1, most);
+    if (sequence.parts > 1) {
+      in_parts_.push_back(i);
+      sequence.first_part = num_parts_;
+      num_parts_ += sequence.parts * op.kv_heads;
+    }
+    sequence.first_item = static_cast<int64_t>(items_.size());
+    for (int64_t kv = 0; kv < op.kv_heads; ++kv) {
+      for (int64_t part = 0; part < sequence.parts; ++part) {
+        items_.push_back({i, kv, sequence.q_len * part / sequence.parts,
+                          sequence.q_len * (part + 1) / sequence.parts, part});
+      }
+    }
+  }
+  op.items = items_.data();
+  op.in_parts = in_parts_.data();
+}
+
+template <class F>
+void AttentionCall::run(F function, int64_t scratch_bytes, int64_t items, int64_t work) const {
+  parallel(items, work, [&](int64_t begin, int64_t end) {
+    const Buffer scratch = allocate(scratch_bytes);
+    function(op, begin, end, scratch.get());
+  });
+}
+
+void AttentionCall::forward() {
+  const AttentionForward& kernels = forward_kernels(in_double);
+  split_forward(kernels.query_block);
+  const int64_t part_size = op.few_rows * (op.padded_dim + 2);
+  parts_ = allocate(num_parts_ * part_size * (in_double ? 8 : 4));
   op.parts = parts_.get();
-  auto run = [&](auto function, int64_t items, int64_t work) {
-    parallel(items, work, [&](int64_t begin, int64_t end) {
-      const Buffer scratch = allocate(kernels.scratch_bytes(op));
-      function(op, begin, end, scratch.get());
-    });
-  };
-  run(kernels.forward, static_cast<int64_t>(items_.size()), work(2));
-  const int64_t joined = static_cast<int64_t>(in_parts_.size()) * op.kv_heads;
-  run(kernels.join, joined, parts * op.few_rows * op.padded_dim);
+  const int64_t bytes = kernels.scratch_bytes(op);
+  run(kernels.forward, bytes, static_cast<int64_t>(items_.size()), work(2));
+  run(kernels.join, bytes, static_cast<int64_t>(in_parts_.size()) * op.kv_heads, num_parts_ * part_size);
+}
+
+void AttentionCall::backward() {
+  const AttentionBackward& kernels = backward_kernels(in_double);
+  split_backward();
+  const int64_t items = static_cast<int64_t>(items_.size()), item = in_double ? 8 : 4;
+  const int64_t prefix_size = 2 * items * op.prefix_len * op.padded_dim;
+  const int64_t keys_size = 2 * num_parts_ * op.longest_keys * op.padded_dim;
+  partial_prefix_ = allocate(op.need_prefix ? prefix_size * item : 0);
+  parts_ = allocate(op.need_key_value ? keys_size * item : 0);
+  partial_gate_.assign(items * op.group, 0.0);
+  op.partial_prefix = partial_prefix_.get();
+  op.partial_keys = parts_.get();
+  op.partial_gate = partial_gate_.data();
+  op.num_entries = entries_->size();
+  op.entry_id = entries_->id.data();
+  op.entry_rows = entries_->rows.data();
+  op.entry_begin = entries_->begin.data();
+  const int64_t bytes = kernels.scratch_bytes(op);
+  const int64_t products = 1 + 2 * op.need_query + 3 * op.need_key_value;
+  run(kernels.backward, bytes, items, work(products));
+  if (op.need_key_value)
+    run(kernels.sum_keys, bytes, static_cast<int64_t>(in_parts_.size()) * op.kv_heads, keys_size);
+  if (op.need_prefix) run(kernels.sum_prefix, bytes, op.num_entries * op.kv_heads, prefix_size);
+}
+
+Tensor AttentionCall::empty_bank_gradient(const Tensor& x) const {
+  Tensor grad = torch::stable::new_empty(x, x.sizes());
+  if (entries_->size() < num_prefixes_) {
+    std::memset(grad.mutable_data_ptr(), 0, grad.numel() * grad.element_size());
+  }
+  return grad;
+}
+
+Tensor AttentionCall::gate_gradient(const Tensor& gate) const {
+  Tensor grad = empty_bank_gradient(gate);
+  for (int64_t e = 0; e < op.num_entries; ++e) {
+    for (int64_t h = 0; h < op.heads; ++h) {
+      double sum = 0;
+      for (int64_t k = op.entry_begin[e]; k < op.entry_begin[e + 1]; ++k) {
+        const Sequence& sequence = sequences_[op.entry_rows[k]];
+        const int64_t first = sequence.first_item + h / op.group * sequence.parts;
+        for (int64_t part = 0; part < sequence.parts; ++part)
+          sum += partial_gate_[(first + part) * op.group + h % op.group];
+      }
+      sum *= gate_slope_[e * op.heads + h];
+      const int64_t at = op.entry_id[e] * op.heads + h;
+      if (in_double) {
+        static_cast<double*>(grad.mutable_data_ptr())[at] = sum;
+      } else {
+        static_cast<float*>(grad.mutable_data_ptr())[at] = static_cast<float>(sum);
+      }
+    }
+  }
+  return grad;
+}
+
+namespace {
+
+Tensor none(const Tensor& x) { return torch::stable::new_empty(x, {0}); }
+
+}  // namespace
+
+Gradients::Gradients(AttentionCall& call, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pk,
+                     const Tensor& pv)
+    : query(call.op.need_query ? fast_empty_like(q) : none(q)),
+      key(call.op.need_key_value ? fast_empty_like(k) : none(k)),
+      value(call.op.need_key_value ? fast_empty_like(v) : none(v)),
+      prefix_key(call.op.need_prefix ? call.empty_bank_gradient(pk) : none(pk)),
+      prefix_value(call.op.need_prefix ? call.empty_bank_gradient(pv) : none(pv)) {
+  const char* name = "gradients";
+  if (call.op.need_query) call.op.grad_query = view(name, "query", query);
+  if (call.op.need_key_value) call.op.grad_key = view(name, "key", key);
+  if (call.op.need_key_value) call.op.grad_value = view(name, "value", value);
+  if (call.op.need_prefix) call.op.grad_prefix_key = view(name, "prefix_key", prefix_key);
+  if (call.op.need_prefix) call.op.grad_prefix_value = view(name, "prefix_value", prefix_value);
 }
 
 }  // namespace fastadapter

@@ -21,16 +21,15 @@ struct Sequence {
   int64_t entry;  // in the bank, -1 for none
   int64_t slot;   // position of the entry's factors, -1 for none
   bool few;       // so few query rows that its keys are read where they lie
-  int64_t parts;  // of `few`: how many ranges of keys are attended to apart and joined
-  int64_t first_part;
-  int64_t first_item;  // of backward: items of kv head h start at first_item + h * chunks
-  int64_t chunks;
+  // Forward with few query rows splits the keys into parts, backward the queries; the parts of a kv head follow
+  // each other.
+  int64_t parts, first_part, first_item;
 };
 
-// Query rows [begin, end) of a sequence; keys where the sequence has few query rows.
+// Query rows [begin, end) of a sequence; in forward, keys where it has few query rows.
 struct AttentionItem {
   int64_t sequence, kv_head, begin, end;
-  int64_t part;  // of the keys
+  int64_t part;
 };
 
 struct Attention {
@@ -58,15 +57,16 @@ struct Attention {
   const int64_t* in_parts;  // sequences whose parts have to be joined
   void* parts;              // (their parts of all kv heads, few_rows, padded_dim + 2)
 
-  // Backward.
+  // Backward. `out` and `base` are inputs; lse, prefix_lse too.
   View grad_out, grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value;
   bool need_query, need_key_value, need_prefix, need_gate;
-  const int64_t* entry_id;       // (num_entries)
-  const int64_t* entry_begin;    // (num_entries + 1) into entry_rows
-  const int64_t* entry_rows;     // sequences in order of their entry
-  void* partial_prefix;          // (items, 2, prefix_len, padded_dim)
-  double* partial_gate;          // (items, group)
-  void* partial_keys;            // (items, 2, longest_keys, padded_dim) where a sequence has many chunks
+  int64_t num_entries;
+  const int64_t* entry_id;     // (num_entries) index into the bank
+  const int64_t* entry_rows;   // sequences without an entry, then those of each entry
+  const int64_t* entry_begin;  // (num_entries + 1) into entry_rows
+  void* partial_prefix;        // (items, 2, prefix_len, padded_dim) sums for grad_prefix_key, grad_prefix_value
+  void* partial_keys;          // (parts, 2, longest_keys, padded_dim) where a sequence has more than one part
+  double* partial_gate;        // (items, group) sums of the prefix's delta
 };
 
 // Each function does work items [begin, end); `scratch` holds its bytes() aligned to 64.
@@ -78,9 +78,17 @@ struct AttentionForward {
   void (*join)(const Attention&, int64_t begin, int64_t end, char* scratch);
 };
 
-#define FASTADAPTER_DECLARE(ISA)                                                    \
-  namespace ISA {                                                                   \
-  extern const AttentionForward attention_forward_float, attention_forward_double; \
+struct AttentionBackward {
+  int64_t (*scratch_bytes)(const Attention&);
+  void (*backward)(const Attention&, int64_t begin, int64_t end, char* scratch);
+  void (*sum_keys)(const Attention&, int64_t begin, int64_t end, char* scratch);
+  void (*sum_prefix)(const Attention&, int64_t begin, int64_t end, char* scratch);
+};
+
+#define FASTADAPTER_DECLARE(ISA)                                                     \
+  namespace ISA {                                                                    \
+  extern const AttentionForward attention_forward_float, attention_forward_double;   \
+  extern const AttentionBackward attention_backward_float, attention_backward_double; \
   }
 FASTADAPTER_DECLARE(isa_default)
 FASTADAPTER_DECLARE(isa_avx2)

@@ -28,6 +28,26 @@ std::tuple<Tensor, Tensor> prefix_attention(const Tensor& query, const Tensor& k
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
+    const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& prefix_key, const Tensor& prefix_value, const Tensor& out, const Tensor& lse,
+    const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& cu_seqlens,
+    const std::optional<Tensor>& row_ids, double softmax_scale, bool is_causal, int64_t window,
+    double softcap, bool need_query, bool need_key_value, bool need_prefix) {
+  AttentionCall call(kOp, Mode::kShared, query, &key, &value, prefix_key, prefix_value,
+                     {attn_mask, cu_seqlens, row_ids, softmax_scale, is_causal, window, softcap});
+  call.check_like_query("grad_out", grad_out, query);
+  call.check_like_query("out", out, query);
+  Attention& op = call.op;
+  op.grad_out = view(kOp, "grad_out", grad_out);
+  op.out = view(kOp, "out", out);
+  op.lse = call.row_view("lse", lse);
+  op.need_query = need_query, op.need_key_value = need_key_value, op.need_prefix = need_prefix;
+  Gradients grads(call, query, key, value, prefix_key, prefix_value);
+  call.backward();
+  return {grads.query, grads.key, grads.value, grads.prefix_key, grads.prefix_value};
+}
+
 std::tuple<Tensor, Tensor> prefix_merge(const Tensor& base, const Tensor& lse, const Tensor& query,
                                         const Tensor& prefix_key, const Tensor& prefix_value,
                                         const std::optional<Tensor>& row_ids, double softmax_scale,
@@ -49,6 +69,7 @@ std::tuple<Tensor, Tensor> prefix_merge(const Tensor& base, const Tensor& lse, c
 
 STABLE_TORCH_LIBRARY_IMPL(fastadapter, CPU, m) {
   m.impl("prefix_attention", TORCH_BOX(&prefix_attention));
+  m.impl("prefix_attention_backward", TORCH_BOX(&prefix_attention_backward));
   m.impl("prefix_merge", TORCH_BOX(&prefix_merge));
 }
 
