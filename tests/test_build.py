@@ -63,7 +63,7 @@ def capability_of(wheel, folder):
         "base, key, gate = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 4, 8), torch.ones(1, 2)\n"
         "out = fastadapter.ops.gated_prefix(base, base, key, key, gate)\n"
         "assert not torch.equal(out, base)\n"
-        "print(json.dumps([fastadapter.__file__, automatic_backend('cpu', torch.float32)[0]]))"
+        "print(json.dumps([fastadapter.__file__, automatic_backend('cpu', torch.float32, 'gated_prefix')[0]]))"
     )
     output = python("-c", program, cwd=folder, env={"PYTHONPATH": str(target)}).stdout
     file, backend = json.loads(output)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 BACKENDS = ("auto", "triton", "cpp", "reference")
+OPS = ("gated_prefix", "gated_prefix_attention", "prefix_attention", "bottleneck")
 
 library = torch.library.Library("fastadapter", "DEF")
 
@@ -30,11 +31,25 @@ def _load_extension() -> str | None:
 
 # Settled once, at import: a compiled graph must not ask the file system.
 _EXTENSION_ERROR = _load_extension()
+# An extension that was built before an op was added has no kernel for it.
+_COMPILED = (
+    frozenset()
+    if _EXTENSION_ERROR
+    else frozenset(torch._C._dispatch_get_registrations_for_dispatch_key("CPU"))
+)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_LACKING: dict[tuple[str | None, str], str] = {}
 
 
-def extension_error() -> str | None:
-    """``None`` when the compiled extension is loaded, otherwise why it is not."""
+def lack(op: str, backend: str, reason: str) -> None:
+    """Note, while ``op`` is registered, that ``backend`` has no kernel for a part of it."""
+    _LACKING[op, backend] = reason
+
+
+def extension_error(op: str | None = None) -> str | None:
+    """``None`` when the compiled extension is loaded (and has ``op``), otherwise why it cannot be used."""
+    if _EXTENSION_ERROR is None and op is not None and f"fastadapter::{op}" not in _COMPILED:
+        return f"it was built without {op}; install the package again"
     return _EXTENSION_ERROR
 
 
@@ -49,35 +64,42 @@ def triton_error(device_type: str) -> str | None:
     return f"Triton has no {device_type} device here (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
 
 
-def _triton_limit(dtype: torch.dtype) -> str | None:
-    return "the Triton kernels have no fp64" if dtype == torch.float64 else None
+def _cpp_limit(device_type: str, op: str | None) -> str | None:
+    if device_type != "cpu":
+        return f"it runs on cpu tensors, got {device_type}"
+    return extension_error(op) or _LACKING.get((op, "cpp"))
 
 
-def automatic_backend(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+def _triton_limit(device_type: str, dtype: torch.dtype, op: str | None) -> str | None:
+    error = _LACKING.get((op, "triton")) or triton_error(device_type)
+    return error or ("the Triton kernels have no fp64" if dtype == torch.float64 else None)
+
+
+def automatic_backend(device_type: str, dtype: torch.dtype, op: str | None = None) -> tuple[str, str]:
     """The backend ``auto`` takes, and why."""
     if device_type == "cpu":
-        error = extension_error()
+        error = _cpp_limit(device_type, op)
         return ("reference", f"no C++ extension: {error}") if error else ("cpp", "compiled extension")
     if device_type == "cuda":
-        error = triton_error("cuda") or _triton_limit(dtype)
+        error = _triton_limit(device_type, dtype, op)
         return ("reference", error) if error else ("triton", "GPU kernel")
     return "reference", f"no kernel for device type {device_type}"
 
 
-def choose_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
-    """Resolve ``backend`` for one call.
+def choose_backend(backend: str, device_type: str, dtype: torch.dtype, op: str | None = None) -> str:
+    """Resolve ``backend`` for one call of ``op``.
 
     Raises:
         ValueError: unknown name, or a named backend that cannot run this call, with the reason.
     """
     if backend == "auto":
-        return automatic_backend(device_type, dtype)[0]
+        return automatic_backend(device_type, dtype, op)[0]
     if backend == "reference":
         return backend
     if backend == "cpp":
-        error = extension_error() if device_type == "cpu" else f"it runs on cpu tensors, got {device_type}"
+        error = _cpp_limit(device_type, op)
     elif backend == "triton":
-        error = triton_error(device_type) or _triton_limit(dtype)
+        error = _triton_limit(device_type, dtype, op)
     else:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if error:
@@ -88,12 +110,13 @@ def choose_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
 def backends() -> list[dict[str, str]]:
     """The backend every op takes on this machine, per device, and why; what ``fastadapter doctor`` prints.
 
-    >>> [row["backend"] in ("cpp", "reference") for row in backends() if row["device"] == "cpu"]
-    [True]
+    >>> all(row["backend"] in ("cpp", "reference") for row in backends() if row["device"] == "cpu")
+    True
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     rows = []
-    for device in devices:
-        name, reason = automatic_backend(device, torch.float32)
-        rows.append({"op": "gated_prefix", "device": device, "backend": name, "reason": reason})
+    for op in OPS:
+        for device in devices:
+            name, reason = automatic_backend(device, torch.float32, op)
+            rows.append({"op": op, "device": device, "backend": name, "reason": reason})
     return rows

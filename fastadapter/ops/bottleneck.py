@@ -1,0 +1,411 @@
+"""Bottleneck adapter: public function, registration, autograd.
+
+The kernels sit behind one registered boundary, ``torch.ops.fastadapter.bottleneck`` and its backward, as those of
+:mod:`fastadapter.ops.gated_prefix` do; there the tensors have one form, ``x (batch, seq, hidden)`` and every
+parameter a bank.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastadapter import reference
+from fastadapter.ops import checks
+from fastadapter.ops.backends import automatic_backend, choose_backend, extension_error, library
+
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "identity")
+NORMS = ("layer_norm", "rms_norm")
+_OPERANDS = 8  # tensors that come first in every call, row_ids after them
+
+
+class Norm(NamedTuple):
+    """A normalisation of the adapter's input over its last dimension, computed in the same pass.
+
+    Args:
+        kind: ``"layer_norm"`` or ``"rms_norm"``.
+        weight, bias: ``(hidden,)``, or a bank ``(n, hidden)`` beside weights that are one; in the dtype of ``x`` or
+            fp32. ``None`` leaves that step out.
+        eps: added to the variance or mean square.
+    """
+
+    kind: str
+    weight: Tensor | None
+    bias: Tensor | None = None
+    eps: float = 1e-5
+
+
+def bottleneck(
+    x: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "gelu",
+    scale: float = 1.0,
+    norm: Norm | None = None,
+    row_ids: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Down projection, activation, up projection and residual of a bottleneck adapter in one call.
+
+    Equivalent to ``residual + scale * linear(act(linear(norm(x), down_weight, down_bias)), up_weight, up_bias)``
+    (Houlsby et al., arXiv:1902.00751, section 2.1; with a scale, He et al., arXiv:2110.04366, section 3). An output
+    channel whose row of ``up_weight`` and whose bias are zero has the bits of ``residual``, whatever the down
+    projection holds. Only ``x`` and the parameters are kept for backward. Deterministic, forward and backward.
+
+    Args:
+        x: ``(..., hidden)`` with at least 2 dims, fp32, bf16, fp16 or fp64; any strides.
+        down_weight, up_weight: ``(bottleneck_size, hidden)`` and ``(hidden, bottleneck_size)`` as in ``nn.Linear``,
+            or banks of them ``(n, bottleneck_size, hidden)`` and ``(n, hidden, bottleneck_size)``; in the dtype of
+            ``x``, or fp32 beside half-precision ``x``.
+        down_bias, up_bias: ``(bottleneck_size,)`` and ``(hidden,)``, or ``(n, bottleneck_size)`` and ``(n, hidden)``;
+            dtype of the weights.
+        residual: shape and dtype of ``x``, often ``x`` itself; ``None``: nothing is added.
+        activation: ``"relu"``, ``"gelu"`` (exact), ``"gelu_tanh"``, ``"silu"``, ``"tanh"`` or ``"identity"``.
+        scale: factor of the adapter's term.
+        norm: applied to ``x`` before the down projection, see :class:`Norm`; the residual is not normalised.
+        row_ids: int32 ``(x.shape[0],)``, the bank entry of every row; -1 leaves a row its residual alone, or 0.
+            Needed when the bank has more than one entry.
+        backend: ``"auto"`` (C++ on CPU, Triton on GPU), ``"triton"``, ``"cpp"`` or ``"reference"``.
+    Returns: shape and dtype of ``x``, and its strides where it has up to 3 dims. Gradients come in each argument's
+        own dtype.
+    Raises:
+        TypeError: a tensor of the wrong type or dtype.
+        ValueError: wrong shape, device or option, ``row_ids`` out of range, a backend that cannot run.
+
+    >>> x, down, up = torch.randn(2, 5, 8), torch.randn(3, 8), torch.randn(8, 3)
+    >>> expected = x + torch.nn.functional.gelu(x @ down.T) @ up.T
+    >>> torch.allclose(bottleneck(x, down, up, residual=x), expected, atol=1e-5)
+    True
+    """
+    _validate(x, down_weight, up_weight, down_bias, up_bias, residual, activation, norm, row_ids)
+    if norm is None:
+        norm = Norm("none", None, None, 0.0)
+    residual_is_x = residual is x
+    inner, others = _three_dims(x, None if residual_is_x else residual, row_ids is not None)
+    bank: tuple[Tensor | None, ...] = (down_weight, up_weight, down_bias, up_bias)
+    if down_weight.dim() == 2:
+        bank = tuple(p if p is None else p[None] for p in bank)
+    norm_weight, norm_bias = (p if p is None or p.dim() == 2 else p[None] for p in (norm.weight, norm.bias))
+    tensors = (inner, *bank, inner if residual_is_x else others, norm_weight, norm_bias)
+    constants = (activation, norm.kind, float(norm.eps), float(scale))
+    chosen = choose_backend(backend, x.device.type, x.dtype, "bottleneck")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        if residual_is_x:  # one input, so that its two gradients are one pass
+            tensors = (*tensors[:5], None, *tensors[6:])
+        out = _Bottleneck.apply(*tensors, row_ids, *constants, residual_is_x, chosen)
+    else:
+        out = run_forward(chosen, *tensors, row_ids, *constants)
+    return out if x.dim() == 3 else out.view(x.shape)
+
+
+def _three_dims(x: Tensor, residual: Tensor | None, by_row: bool) -> tuple[Tensor, Tensor | None]:
+    """``(batch, seq, hidden)`` with the batch that ``row_ids`` counts."""
+    if x.dim() == 3:
+        return x, residual
+    if x.dim() == 2:  # without ids the rows may as well be one sequence
+        dim = 1 if by_row else 0
+        return x.unsqueeze(dim), None if residual is None else residual.unsqueeze(dim)
+    return x.flatten(1, -2), None if residual is None else residual.flatten(1, -2)
+
+
+def _validate(x, down_weight, up_weight, down_bias, up_bias, residual, activation, norm, row_ids) -> None:
+    op = "bottleneck"
+    checks.require_tensor(op, x=x, down_weight=down_weight, up_weight=up_weight)
+    optional = {"down_bias": down_bias, "up_bias": up_bias, "residual": residual}
+    if norm is not None:
+        if not isinstance(norm, Norm):
+            raise TypeError(f"{op}: norm must be a Norm or None, got {type(norm).__name__}")
+        if norm.kind not in NORMS:
+            raise ValueError(f"{op}: norm.kind must be one of {', '.join(NORMS)}, got {norm.kind!r}")
+        optional |= {"norm.weight": norm.weight, "norm.bias": norm.bias}
+    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
+    checks.require_tensor(op, **given)
+    if x.dim() < 2:
+        raise ValueError(f"{op}: x must have at least 2 dims (..., hidden), got {tuple(x.shape)}")
+    if down_weight.dim() not in (2, 3):
+        raise ValueError(
+            f"{op}: down_weight must be (bottleneck_size, hidden) or a bank (n, bottleneck_size, hidden), "
+            f"got {tuple(down_weight.shape)}"
+        )
+    hidden, bank = x.shape[-1], tuple(down_weight.shape[:-2])
+    size, num_entries = down_weight.shape[-2], bank[0] if bank else 1
+    if hidden == 0 or size == 0 or num_entries == 0:
+        raise ValueError(
+            f"{op}: hidden, bottleneck_size and n must be at least 1, got x {tuple(x.shape)} and "
+            f"down_weight {tuple(down_weight.shape)}"
+        )
+    prefix = "n, " if bank else ""
+    expected = {
+        "down_weight": ("bottleneck_size, hidden", (size, hidden)),
+        "up_weight": ("hidden, bottleneck_size", (hidden, size)),
+        "down_bias": ("bottleneck_size,", (size,)),
+        "up_bias": ("hidden,", (hidden,)),
+        "norm.weight": ("hidden,", (hidden,)),
+        "norm.bias": ("hidden,", (hidden,)),
+    }
+    operands = {"down_weight": down_weight, "up_weight": up_weight, **given}
+    for name, (axes, sizes) in expected.items():
+        if name in operands and tuple(operands[name].shape) != (*bank, *sizes):
+            axes = f"({prefix}{axes.rstrip(',') if bank else axes})"
+            checks.require_shape(op, name, operands[name], axes, (*bank, *sizes))
+    if residual is not None and residual.shape != x.shape:
+        checks.require_shape(op, "residual", residual, "the shape of x", tuple(x.shape))
+
+    checks.require_dtype(op, "x", x, checks.ACTIVATION_DTYPES)
+    master = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for name in ("down_weight", "norm.weight", "norm.bias"):
+        if name in operands and operands[name].dtype not in (x.dtype, master):
+            checks.require_dtype(op, name, operands[name], (x.dtype, master))
+    for name in ("up_weight", "down_bias", "up_bias"):
+        if name in operands and operands[name].dtype != down_weight.dtype:
+            checks.require_dtype(op, name, operands[name], (down_weight.dtype,))
+    if residual is not None and residual.dtype != x.dtype:
+        checks.require_dtype(op, "residual", residual, (x.dtype,))
+    for name, tensor in operands.items():
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {name} must be on {x.device} like x, got {tensor.device}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    checks.require_row_ids(op, row_ids, x.shape[0], num_entries)
+    if row_ids is not None and row_ids.device != x.device:
+        raise ValueError(f"{op}: row_ids must be on {x.device} like x, got {row_ids.device}")
+
+
+class _Bottleneck(torch.autograd.Function):
+    """Saves the inputs only: the hidden activation is computed again from ``x``."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x,
+        down_weight,
+        up_weight,
+        down_bias,
+        up_bias,
+        residual,
+        norm_weight,
+        norm_bias,
+        row_ids,
+        activation,
+        norm,
+        norm_eps,
+        scale,
+        residual_is_x,
+        backend,
+    ):
+        ctx.save_for_backward(x, down_weight, up_weight, down_bias, norm_weight, norm_bias, row_ids)
+        ctx.constants = (activation, norm, norm_eps, scale, residual_is_x)
+        ctx.backend = backend
+        return run_forward(
+            backend,
+            x,
+            down_weight,
+            up_weight,
+            down_bias,
+            up_bias,
+            x if residual_is_x else residual,
+            norm_weight,
+            norm_bias,
+            row_ids,
+            activation,
+            norm,
+            norm_eps,
+            scale,
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        need_x, *parameters, need_residual, need_norm_weight, need_norm_bias = ctx.needs_input_grad[
+            :_OPERANDS
+        ]
+        need_weights, need_biases = parameters[0] or parameters[1], parameters[2] or parameters[3]
+        need_norm = need_norm_weight or need_norm_bias
+        grads: list[Tensor | None] = [None] * 7
+        if need_x or need_weights or need_biases or need_norm:
+            needs = (need_x, need_weights, need_biases, need_norm)
+            computed = _backward(ctx.backend, grad_out, *ctx.saved_tensors, *ctx.constants, *needs)
+            wanted = (need_x, *parameters, need_norm_weight, need_norm_bias)
+            grads = [grad if want else None for grad, want in zip(computed, wanted, strict=True)]
+        return (*grads[:5], grad_out if need_residual else None, *grads[5:], *[None] * 7)
+
+
+def run_forward(backend: str, *args) -> Tensor:
+    """The forward of a resolved ``backend`` on arguments that are known to be right, without autograd.
+
+    Arguments in the order of the registered op.
+    """
+    if backend == "reference":
+        return _reference_forward(*args)
+    if backend == "triton" and args[0].device.type == "cpu":
+        return _triton_forward(*args)
+    return torch.ops.fastadapter.bottleneck.default(*args)
+
+
+def _backward(backend: str, *args) -> tuple[Tensor, ...]:
+    if backend == "reference":
+        return _reference_backward(*args)
+    if backend == "triton" and args[1].device.type == "cpu":
+        return _triton_backward(*args)
+    return torch.ops.fastadapter.bottleneck_backward.default(*args)
+
+
+def _reference_forward(
+    x,
+    down_weight,
+    up_weight,
+    down_bias,
+    up_bias,
+    residual,
+    norm_weight,
+    norm_bias,
+    row_ids,
+    activation,
+    norm,
+    norm_eps,
+    scale,
+):
+    return reference.bottleneck(
+        x,
+        down_weight,
+        up_weight,
+        down_bias,
+        up_bias,
+        residual=residual,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        row_ids=row_ids,
+        activation=activation,
+        norm=norm,
+        norm_eps=norm_eps,
+        scale=scale,
+    )
+
+
+def _reference_backward(
+    grad_out,
+    x,
+    down_weight,
+    up_weight,
+    down_bias,
+    norm_weight,
+    norm_bias,
+    row_ids,
+    activation,
+    norm,
+    norm_eps,
+    scale,
+    add_grad_out,
+    *needs: bool,
+):
+    grads = reference.bottleneck_backward(
+        grad_out,
+        x,
+        down_weight,
+        up_weight,
+        down_bias,
+        norm_weight,
+        norm_bias,
+        row_ids=row_ids,
+        activation=activation,
+        norm=norm,
+        norm_eps=norm_eps,
+        scale=scale,
+        add_grad_out=add_grad_out,
+    )
+    need_x, need_weights, need_biases, need_norm = needs
+    wanted = (need_x, need_weights, need_weights, need_biases, need_biases, need_norm, need_norm)
+    return tuple(
+        x.new_empty(0) if grad is None else grad if want else grad.new_empty(0)
+        for grad, want in zip(grads, wanted, strict=True)
+    )
+
+
+def _triton_forward(*args):
+    from fastadapter.kernels import bottleneck as kernels
+
+    return kernels.bottleneck_forward(*args)
+
+
+def _triton_backward(*args):
+    from fastadapter.kernels import bottleneck as kernels
+
+    return kernels.bottleneck_backward(*args)
+
+
+def _cuda_forward(*args):
+    backend, _ = automatic_backend("cuda", args[0].dtype)
+    return (_triton_forward if backend == "triton" else _reference_forward)(*args)
+
+
+def _cuda_backward(*args):
+    backend, _ = automatic_backend("cuda", args[1].dtype)
+    return (_triton_backward if backend == "triton" else _reference_backward)(*args)
+
+
+def _fake_forward(x, *args):
+    return torch.empty_like(x)
+
+
+def _fake_backward(
+    grad_out,
+    x,
+    down_weight,
+    up_weight,
+    down_bias,
+    norm_weight,
+    norm_bias,
+    row_ids,
+    activation,
+    norm,
+    norm_eps,
+    scale,
+    add_grad_out,
+    need_x,
+    need_weights,
+    need_biases,
+    need_norm,
+):
+    def gradient(parameter, need):
+        if parameter is None:
+            return x.new_empty(0)
+        return parameter.new_empty(parameter.shape if need else 0)
+
+    return (
+        torch.empty_like(x) if need_x else x.new_empty(0),
+        gradient(down_weight, need_weights),
+        gradient(up_weight, need_weights),
+        gradient(down_bias, need_biases),
+        up_weight.new_empty(up_weight.shape[:2] if need_biases else 0),
+        gradient(norm_weight, need_norm),
+        gradient(norm_bias, need_norm),
+    )
+
+
+def _register() -> None:
+    norm = "Tensor? norm_weight, Tensor? norm_bias, Tensor? row_ids"
+    constants = "str activation, str norm, float norm_eps, float scale"
+    library.define(
+        "bottleneck(Tensor x, Tensor down_weight, Tensor up_weight, Tensor? down_bias, Tensor? up_bias, "
+        f"Tensor? residual, {norm}, {constants}) -> Tensor"
+    )
+    library.define(
+        "bottleneck_backward(Tensor grad_out, Tensor x, Tensor down_weight, Tensor up_weight, Tensor? down_bias, "
+        f"{norm}, {constants}, bool add_grad_out, bool need_x, bool need_weights, bool need_biases, "
+        "bool need_norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+    if extension_error("bottleneck"):
+        library.impl("bottleneck", _reference_forward, "CPU")
+        library.impl("bottleneck_backward", _reference_backward, "CPU")
+    library.impl("bottleneck", _cuda_forward, "CUDA")
+    library.impl("bottleneck_backward", _cuda_backward, "CUDA")
+    torch.library.register_fake("fastadapter::bottleneck", _fake_forward, lib=library)
+    torch.library.register_fake("fastadapter::bottleneck_backward", _fake_backward, lib=library)
+
+
+_register()
