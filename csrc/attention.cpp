@@ -7,7 +7,7 @@
 namespace fastadapter {
 namespace {
 
-constexpr int64_t kFewRows = 16;     // query rows of a kv head up to which keys are not worth packing
+constexpr int64_t kFewRows = 16;       // query rows of a kv head up to which keys are not worth packing
 constexpr int64_t kPartKeys = 512;     // keys of a part of forward, where query rows are few
 constexpr int64_t kPartQueries = 256;  // least queries of a part of backward, where kv heads are few
 constexpr int64_t kMostItems = 16;     // of a sequence in backward: bounds the memory for partial sums
@@ -15,7 +15,8 @@ constexpr int64_t kMostItems = 16;     // of a sequence in backward: bounds the 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 const AttentionForward& forward_kernels(bool in_double) {
-  return in_double ? FASTADAPTER_FOR_ISA(attention_forward_double) : FASTADAPTER_FOR_ISA(attention_forward_float);
+  return in_double ? FASTADAPTER_FOR_ISA(attention_forward_double)
+                   : FASTADAPTER_FOR_ISA(attention_forward_float);
 }
 
 const AttentionBackward& backward_kernels(bool in_double) {
@@ -108,8 +109,8 @@ AttentionCall::AttentionCall(const char* name, Mode mode, const Tensor& query, c
 void AttentionCall::split_sequences(const AttentionOptions& options, int64_t tokens, int64_t kv_len) {
   if (options.cu_seqlens) {
     STD_TORCH_CHECK(batch_ == 1 && tokens == kv_len, name_,
-                    ": cu_seqlens needs a batch of 1 and kv_len equal to q_len, got batch ", batch_, ", q_len ",
-                    tokens, ", kv_len ", kv_len);
+                    ": cu_seqlens needs a batch of 1 and kv_len equal to q_len, got batch ", batch_,
+                    ", q_len ", tokens, ", kv_len ", kv_len);
     const std::vector<int64_t> offsets = read_offsets(name_, *options.cu_seqlens, tokens);
     for (size_t i = 0; i + 1 < offsets.size(); ++i) {
       const int64_t length = offsets[i + 1] - offsets[i];

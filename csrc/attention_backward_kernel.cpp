@@ -1,9 +1,10 @@
 // Backward of attention with a prefix on CPUs, see docs/maths.md. Probabilities are computed again from the
 // saved log-sum-exp, block by block.
 //
-// An item owns the gradient of its query rows, and sums those of its keys and its prefix over all of them. Where
-// a sequence is split into several items, these sums are partial, and added in order by an item of their own;
-// so are those of the prefix over the rows that use it. The split depends on a sequence's own sizes alone.
+// An item owns the gradient of its query rows, and sums those of its keys and its prefix over all of them.
+// Where a sequence is split into several items, these sums are partial, and added in order by an item of
+// their own; so are those of the prefix over the rows that use it. The split depends on a sequence's own
+// sizes alone.
 #include <cmath>
 
 #include "attention_tiles.h"
@@ -73,7 +74,8 @@ struct Block {
 
 // ---- rows of scores ----
 
-// Scores into probabilities p, gradients of p into gradients of the scores before scale; zeros outside `keys`.
+// Scores into probabilities p, gradients of p into gradients of the scores before scale; zeros outside
+// `keys`.
 template <class C>
 inline void softmax_gradient(const Scores<C>& score, C* s, C* grad, int64_t width, Range keys, const C* mask,
                              C lse, C delta) {
@@ -112,6 +114,7 @@ inline void softmax_gradient(const Scores<C>& score, C* s, C* grad, int64_t widt
 }
 
 // The same for a gated prefix, whose delta comes from its own probabilities: returns it without the factor.
+// The whole row is at hand, so it is normalised again: delta feels no rounding of lse.
 template <class C>
 inline C gated_gradient(const Scores<C>& score, C* s, C* grad, int64_t count, int64_t width, C lse,
                         C factor) {
@@ -122,23 +125,34 @@ inline C gated_gradient(const Scores<C>& score, C* s, C* grad, int64_t count, in
   }
   clear_outside(s, fill_edges(s, {0, count}, C(0)), width);
   clear_outside(grad, fill_edges(grad, {0, count}, C(0)), width);
-  Vec<C> deltas = {};
-  for (int64_t j = 0; j < count; j += W) deltas += load(s + j) * load(grad + j);
-  const C delta = sum_lanes<C>(deltas);
+  Vec<C> sums = {}, deltas = {};
   for (int64_t j = 0; j < count; j += W) {
-    const Vec<C> p = load(s + j) * factor;
+    sums += load(s + j);
+    deltas += load(s + j) * load(grad + j);
+  }
+  const C sum = sum_lanes<C>(sums), inverse = sum == 0 ? C(0) : 1 / sum;
+  const C delta = sum_lanes<C>(deltas) * inverse;
+  for (int64_t j = 0; j < count; j += W) {
+    const Vec<C> p = load(s + j) * (factor * inverse);
     store(s + j, p);
     store(grad + j, p * (load(grad + j) - delta));
   }
   return delta;
 }
 
+// <a_r, b_r> of W rows at once, each with the chains of score_product: where a query sees a
+// single key, delta and <dO, v> are the same number, and their difference is 0.
 template <class C>
-inline C dot(const C* a, const C* b, int64_t n) {
+inline void dots(const C* a, const C* b, int64_t stride, int64_t n, C* out) {
   constexpr int64_t W = kLanes<C>;
-  Vec<C> sum = {};
-  for (int64_t j = 0; j < n; j += W) sum += load(a + j) * load(b + j);
-  return sum_lanes<C>(sum);
+  for (int64_t r = 0; r < W; ++r) out[r] = 0;
+  for (int64_t first = 0; first < n; first += kScoreChain) {
+    C sum[W] = {};
+    for (int64_t j = first; j < min(first + kScoreChain, n); ++j) {
+      for (int64_t r = 0; r < W; ++r) sum[r] += a[r * stride + j] * b[r * stride + j];
+    }
+    for (int64_t r = 0; r < W; ++r) out[r] += sum[r];
+  }
 }
 
 // ---- blocks ----
@@ -149,24 +163,24 @@ inline void add_products(const Attention& op, const Scratch<C>& s, const Operand
                          const Block<C>& block, int64_t begin, int64_t end) {
   const int64_t dim = op.padded_dim, count = end - begin;
   if (keys.grad_key) {
-    gemm<C, true>(count, dim, block.rows, s.scores, 1, s.stride, s.grad_rows, keys.grad_value + begin * dim,
-                  dim);
-    gemm<C, true>(count, dim, block.rows, s.grad_scores, 1, s.stride, s.query_rows,
-                  keys.grad_key + begin * dim, dim);
+    add_product(count, dim, block.rows, s.scores, 1, s.stride, s.grad_rows, keys.grad_value + begin * dim,
+                dim, block.rows);
+    add_product(count, dim, block.rows, s.grad_scores, 1, s.stride, s.query_rows, keys.grad_key + begin * dim,
+                dim, block.rows);
   }
   if (op.need_query) {
-    gemm<C, true>(block.rows, dim, count, s.grad_scores, s.stride, 1, keys.key_rows + begin * kPanel<C>,
-                  s.grad_query, dim, total);
+    add_product(block.rows, dim, count, s.grad_scores, s.stride, 1, keys.key_rows + begin * kPanel<C>,
+                s.grad_query, dim, total);
   }
 }
 
 template <class C>
 inline void score_products(const Attention& op, const Scratch<C>& s, const Operands<C>& keys,
                            const Block<C>& block, int64_t begin, int64_t width) {
-  gemm<C>(block.rows, width, op.head_dim, block.query.rows, block.query.stride, 1,
-          keys.key_columns + begin * op.head_dim, s.scores, s.stride);
-  gemm<C>(block.rows, width, op.head_dim, block.grad_out.rows, block.grad_out.stride, 1,
-          keys.value_columns + begin * op.head_dim, s.grad_scores, s.stride);
+  score_product(block.rows, width, op.head_dim, block.query, keys.key_columns + begin * op.head_dim, s.scores,
+                s.stride);
+  score_product(block.rows, width, op.head_dim, block.grad_out, keys.value_columns + begin * op.head_dim,
+                s.grad_scores, s.stride);
 }
 
 // Keys of the sequence, or the prefix as part of the same softmax.
@@ -201,17 +215,15 @@ inline void attend(const Attention& op, const Scratch<C>& s, const Operands<C>& 
 template <class C>
 inline void attend_gated(const Attention& op, const Scratch<C>& s, const Operands<C>& prefix,
                          const Block<C>& block, double* delta_sum) {
-  const C factor =
-      static_cast<const C*>(op.factor)[block.sequence.slot * op.heads + block.head];
+  const C factor = static_cast<const C*>(op.factor)[block.sequence.slot * op.heads + block.head];
   if (factor == 0 && !op.need_gate) return;
   const Scores<C> score(op, true);
   const int64_t width = round_up(op.prefix_len, kPanel<C>);
   score_products(op, s, prefix, block, 0, width);
   for (int64_t r = 0; r < block.rows; ++r) {
-    const char* lse = at(op.prefix_lse, block.sequence.batch, block.head,
-                         block.sequence.first + block.t + r);
-    *delta_sum += gated_gradient(score, s.scores + r * s.stride, s.grad_scores + r * s.stride,
-                                 op.prefix_len, width, *reinterpret_cast<const C*>(lse), factor);
+    const char* lse = at(op.prefix_lse, block.sequence.batch, block.head, block.sequence.first + block.t + r);
+    *delta_sum += gated_gradient(score, s.scores + r * s.stride, s.grad_scores + r * s.stride, op.prefix_len,
+                                 width, *reinterpret_cast<const C*>(lse), factor);
   }
   // A zero factor must win over Inf and NaN in the prefix.
   if (factor != 0) add_products(op, s, prefix, op.prefix_len, block, 0, op.prefix_len);
@@ -248,17 +260,25 @@ inline void attend_rows(const Attention& op, const Scratch<C>& s, const Sequence
   const char* grad_out = at(op.grad_out, sequence.batch, head, token);
   const Block<C> block{read_rows(op.query, query, rows, op.head_dim, s.query, dim),
                        read_rows(op.grad_out, grad_out, rows, op.head_dim, s.grad_out, dim),
-                       sequence, head, t, rows};
+                       sequence,
+                       head,
+                       t,
+                       rows};
   if (keys.grad_key || prefix.grad_key) {
     pack_rows(op.query, query, rows, op.head_dim, dim, s.row, s.query_rows);
     pack_rows(op.grad_out, grad_out, rows, op.head_dim, dim, s.row, s.grad_rows);
   }
   const View& out = op.mode == Mode::kGated ? op.base : op.out;
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < rows; ++r)
     s.lse[r] = *reinterpret_cast<const C*>(at(op.lse, sequence.batch, head, token + r));
-    load_row(out, at(out, sequence.batch, head, token + r), op.head_dim, s.row);
-    load_row(op.grad_out, grad_out + r * op.grad_out.stride[2], op.head_dim, s.rows);
-    s.delta[r] = dot(s.row, s.rows, op.head_dim);
+  constexpr int64_t W = kLanes<C>;
+  for (int64_t first = 0; first < rows; first += W) {
+    for (int64_t r = 0; r < W; ++r) {  // lanes without a row repeat the last
+      const int64_t row = min(first + r, rows - 1);
+      load_row(out, at(out, sequence.batch, head, token + row), op.head_dim, s.rows + r * dim);
+      load_row(op.grad_out, grad_out + row * op.grad_out.stride[2], op.head_dim, s.rows + (W + r) * dim);
+    }
+    dots(s.rows, s.rows + W * dim, dim, op.head_dim, s.delta + first);
   }
   if (op.need_query) std::memset(s.grad_query, 0, rows * dim * sizeof(C));
   if (sequence.slot >= 0) {

@@ -1,10 +1,10 @@
 // Forward of attention with a prefix on CPUs, see docs/maths.md: an online softmax over blocks of keys, with
 // everything between load and store in the compute type.
 //
-// Many query rows: keys and values are packed in panels once per sequence and kv head, and serve all blocks of
-// query rows of the group's heads. Few query rows (decoding): keys are read once, where they lie, for all rows
-// of the group; long ranges of keys are attended to in parts, which are joined in order. Which way a sequence
-// goes, its blocks and its parts depend on its own sizes alone, and so do its bits.
+// Many query rows: keys and values are packed in panels once per sequence and kv head, and serve all blocks
+// of query rows of the group's heads. Few query rows (decoding): keys are read once, where they lie, for all
+// rows of the group; long ranges of keys are attended to in parts, which are joined in order. Which way a
+// sequence goes, its blocks and its parts depend on its own sizes alone, and so do its bits.
 #include <cmath>
 
 #include "attention_tiles.h"
@@ -115,8 +115,7 @@ inline void finish(const Attention& op, const Scratch<C>& s, const Sequence& seq
   if (op.mode == Mode::kGated) {
     if (op.save) {
       store_row(op.base, at(op.base, sequence.batch, head, token), op.head_dim, s.out);
-      *lse(op.prefix_lse) =
-          sequence.slot < 0 ? -std::numeric_limits<C>::infinity() : s.prefix.lse(r);
+      *lse(op.prefix_lse) = sequence.slot < 0 ? -std::numeric_limits<C>::infinity() : s.prefix.lse(r);
     }
     const C factor =
         sequence.slot < 0 ? C(0) : static_cast<const C*>(op.factor)[sequence.slot * op.heads + head];
@@ -169,8 +168,8 @@ inline void attend(const Block<C>& block, const Panels<C>& panels, const Scores<
   for (int64_t first = keys.begin / kKeyBlock * kKeyBlock; first < keys.end; first += kKeyBlock) {
     const int64_t begin = max(first, keys.begin / N * N), end = min(first + kKeyBlock, keys.end);
     const int64_t width = round_up(end - begin, N);
-    gemm<C>(block.rows, width, op.head_dim, block.query.rows, block.query.stride, 1,
-            panels.keys + begin * op.head_dim, s.scores, kTileStride);
+    score_product(block.rows, width, op.head_dim, block.query, panels.keys + begin * op.head_dim, s.scores,
+                  kTileStride);
     for (int64_t r = 0; r < block.rows; ++r) {
       Range own = block.sequence ? block.keys(r) : keys;
       own = {max(own.begin, begin) - begin, min(own.end, end) - begin};
@@ -185,8 +184,8 @@ inline void attend(const Block<C>& block, const Panels<C>& panels, const Scores<
         for (int64_t j = 0; j < dim; j += W) store(acc + j, load(acc + j) * shrink);
       }
     }
-    gemm<C, true>(block.rows, dim, end - begin, s.scores, kTileStride, 1, panels.values + begin * N,
-                  state.acc, dim, panels.count);
+    add_product(block.rows, dim, end - begin, s.scores, kTileStride, 1, panels.values + begin * N, state.acc,
+                dim, panels.count);
   }
 }
 
@@ -200,7 +199,11 @@ inline void attend_many(const Attention& op, const Scratch<C>& s, const Attentio
     const char* query = at(op.query, sequence.batch, head, sequence.first + item.begin);
     const int64_t rows = item.end - item.begin;
     Block<C> block{read_rows(op.query, query, rows, op.head_dim, s.query, op.padded_dim),
-                   rows, op, nullptr, head, item.begin};
+                   rows,
+                   op,
+                   nullptr,
+                   head,
+                   item.begin};
     s.state.clear(rows, op.padded_dim);
     if (wants_prefix<C>(op, sequence, head)) {
       const State<C>& state = op.mode == Mode::kGated ? s.prefix : s.state;
@@ -240,8 +243,8 @@ template <class C, int kRows, int kVectors>
 inline void weigh_tile(const C* p, int64_t stride, Matrix<C> v, int64_t count, C* acc, int64_t dim) {
   constexpr int64_t W = kLanes<C>;
   Vec<C> sum[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r) {
-    for (int j = 0; j < kVectors; ++j) sum[r][j] = load(acc + r * dim + j * W);
+  for (auto& row : sum) {
+    for (Vec<C>& x : row) x = Vec<C>{};
   }
   for (int64_t i = 0; i < count; ++i) {
     Vec<C> row[kVectors];
@@ -251,7 +254,10 @@ inline void weigh_tile(const C* p, int64_t stride, Matrix<C> v, int64_t count, C
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int j = 0; j < kVectors; ++j) store(acc + r * dim + j * W, sum[r][j]);
+    for (int j = 0; j < kVectors; ++j) {
+      C* to = acc + r * dim + j * W;
+      store(to, load(to) + sum[r][j]);
+    }
   }
 }
 template <class C, int kRows>
@@ -342,8 +348,7 @@ inline void finish_few(const Attention& op, const Scratch<C>& s, const Sequence&
   const int64_t rows = op.group * sequence.q_len;
   if (op.mode == Mode::kGated) {
     bool wanted = false;
-    for (int64_t g = 0; g < op.group; ++g)
-      wanted |= wants_prefix<C>(op, sequence, kv_head * op.group + g);
+    for (int64_t g = 0; g < op.group; ++g) wanted |= wants_prefix<C>(op, sequence, kv_head * op.group + g);
     s.prefix.clear(rows, op.padded_dim);
     if (wanted) attend_few_prefix(op, s, sequence, kv_head, s.prefix);
   }
@@ -368,8 +373,9 @@ inline void attend_part(const Attention& op, const Scratch<C>& s, const Attentio
     attend_few_prefix(op, s, sequence, item.kv_head, s.state);
   Range keys = visible_keys(op, sequence, 0, sequence.q_len);
   keys = {max(keys.begin, item.begin), min(keys.end, item.end)};
-  attend_few<C>(op, s, &sequence, item.kv_head, op.key, at(op.key, sequence.batch, item.kv_head, sequence.first),
-                op.value, at(op.value, sequence.batch, item.kv_head, sequence.first), keys, sequence.q_len,
+  attend_few<C>(op, s, &sequence, item.kv_head, op.key,
+                at(op.key, sequence.batch, item.kv_head, sequence.first), op.value,
+                at(op.value, sequence.batch, item.kv_head, sequence.first), keys, sequence.q_len,
                 Scores<C>(op, false), s.state);
   if (sequence.parts == 1) {
     finish_few(op, s, sequence, item.kv_head);

@@ -21,8 +21,8 @@ struct Sequence {
   int64_t entry;  // in the bank, -1 for none
   int64_t slot;   // position of the entry's factors, -1 for none
   bool few;       // so few query rows that its keys are read where they lie
-  // Forward with few query rows splits the keys into parts, backward the queries; the parts of a kv head follow
-  // each other.
+  // Forward with few query rows splits the keys into parts, backward the queries; the parts of a kv head
+  // follow each other.
   int64_t parts, first_part, first_item;
 };
 
@@ -35,7 +35,7 @@ struct AttentionItem {
 struct Attention {
   Mode mode;
   int64_t heads, kv_heads, group, head_dim, prefix_len;
-  int64_t padded_dim;  // head_dim rounded up to whole panels
+  int64_t padded_dim;                   // head_dim rounded up to whole panels
   int64_t longest_query, longest_keys;  // of the sequences with many query rows
   int64_t few_rows;                     // group * q_len, the largest of those with few
   double scale, softcap;
@@ -53,7 +53,7 @@ struct Attention {
   const Sequence* sequences;
   int64_t num_sequences;
   const AttentionItem* items;
-  const void* factor;  // (slots, heads) f(gate), compute type
+  const void* factor;       // (slots, heads) f(gate), compute type
   const int64_t* in_parts;  // sequences whose parts have to be joined
   void* parts;              // (their parts of all kv heads, few_rows, padded_dim + 2)
 
@@ -64,9 +64,9 @@ struct Attention {
   const int64_t* entry_id;     // (num_entries) index into the bank
   const int64_t* entry_rows;   // sequences without an entry, then those of each entry
   const int64_t* entry_begin;  // (num_entries + 1) into entry_rows
-  void* partial_prefix;        // (items, 2, prefix_len, padded_dim) sums for grad_prefix_key, grad_prefix_value
-  void* partial_keys;          // (parts, 2, longest_keys, padded_dim) where a sequence has more than one part
-  double* partial_gate;        // (items, group) sums of the prefix's delta
+  void* partial_prefix;  // (items, 2, prefix_len, padded_dim) sums for grad_prefix_key, grad_prefix_value
+  void* partial_keys;    // (parts, 2, longest_keys, padded_dim) where a sequence has more than one part
+  double* partial_gate;  // (items, group) sums of the prefix's delta
 };
 
 // Each function does work items [begin, end); `scratch` holds its bytes() aligned to 64.
@@ -85,9 +85,9 @@ struct AttentionBackward {
   void (*sum_prefix)(const Attention&, int64_t begin, int64_t end, char* scratch);
 };
 
-#define FASTADAPTER_DECLARE(ISA)                                                     \
-  namespace ISA {                                                                    \
-  extern const AttentionForward attention_forward_float, attention_forward_double;   \
+#define FASTADAPTER_DECLARE(ISA)                                                      \
+  namespace ISA {                                                                     \
+  extern const AttentionForward attention_forward_float, attention_forward_double;    \
   extern const AttentionBackward attention_backward_float, attention_backward_double; \
   }
 FASTADAPTER_DECLARE(isa_default)

@@ -12,9 +12,13 @@ namespace fastadapter {
 namespace FASTADAPTER_ISA {
 namespace {
 
-constexpr int64_t kQueryBlock = 48;  // rows of a tile of scores: whole tiles of the product on AVX2 and AVX-512
-constexpr int64_t kKeyBlock = 256;   // columns, whole panels everywhere
+constexpr int64_t kQueryBlock =
+    48;  // rows of a tile of scores: whole tiles of the product on AVX2 and AVX-512
+constexpr int64_t kKeyBlock = 256;               // columns, whole panels everywhere
 constexpr int64_t kTileStride = kKeyBlock + 16;  // a power of two would map a column to few cache sets
+
+constexpr int64_t kScoreChain = 64;
+constexpr int64_t kChain = 128;  // terms of a sum before it is added to the total
 
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
@@ -76,7 +80,8 @@ inline void pack_columns(const View& x, const char* first, int64_t count, int64_
   }
 }
 
-// Panels for products over rows: packed[j / N, i, j % N] = x[i, j]. `row`: padded_dim, zeros from head_dim on.
+// Panels for products over rows: packed[j / N, i, j % N] = x[i, j]. `row`: padded_dim, zeros from head_dim
+// on.
 template <class C>
 inline void pack_rows(const View& x, const char* first, int64_t count, int64_t head_dim, int64_t padded_dim,
                       C* row, C* packed) {
@@ -85,6 +90,26 @@ inline void pack_rows(const View& x, const char* first, int64_t count, int64_t h
     load_row(x, first + i * x.stride[2], head_dim, row);
     for (int64_t j = 0; j < padded_dim; j += N)
       std::memcpy(packed + j * count + i * N, row + j, N * sizeof(C));
+  }
+}
+
+// C += A B with chains of at most kChain; `packed` as in gemm.
+template <class C>
+inline void add_product(int64_t m, int64_t n, int64_t k, const C* a, int64_t row_stride, int64_t k_stride,
+                        const C* packed, C* c, int64_t ldc, int64_t packed_k) {
+  for (int64_t p = 0; p < k; p += kChain) {
+    gemm<C, kAddChain>(m, n, min(kChain, k - p), a + p * k_stride, row_stride, k_stride,
+                       packed + p * kPanel<C>, c, ldc, packed_k);
+  }
+}
+
+// S = A B over head_dim, with chains of at most kScoreChain.
+template <class C>
+inline void score_product(int64_t m, int64_t n, int64_t k, Matrix<C> a, const C* packed, C* s, int64_t lds) {
+  gemm<C>(m, n, min(kScoreChain, k), a.rows, a.stride, 1, packed, s, lds, k);
+  for (int64_t p = kScoreChain; p < k; p += kScoreChain) {
+    gemm<C, kAddChain>(m, n, min(kScoreChain, k - p), a.rows + p, a.stride, 1, packed + p * kPanel<C>, s, lds,
+                       k);
   }
 }
 
@@ -107,7 +132,8 @@ template <class C>
 inline void read_mask(const Attention& op, const char* mask, int64_t count, C* dst) {
   const int64_t stride = op.mask.stride[3];
   if (op.mask_is_bool) {
-    for (int64_t j = 0; j < count; ++j) dst[j] = mask[j * stride] ? C(0) : -std::numeric_limits<C>::infinity();
+    for (int64_t j = 0; j < count; ++j)
+      dst[j] = mask[j * stride] ? C(0) : -std::numeric_limits<C>::infinity();
   } else if (op.mask.dtype == DType::kDouble || sizeof(C) == 4) {
     View row = op.mask;
     load_row(row, mask, count, dst);

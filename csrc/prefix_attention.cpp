@@ -1,5 +1,5 @@
-// fastadapter::prefix_attention, its backward and fastadapter::prefix_merge for CPU tensors, on torch's stable
-// ABI. Schemas, meta functions and autograd live in fastadapter/ops/prefix_attention.py; the maths in
+// fastadapter::prefix_attention, its backward and fastadapter::prefix_merge for CPU tensors, on torch's
+// stable ABI. Schemas, meta functions and autograd live in fastadapter/ops/prefix_attention.py; the maths in
 // docs/maths.md.
 #include <tuple>
 
@@ -19,8 +19,7 @@ std::tuple<Tensor, Tensor> prefix_attention(const Tensor& query, const Tensor& k
   AttentionCall call(kOp, Mode::kShared, query, &key, &value, prefix_key, prefix_value,
                      {attn_mask, cu_seqlens, row_ids, softmax_scale, is_causal, window, softcap});
   Tensor out = fast_empty_like(query);
-  Tensor lse = save ? call.empty_rows(query)
-                    : torch::stable::new_empty(query, {0}, call.compute_type());
+  Tensor lse = save ? call.empty_rows(query) : torch::stable::new_empty(query, {0}, call.compute_type());
   call.op.out = view(kOp, "out", out);
   call.op.save = save;
   if (save) call.op.lse = call.row_view("lse", lse);
