@@ -31,9 +31,11 @@ import triton
 import triton.language as tl
 from fastadapter.kernels import target
 from fastadapter.kernels.activation import _activate
+from fastadapter.kernels.bottleneck_backward import bottleneck_backward
 from fastadapter.kernels.bottleneck_tiles import (
+    LENGTHS,
+    _normed_tile,
     _row_entry,
-    _standardised,
     _statistics,
     _tile,
     _tile_rows,
@@ -46,7 +48,7 @@ from fastadapter.kernels.bottleneck_tiles import (
 )
 from torch import Tensor
 
-LENGTHS = ["batch", "seq_len", "num_adapters"]
+__all__ = ["bottleneck_backward", "bottleneck_forward", "config", "prefers_gemm_pair"]
 # The largest bottleneck_size of the one-kernel form, after padding to a power of two.
 FUSED_SIZE = 64
 
@@ -70,18 +72,13 @@ def _hidden_tile(
     for start in range(0, end, BLOCK_C):
         offs_c = (start + tl.arange(0, BLOCK_C)).to(tl.int64)
         mask_c = offs_c < HIDDEN_SIZE
-        mask_x = mask_m[:, None] & mask_c[None, :]
-        x = tl.load(_tile(x_ptr, X_STRIDES, b, t, offs_c), mask=mask_x, other=0.0)  # (BLOCK_M, BLOCK_C)
+        xn = _normed_tile(
+            x_ptr, norm_weight_ptr, norm_bias_ptr, X_STRIDES, NORM_WEIGHT_STRIDES, NORM_BIAS_STRIDES,
+            b, t, mask_m, offs_c, mask_c, entry, mean, rstd, NORM, HAS_NORM_WEIGHT, HAS_NORM_BIAS,
+        )  # fmt: skip
         d_ptrs = _weight(down_ptr, DOWN_STRIDES, entry, offs_r, offs_c)
         d = tl.load(d_ptrs, mask=mask_r[:, None] & mask_c[None, :], other=0.0)  # (BLOCK_R, BLOCK_C)
-        if NORM != "none":
-            xn = _standardised(x, mean, rstd, NORM)
-            if HAS_NORM_WEIGHT:
-                xn *= _vector(norm_weight_ptr, NORM_WEIGHT_STRIDES, entry, offs_c, mask_c, True)[None, :]
-            if HAS_NORM_BIAS:
-                xn += _vector(norm_bias_ptr, NORM_BIAS_STRIDES, entry, offs_c, mask_c, True)[None, :]
-            x = tl.where(mask_x, xn, 0.0)
-        acc = tl.dot(x.to(weight_dtype), tl.trans(d), acc, input_precision=PRECISION)
+        acc = tl.dot(xn.to(weight_dtype), tl.trans(d), acc, input_precision=PRECISION)
     bias = _vector(down_bias_ptr, DOWN_BIAS_STRIDES, entry, offs_r, mask_r, HAS_DOWN_BIAS)
     return _activate(acc + bias[None, :], ACTIVATION).to(weight_dtype)
 
@@ -245,7 +242,7 @@ def bottleneck_forward(
         TypeError: fp64, or bf16 under the interpreter.
         ValueError: tensors on a device Triton cannot reach, an unknown activation or norm.
     """
-    check(x, activation, norm)
+    check(x, activation, norm, norm_weight, norm_bias)
     out = torch.empty_like(x)
     if out.numel() == 0:
         return out

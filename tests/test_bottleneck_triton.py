@@ -16,10 +16,11 @@ pytest.importorskip("triton")
 
 from fastadapter.kernels import bottleneck as kernels
 
-from tests.support.bottleneck import Inputs, Shape, eager, make_inputs
+from tests.support.bottleneck import Shape, eager, make_inputs
 from tests.support.budget import assert_within_budget, same_bits
 from tests.support.gated_prefix import device_of, on_device
 
+GRADS = ("x", "down_weight", "up_weight", "down_bias", "up_bias", "norm_weight", "norm_bias")
 DEVICE = device_of("triton")
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 pytestmark = [
@@ -51,9 +52,22 @@ def forward(inputs, *, activation="gelu", norm="none", norm_eps=1e-5, scale=1.0)
     return kernels.bottleneck_forward(*tensors, activation, norm, norm_eps, scale)
 
 
+def backward(inputs, *, activation="gelu", norm="none", norm_eps=1e-5, scale=1.0, needs=(True,) * 4):
+    """Gradients by name, as the registered op returns them."""
+    x, down, up, down_bias, _, _, norm_weight, norm_bias, row_ids, grad_out = (
+        on_device(x, DEVICE) for x in inputs
+    )
+    tensors = (grad_out, x, down, up, down_bias, norm_weight, norm_bias, row_ids)
+    options = (activation, norm, norm_eps, scale, inputs.residual is inputs.x)
+    grads = kernels.bottleneck_backward(*tensors, *options, *needs)
+    return {name: grad.cpu() for name, grad in zip(GRADS, grads, strict=True)}
+
+
 def launch(inputs, **options):
-    """Output and gradients by name, from the launchers on this machine's device."""
-    return {"out": forward(inputs, **options).cpu()}
+    """Output and gradients of what is there, by name, from the launchers on this machine's device."""
+    grads = backward(inputs, **options)
+    present = {name: grad for name, grad in grads.items() if getattr(inputs, name) is not None}
+    return {"out": forward(inputs, **options).cpu(), **present}
 
 
 def check(inputs, actual, plain_dtype=None, **options):
