@@ -9,9 +9,9 @@ Nothing but x is kept for backward (kernels/bottleneck_backward.py, docs/maths.m
 Layouts: x, residual, out ``(batch, seq, hidden)``; banks down_weight ``(n, r, hidden)``, up_weight
 ``(n, hidden, r)``, down_bias ``(n, r)``, up_bias, norm_weight, norm_bias ``(n, hidden)``; any strides.
 
-Up to ``FUSED_SIZE`` hidden columns, one kernel: a program keeps h of its rows in registers between a loop over
-hidden_size for down and one for up. Past it, the weights that every program rereads would be the larger part of
-the traffic, so one kernel leaves h in memory and a second one tiles rows and channels.
+Up to ``FUSED_SIZE`` hidden columns (kernels/bottleneck_config.py), one kernel: a program keeps h of its rows in
+registers between a loop over hidden_size for down and one for up. Past it, the weights that every program rereads
+would be the larger part of the traffic, so one kernel leaves h in memory and a second one tiles rows and channels.
 
 Weights in the dtype of half-precision activations multiply as they are, with h rounded to it. fp32 weights get
 fp32-accurate products whatever the activations: three tf32 products (``tf32x3``, about 2^-21 per product, blocks
@@ -32,6 +32,7 @@ import triton.language as tl
 from fastadapter.kernels import target
 from fastadapter.kernels.activation import _activate
 from fastadapter.kernels.bottleneck_backward import bottleneck_backward
+from fastadapter.kernels.bottleneck_config import config, prefers_gemm_pair, products
 from fastadapter.kernels.bottleneck_tiles import (
     LENGTHS,
     _normed_tile,
@@ -43,14 +44,11 @@ from fastadapter.kernels.bottleneck_tiles import (
     _weight,
     check,
     padded,
-    products,
     strides,
 )
 from torch import Tensor
 
 __all__ = ["bottleneck_backward", "bottleneck_forward", "config", "prefers_gemm_pair"]
-# The largest bottleneck_size of the one-kernel form, after padding to a power of two.
-FUSED_SIZE = 64
 
 
 @triton.jit
@@ -216,18 +214,6 @@ def _bottleneck_up_kernel(
     )  # fmt: skip
 
 
-def config(arch: str, activation, weight, hidden_size: int, bottleneck_size: int) -> dict:
-    """Route and tiles of the forward, by shapes alone; benchmarks/audit.py shows what they compile to."""
-    block_r = max(16, triton.next_power_of_2(bottleneck_size))
-    fused = block_r <= FUSED_SIZE
-    wide = weight == torch.float32
-    block_c = 32 if wide else 64
-    return {
-        "fused": fused, "BLOCK_M": 32, "BLOCK_R": min(block_r, 128), "BLOCK_C": block_c,
-        "BLOCK_N": 64, "BLOCK_K": 32 if wide else 64, "num_warps": 4, "num_stages": 3,
-    }  # fmt: skip
-
-
 def bottleneck_forward(
     x: Tensor, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor | None, up_bias: Tensor | None,
     residual: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, row_ids: Tensor | None,
@@ -287,15 +273,3 @@ def bottleneck_forward(
             hidden_ptr=hidden, HIDDEN_STRIDE=width, BLOCK_K=tiles["BLOCK_K"], **up, **shared
         )
     return out
-
-
-def prefers_gemm_pair(
-    arch: str, dtype: torch.dtype, rows: int, hidden_size: int, bottleneck_size: int
-) -> bool:
-    """Whether two library products are expected to be faster than the kernels here.
-
-    Not measured: below 256 hidden columns the op is bound by reading and writing the activations once, which only
-    the one-kernel form does; from there on it is bound by products, where a library's are better, once there are
-    rows enough to fill its tiles.
-    """
-    return bottleneck_size >= 256 and rows >= 256 and dtype in (torch.bfloat16, torch.float16)

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from fastadapter.kernels import target
 from fastadapter.kernels.activation import _activate, _activation_slope
+from fastadapter.kernels.bottleneck_config import backward_config, products
 from fastadapter.kernels.bottleneck_tiles import (
     LENGTHS,
     _normed_tile,
@@ -39,7 +40,6 @@ from fastadapter.kernels.bottleneck_tiles import (
     _weight,
     check,
     padded,
-    products,
     strides,
 )
 from torch import Tensor
@@ -255,7 +255,9 @@ def _bottleneck_channels_kernel(
                         parts = stats_ptr + (2 + 2 * part) * num_positions + position
                         if NORM == "layer_norm":
                             dy -= tl.load(parts, mask=mask_m, other=0.0)[:, None] / HIDDEN_SIZE
-                        dy -= xhat * (tl.load(parts + num_positions, mask=mask_m, other=0.0)[:, None] / HIDDEN_SIZE)
+                        dy -= xhat * (
+                            tl.load(parts + num_positions, mask=mask_m, other=0.0)[:, None] / HIDDEN_SIZE
+                        )
                     dy = tl.where(sends[:, None] > 0, dy * rstd[:, None], 0.0)
                 term = tl.where(adapted, dy, fill)
                 dx_dtype = grad_x_ptr.dtype.element_ty
@@ -340,17 +342,6 @@ def _bottleneck_reduce_kernel(
     _store_segment(grad_norm_bias_ptr, entry, offs_e, norm_weight_end, columns, total)
 
 
-def backward_config(arch: str, activation, weight, hidden_size: int, bottleneck_size: int) -> dict:
-    """Tiles of the backward, by shapes alone: ``rows`` for the rows kernel, ``channels`` for the channels kernel."""
-    block_r = max(16, triton.next_power_of_2(bottleneck_size))
-    wide = weight == torch.float32
-    return {
-        "BLOCK_M": 32, "BLOCK_R": min(block_r, 64 if wide else 128), "rows_BLOCK_C": 32 if wide else 64,
-        "channels_BLOCK_C": 32, "rows": {"num_warps": 4, "num_stages": 2},
-        "channels": {"num_warps": 4, "num_stages": 2},
-    }  # fmt: skip
-
-
 def bottleneck_backward(
     grad_out: Tensor, x: Tensor, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None, row_ids: Tensor | None,
@@ -390,12 +381,14 @@ def bottleneck_backward(
 
     arch = target.arch(x)
     tiles = backward_config(arch, x.dtype, down_weight.dtype, hidden_size, bottleneck_size)
-    block_m, block_r = tiles["BLOCK_M"], tiles["BLOCK_R"]
+    rows_tiles, channels_tiles = tiles["rows"], tiles["channels"]
     by_row = row_ids is not None
-    tiles_per_row = triton.cdiv(seq_len if by_row else batch * seq_len, block_m)
     num_rows = batch if by_row else 1
-    num_blocks = triton.cdiv(bottleneck_size, block_r)
-    num_channel_blocks = triton.cdiv(hidden_size, tiles["channels_BLOCK_C"])
+    positions_per_row = seq_len if by_row else batch * seq_len
+    tiles_per_row = triton.cdiv(positions_per_row, channels_tiles["BLOCK_M"])
+    stat_blocks = triton.cdiv(bottleneck_size, rows_tiles["BLOCK_R"])
+    num_blocks = triton.cdiv(bottleneck_size, channels_tiles["BLOCK_R"])
+    num_channel_blocks = triton.cdiv(hidden_size, channels_tiles["BLOCK_C"])
     tiles_per_slot = _tiles_per_slot(tiles_per_row, num_channel_blocks, by_row, columns > 0)
     slots_per_row = triton.cdiv(tiles_per_row, tiles_per_slot)
     num_slots = num_rows * slots_per_row
@@ -406,7 +399,7 @@ def bottleneck_backward(
     hidden = x.new_empty((num_positions if need_weights else 0, width), dtype=down_weight.dtype)
     grad_hidden = x.new_empty((num_positions, width), dtype=down_weight.dtype)
     has_norm = norm != "none"
-    stats = x.new_empty((2 + 2 * num_blocks if has_norm else 0, num_positions), dtype=torch.float32)
+    stats = x.new_empty((2 + 2 * stat_blocks if has_norm else 0, num_positions), dtype=torch.float32)
     moments = x.new_empty((num_adapters if has_norm and has_moments else 0, 2, width), dtype=torch.float32)
     partial = x.new_empty((num_slots, columns), dtype=torch.float32)
 
@@ -421,7 +414,7 @@ def bottleneck_backward(
         "grad_hidden_ptr": grad_hidden, "hidden_ptr": hidden, "stats_ptr": stats, "grad_out_ptr": grad_out,
         "x_ptr": x, "row_ids_ptr": row_ids, "GRAD_OUT_STRIDES": grad_out.stride(), "X_STRIDES": x.stride(),
         "scale": scale, "batch": batch, "seq_len": seq_len, "num_adapters": num_adapters,
-        "num_positions": num_positions, "BLOCK_M": block_m, "BLOCK_R": block_r, "NORM": norm,
+        "num_positions": num_positions, "NORM": norm,
         "HAS_ROW_IDS": by_row, "PRECISION": products(arch, down_weight.dtype),
     }  # fmt: skip
 
@@ -430,22 +423,25 @@ def bottleneck_backward(
             _bottleneck_moments_kernel[(num_adapters * triton.cdiv(bottleneck_size, 16),)](
                 moments_ptr=moments, BLOCK_R=16, BLOCK_C=128, num_warps=4, **norms
             )
-        _bottleneck_rows_kernel[(num_rows * tiles_per_row * num_blocks,)](
+        num_tiles = num_rows * triton.cdiv(positions_per_row, rows_tiles["BLOCK_M"])
+        _bottleneck_rows_kernel[(num_tiles * stat_blocks,)](
             up_ptr=up_weight, down_bias_ptr=down_bias, moments_ptr=moments, UP_STRIDES=up_weight.stride(),
-            DOWN_BIAS_STRIDES=strides(down_bias, 2), norm_eps=norm_eps, BLOCK_C=tiles["rows_BLOCK_C"],
+            DOWN_BIAS_STRIDES=strides(down_bias, 2), norm_eps=norm_eps,
             ACTIVATION=activation, HAS_DOWN_BIAS=down_bias is not None, HAS_MOMENTS=has_moments,
-            NEED_HIDDEN=need_weights, **tiles["rows"], **shared,
+            NEED_HIDDEN=need_weights, **rows_tiles, **shared,
         )  # fmt: skip
 
-    def channels(*, x_now: bool, norm_now: bool, up_bias_now: bool, weights_now: bool, down_bias_now: bool) -> None:
+    def channels(
+        *, x_now: bool, norm_now: bool, up_bias_now: bool, weights_now: bool, down_bias_now: bool
+    ) -> None:
         blocks = num_blocks if weights_now or down_bias_now else 1
         _bottleneck_channels_kernel[(num_slots * blocks * num_channel_blocks,)](
             grad_x_ptr=grad_x, partial_ptr=partial, GRAD_X_STRIDES=grad_x.stride() if need_x else (0, 0, 0),
             num_tiles=tiles_per_row, tiles_per_slot=tiles_per_slot, slots_per_row=slots_per_row,
-            BLOCK_C=tiles["channels_BLOCK_C"], ADD_GRAD_OUT=add_grad_out, STAT_BLOCKS=num_blocks, NEED_X=x_now,
+            ADD_GRAD_OUT=add_grad_out, STAT_BLOCKS=stat_blocks, NEED_X=x_now,
             NEED_WEIGHTS=weights_now, NEED_DOWN_BIAS=down_bias_now, NEED_UP_BIAS=up_bias_now,
             NEED_NORM_WEIGHT=norm_now and need_norm_weight, NEED_NORM_BIAS=norm_now and need_norm_bias,
-            **segments, **tiles["channels"], **shared,
+            **segments, **channels_tiles, **shared,
         )  # fmt: skip
 
     with torch.cuda.device_of(x):

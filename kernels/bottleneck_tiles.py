@@ -154,12 +154,6 @@ def check(x: Tensor, activation: str, norm: str, *norm_vectors: Tensor | None) -
         raise ValueError(f"{op}: norm_weight and norm_bias need a norm, got norm 'none'")
 
 
-def products(arch: str, weight: torch.dtype) -> str:
-    """``input_precision`` of products with weights of this dtype; half operands ignore it."""
-    # AMD's matrix units take fp32 as it is
-    return "tf32x3" if weight == torch.float32 and arch.startswith("sm_") else "ieee"
-
-
 def padded(size: int) -> int:
     """The length of a scratch row that holds ``size`` elements."""
     return triton.cdiv(size, SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
