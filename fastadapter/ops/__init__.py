@@ -3,5 +3,7 @@
 from fastadapter.ops.backends import backends
 from fastadapter.ops.bottleneck import Norm, bottleneck
 from fastadapter.ops.gated_prefix import gated_prefix
+from fastadapter.ops.gated_prefix_attention import gated_prefix_attention
+from fastadapter.ops.prefix_attention import prefix_attention
 
-__all__ = ["Norm", "backends", "bottleneck", "gated_prefix"]
+__all__ = ["Norm", "backends", "bottleneck", "gated_prefix", "gated_prefix_attention", "prefix_attention"]
