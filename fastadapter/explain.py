@@ -52,7 +52,7 @@ def explain(model: nn.Module) -> Explanation:
             prompt = adapter.prompt
             # The op runs in the activations' dtype; the masters are fp32 whatever that is.
             dtype = getattr(model, "dtype", prompt.dtype)
-            backend, reason = automatic_backend(prompt.device.type, dtype)
+            backend, reason = automatic_backend(prompt.device.type, dtype, "gated_prefix")
             rows.append(
                 {
                     "module": path,

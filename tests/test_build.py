@@ -27,7 +27,7 @@ def sources(tmp_path):
     copy = tmp_path / "sources"
     copy.mkdir()
     junk = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json")
-    for name in ("csrc", "fastadapter", "kernels"):
+    for name in ("benchmarks", "csrc", "fastadapter", "kernels"):
         shutil.copytree(ROOT / name, copy / name, ignore=junk)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, copy / name)
@@ -63,7 +63,7 @@ def capability_of(wheel, folder):
         "base, key, gate = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 4, 8), torch.ones(1, 2)\n"
         "out = fastadapter.ops.gated_prefix(base, base, key, key, gate)\n"
         "assert not torch.equal(out, base)\n"
-        "print(json.dumps([fastadapter.__file__, automatic_backend('cpu', torch.float32)[0]]))"
+        "print(json.dumps([fastadapter.__file__, automatic_backend('cpu', torch.float32, 'gated_prefix')[0]]))"
     )
     output = python("-c", program, cwd=folder, env={"PYTHONPATH": str(target)}).stdout
     file, backend = json.loads(output)
@@ -84,6 +84,9 @@ def test_compiled_wheel(sources, tmp_path):
     info, names = build_info(wheel)
     assert info == {"extension": True, "reason": "", "torch": torch.__version__}
     assert "fastadapter/_C.abi3.so" in names and "fastadapter/kernels/gated_prefix.py" in names
+    assert {"fastadapter/benchmarks/audit/command.py", "fastadapter/benchmarks/results/cpu.jsonl"} <= set(
+        names
+    )
     assert capability_of(wheel, tmp_path) == "cpp"
 
 

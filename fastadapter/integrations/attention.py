@@ -138,7 +138,7 @@ class PrefixHost(nn.Module):
             key, value = self._project(attention, adapter.prompt, dtype)
             gate = adapter.gate.expand(1, adapter.num_heads)
             gate = gate.double() if dtype == torch.float64 else gate
-        backend = choose_backend("auto", key.device.type, dtype)
+        backend = choose_backend("auto", key.device.type, dtype, "gated_prefix")
         ready = _Ready(key, value, gate, adapter.gate_fn, backend, dtype, modules, sources, _stamp(sources))
         self._ready[name] = ready
         return ready

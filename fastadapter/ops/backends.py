@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 BACKENDS = ("auto", "triton", "cpp", "reference")
-OPS = ("gated_prefix", "bottleneck")
+OPS = ("gated_prefix", "gated_prefix_attention", "prefix_attention", "prefix_merge", "bottleneck")
 
 library = torch.library.Library("fastadapter", "DEF")
 
@@ -38,6 +38,12 @@ _COMPILED = (
     else frozenset(torch._C._dispatch_get_registrations_for_dispatch_key("CPU"))
 )
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_LACKING: dict[tuple[str | None, str], str] = {}
+
+
+def lack(op: str, backend: str, reason: str) -> None:
+    """Note, while ``op`` is registered, that ``backend`` has no kernel for a part of it."""
+    _LACKING[op, backend] = reason
 
 
 def extension_error(op: str | None = None) -> str | None:
@@ -58,17 +64,24 @@ def triton_error(device_type: str) -> str | None:
     return f"Triton has no {device_type} device here (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
 
 
-def _triton_limit(dtype: torch.dtype) -> str | None:
-    return "the Triton kernels have no fp64" if dtype == torch.float64 else None
+def _cpp_limit(device_type: str, op: str | None) -> str | None:
+    if device_type != "cpu":
+        return f"it runs on cpu tensors, got {device_type}"
+    return extension_error(op) or _LACKING.get((op, "cpp"))
+
+
+def _triton_limit(device_type: str, dtype: torch.dtype, op: str | None) -> str | None:
+    error = _LACKING.get((op, "triton")) or triton_error(device_type)
+    return error or ("the Triton kernels have no fp64" if dtype == torch.float64 else None)
 
 
 def automatic_backend(device_type: str, dtype: torch.dtype, op: str | None = None) -> tuple[str, str]:
     """The backend ``auto`` takes, and why."""
     if device_type == "cpu":
-        error = extension_error(op)
+        error = _cpp_limit(device_type, op)
         return ("reference", f"no C++ extension: {error}") if error else ("cpp", "compiled extension")
     if device_type == "cuda":
-        error = triton_error("cuda") or _triton_limit(dtype)
+        error = _triton_limit(device_type, dtype, op)
         return ("reference", error) if error else ("triton", "GPU kernel")
     return "reference", f"no kernel for device type {device_type}"
 
@@ -84,9 +97,9 @@ def choose_backend(backend: str, device_type: str, dtype: torch.dtype, op: str |
     if backend == "reference":
         return backend
     if backend == "cpp":
-        error = extension_error(op) if device_type == "cpu" else f"it runs on cpu tensors, got {device_type}"
+        error = _cpp_limit(device_type, op)
     elif backend == "triton":
-        error = triton_error(device_type) or _triton_limit(dtype)
+        error = _triton_limit(device_type, dtype, op)
     else:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if error:

@@ -4,12 +4,19 @@ import torch
 from torch import Tensor
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+GATE_FUNCTIONS = ("tanh", "identity")
 
 
 def require_tensor(op: str, **tensors: Tensor) -> None:
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def require_dims(op: str, name: str, tensor: Tensor, axes: str) -> None:
+    """Four dimensions, ``axes`` in words."""
+    if tensor.dim() != 4:
+        raise ValueError(f"{op}: {name} must have 4 dims {axes}, got {tuple(tensor.shape)}")
 
 
 def require_shape(op: str, name: str, tensor: Tensor, axes: str, expected: tuple[int, ...]) -> None:
@@ -34,7 +41,27 @@ def require_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype
         raise TypeError(f"{op}: {name} must be {words}, got {tensor.dtype}")
 
 
-def require_row_ids(op: str, row_ids: Tensor | None, batch: int, num_prefixes: int) -> None:
+def require_prefix_dtype(op: str, dtype: torch.dtype, prefix_key: Tensor, prefix_value: Tensor) -> None:
+    """The activations' ``dtype``, or fp32 masters beside half-precision ones."""
+    master = torch.float64 if dtype == torch.float64 else torch.float32
+    require_dtype(op, "prefix_key", prefix_key, (dtype, master))
+    require_dtype(op, "prefix_value", prefix_value, (prefix_key.dtype,))
+
+
+def require_gate(op: str, gate: Tensor, dtype: torch.dtype, num_prefixes: int, num_heads: int) -> None:
+    if gate.dim() != 2 or gate.shape[0] != num_prefixes or gate.shape[1] != num_heads:
+        require_shape(op, "gate", gate, "(num_prefixes, num_heads)", (num_prefixes, num_heads))
+    require_dtype(op, "gate", gate, (torch.float64 if dtype == torch.float64 else torch.float32,))
+
+
+def require_gate_fn(op: str, gate_fn: str) -> None:
+    if gate_fn not in GATE_FUNCTIONS:
+        raise ValueError(f"{op}: gate_fn must be one of {', '.join(GATE_FUNCTIONS)}, got {gate_fn!r}")
+
+
+def require_row_ids(
+    op: str, row_ids: Tensor | None, batch: int, num_prefixes: int, axes: str = "(batch,)"
+) -> None:
     if row_ids is None:
         if num_prefixes != 1:
             raise ValueError(
@@ -43,7 +70,7 @@ def require_row_ids(op: str, row_ids: Tensor | None, batch: int, num_prefixes: i
         return
     require_tensor(op, row_ids=row_ids)
     require_dtype(op, "row_ids", row_ids, (torch.int32,))
-    require_shape(op, "row_ids", row_ids, "(batch,)", (batch,))
+    require_shape(op, "row_ids", row_ids, axes, (batch,))
     # On a GPU the values live on the device and reading them would stall it; the kernels bound them themselves.
     if batch and row_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = (int(x) for x in row_ids.aminmax())
@@ -51,3 +78,7 @@ def require_row_ids(op: str, row_ids: Tensor | None, batch: int, num_prefixes: i
             raise ValueError(
                 f"{op}: row_ids must be in [-1, {num_prefixes}), got values from {low} to {high}"
             )
+
+
+def lse_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -11,9 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from fastadapter import reference
 from fastadapter.ops import checks
-from fastadapter.ops.backends import automatic_backend, choose_backend, extension_error, library
+from fastadapter.ops.backends import choose_backend
+from fastadapter.ops.registration import fake_bank_grad, fake_grad, only_needed, register
 
-GATE_FUNCTIONS = ("tanh", "identity")
+GATE_FUNCTIONS = checks.GATE_FUNCTIONS
 
 
 def gated_prefix(
@@ -58,7 +59,7 @@ def gated_prefix(
     _validate(base, query, prefix_key, prefix_value, gate, row_ids, gate_fn)
     if softmax_scale is None:
         softmax_scale = query.shape[-1] ** -0.5
-    chosen = choose_backend(backend, query.device.type, query.dtype)
+    chosen = choose_backend(backend, query.device.type, query.dtype, "gated_prefix")
     args = (base, query, prefix_key, prefix_value, gate, row_ids, float(softmax_scale), gate_fn)
     if torch.is_grad_enabled() and any(x.requires_grad for x in args[:5]):
         return _GatedPrefix.apply(*args, chosen)
@@ -100,17 +101,13 @@ def _validate(base, query, prefix_key, prefix_value, gate, row_ids, gate_fn) -> 
         raise ValueError(
             f"{op}: num_prefixes, prefix_len and head_dim must be at least 1, got prefix_key {tuple(prefix_key.shape)}"
         )
-    if gate.dim() != 2 or gate.shape[0] != num_prefixes or gate.shape[1] != num_heads:
-        checks.require_shape(op, "gate", gate, "(num_prefixes, num_heads)", (num_prefixes, num_heads))
     dtype = query.dtype
     checks.require_dtype(op, "query", query, checks.ACTIVATION_DTYPES)
     if base.dtype != dtype:
         checks.require_dtype(op, "base", base, (dtype,))
     if prefix_key.dtype != dtype or prefix_value.dtype != dtype:
-        master = torch.float64 if dtype == torch.float64 else torch.float32
-        checks.require_dtype(op, "prefix_key", prefix_key, (dtype, master))
-        checks.require_dtype(op, "prefix_value", prefix_value, (prefix_key.dtype,))
-    checks.require_dtype(op, "gate", gate, (torch.float64 if dtype == torch.float64 else torch.float32,))
+        checks.require_prefix_dtype(op, dtype, prefix_key, prefix_value)
+    checks.require_gate(op, gate, dtype, num_prefixes, num_heads)
     device = query.device
     checks.require_same_device(
         op,
@@ -120,8 +117,7 @@ def _validate(base, query, prefix_key, prefix_value, gate, row_ids, gate_fn) -> 
         prefix_value=prefix_value,
         gate=gate,
     )
-    if gate_fn not in GATE_FUNCTIONS:
-        raise ValueError(f"{op}: gate_fn must be one of {', '.join(GATE_FUNCTIONS)}, got {gate_fn!r}")
+    checks.require_gate_fn(op, gate_fn)
     checks.require_row_ids(op, row_ids, batch, num_prefixes)
     if row_ids is not None:
         checks.require_same_device(op, device, row_ids=row_ids)
@@ -152,27 +148,6 @@ class _GatedPrefix(torch.autograd.Function):
         return (grad_out if need_base else None, *grads, None, None, None, None)
 
 
-def run_forward(backend: str, *args) -> Tensor:
-    """The forward of a resolved ``backend`` on arguments that are known to be right, without autograd.
-
-    For callers that checked everything before and run once per layer and token. Arguments in the order of the
-    registered op.
-    """
-    if backend == "reference":
-        return _reference_forward(*args)
-    if backend == "triton" and args[1].device.type == "cpu":
-        return _triton_forward(*args)
-    return torch.ops.fastadapter.gated_prefix.default(*args)
-
-
-def _backward(backend: str, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if backend == "reference":
-        return _reference_backward(*args)
-    if backend == "triton" and args[1].device.type == "cpu":
-        return _triton_backward(*args)
-    return torch.ops.fastadapter.gated_prefix_backward.default(*args)
-
-
 def _reference_forward(base, query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn):
     return reference.gated_prefix(
         base,
@@ -200,30 +175,7 @@ def _reference_backward(
         row_ids=row_ids,
     )
     need_query, need_prefix, need_gate = needs
-    wanted = (need_query, need_prefix, need_prefix, need_gate)
-    return tuple(grad if want else grad.new_empty(0) for grad, want in zip(grads, wanted, strict=True))
-
-
-def _triton_forward(*args):
-    from fastadapter.kernels import gated_prefix as kernels
-
-    return kernels.gated_prefix_forward(*args)
-
-
-def _triton_backward(*args):
-    from fastadapter.kernels import gated_prefix as kernels
-
-    return kernels.gated_prefix_backward(*args)
-
-
-def _cuda_forward(*args):
-    backend, _ = automatic_backend("cuda", args[1].dtype)
-    return (_triton_forward if backend == "triton" else _reference_forward)(*args)
-
-
-def _cuda_backward(*args):
-    backend, _ = automatic_backend("cuda", args[1].dtype)
-    return (_triton_backward if backend == "triton" else _reference_backward)(*args)
+    return only_needed(grads, (need_query, need_prefix, need_prefix, need_gate))
 
 
 def _fake_forward(base, query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn):
@@ -235,28 +187,32 @@ def _fake_backward(
 ):
     need_query, need_prefix, need_gate = needs
     return (
-        torch.empty_like(query) if need_query else query.new_empty(0),
-        prefix_key.new_empty(prefix_key.shape if need_prefix else 0),
-        prefix_value.new_empty(prefix_value.shape if need_prefix else 0),
-        gate.new_empty(gate.shape if need_gate else 0),
+        fake_grad(query, need_query),
+        fake_bank_grad(prefix_key, need_prefix),
+        fake_bank_grad(prefix_value, need_prefix),
+        fake_bank_grad(gate, need_gate),
     )
 
 
-def _register() -> None:
-    operands = "Tensor query, Tensor prefix_key, Tensor prefix_value, Tensor gate, Tensor? row_ids"
-    constants = "float softmax_scale, str gate_fn"
-    library.define(f"gated_prefix(Tensor base, {operands}, {constants}) -> Tensor")
-    library.define(
-        f"gated_prefix_backward(Tensor grad_out, {operands}, {constants}, "
-        "bool need_query, bool need_prefix, bool need_gate) -> (Tensor, Tensor, Tensor, Tensor)"
-    )
-    if extension_error():
-        library.impl("gated_prefix", _reference_forward, "CPU")
-        library.impl("gated_prefix_backward", _reference_backward, "CPU")
-    library.impl("gated_prefix", _cuda_forward, "CUDA")
-    library.impl("gated_prefix_backward", _cuda_backward, "CUDA")
-    torch.library.register_fake("fastadapter::gated_prefix", _fake_forward, lib=library)
-    torch.library.register_fake("fastadapter::gated_prefix_backward", _fake_backward, lib=library)
+_OPERANDS = "Tensor query, Tensor prefix_key, Tensor prefix_value, Tensor gate, Tensor? row_ids"
+_CONSTANTS = "float softmax_scale, str gate_fn"
 
-
-_register()
+# The forward of a resolved backend on arguments that are known to be right, in the order of the registered op and
+# without autograd: for callers that checked everything before and run once per layer and token.
+run_forward = register(
+    "gated_prefix",
+    "gated_prefix",
+    f"(Tensor base, {_OPERANDS}, {_CONSTANTS}) -> Tensor",
+    reference=_reference_forward,
+    fake=_fake_forward,
+    launcher="gated_prefix_forward",
+)
+_backward = register(
+    "gated_prefix",
+    "gated_prefix_backward",
+    f"(Tensor grad_out, {_OPERANDS}, {_CONSTANTS}, bool need_query, bool need_prefix, bool need_gate) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_reference_backward,
+    fake=_fake_backward,
+    launcher="gated_prefix_backward",
+)

@@ -16,6 +16,16 @@ itself, so a prefix that holds Inf or NaN cannot reach them.
 import torch
 from torch import Tensor
 
+from fastadapter.reference.attention import (
+    default_compute_dtype,
+    has_adapter,
+    per_query_head,
+    rows_of,
+    scores_of,
+    sum_heads,
+    sum_rows,
+)
+
 
 def gated_prefix(
     base: Tensor,
@@ -39,12 +49,13 @@ def gated_prefix(
         compute_dtype: precision of every intermediate; fp32, or fp64 for fp64 inputs, unless given.
     Returns: ``(batch, num_heads, q_len, head_dim)``, dtype and strides of ``base``.
     """
-    compute = compute_dtype or _compute_dtype(query)
-    batch = query.shape[0]
-    factor, _ = _gate_factor(_rows_of(gate, row_ids, batch).to(compute), gate_fn)  # (batch, num_heads)
-    probs, values = _attend(query, prefix_key, prefix_value, softmax_scale, row_ids, compute)
+    compute = compute_dtype or default_compute_dtype(query)
+    batch, num_heads = query.shape[:2]
+    factor, _ = _gate_factor(rows_of(gate, row_ids, batch).to(compute), gate_fn)  # (batch, num_heads)
+    probs = prefix_scores(query, prefix_key, softmax_scale, row_ids, compute).softmax(-1)
+    values = per_query_head(rows_of(prefix_value, row_ids, batch).to(compute), num_heads)
     term = factor[:, :, None, None] * torch.einsum("bhtp,bhpd->bhtd", probs, values)
-    adapted = (factor != 0) & _has_adapter(row_ids, batch, query.device)[:, None]  # (batch, num_heads)
+    adapted = (factor != 0) & has_adapter(row_ids, batch, query.device)[:, None]  # (batch, num_heads)
     summed = (base.to(compute) + term).to(base.dtype)
     return torch.empty_like(base).copy_(torch.where(adapted[:, :, None, None], summed, base))
 
@@ -65,43 +76,12 @@ def gated_prefix_backward(
 
     Returns: ``grad_query, grad_prefix_key, grad_prefix_value, grad_gate``, each in the shape and dtype of its input.
     """
-    compute = compute_dtype or _compute_dtype(query)
-    batch, num_heads, q_len, head_dim = query.shape
-    num_prefixes, num_kv_heads, prefix_len, _ = prefix_key.shape
-    factor, slope = _gate_factor(_rows_of(gate, row_ids, batch).to(compute), gate_fn)
-    probs, values = _attend(query, prefix_key, prefix_value, softmax_scale, row_ids, compute)
-    keys = _per_query_head(_rows_of(prefix_key, row_ids, batch).to(compute), num_heads)
-
-    adapted = _has_adapter(row_ids, batch, query.device)[:, None, None, None]
-    contributes = adapted & (factor != 0)[:, :, None, None]
-    zero = torch.zeros((), dtype=compute, device=query.device)
-    grad = grad_out.to(compute)
-    grad_probs = torch.einsum("bhtd,bhpd->bhtp", grad, values)
-    delta = (probs * grad_probs).sum(-1, keepdim=True)  # (batch, num_heads, q_len, 1)
-    factor = factor[:, :, None, None]
-    # where, not multiplication: 0 * NaN would carry a poisoned prefix into rows that do not use it
-    grad_scores = torch.where(contributes, factor * probs * (grad_probs - delta), zero)
-    weights = torch.where(contributes, factor * probs, zero)
-    grad_query = softmax_scale * torch.einsum("bhtp,bhpd->bhtd", grad_scores, keys)
-    grad_query = torch.where(contributes, grad_query, zero)
-
-    def sum_heads(
-        x: Tensor,
-    ) -> Tensor:  # the query heads of one kv head, (batch, num_kv_heads, prefix_len, head_dim)
-        x = torch.where(contributes, x, zero)
-        return x.unflatten(1, (num_kv_heads, num_heads // num_kv_heads)).sum(2)
-
-    def sum_rows(x: Tensor) -> Tensor:  # every bank entry collects the rows that use it
-        if row_ids is None:
-            return x.sum(0, keepdim=True)
-        own = [(row_ids == entry).view(-1, *[1] * (x.dim() - 1)) for entry in range(num_prefixes)]
-        return torch.stack([torch.where(rows, x, zero).sum(0) for rows in own])
-
-    grad_key = sum_rows(
-        sum_heads(softmax_scale * torch.einsum("bhtp,bhtd->bhpd", grad_scores, query.to(compute)))
+    compute = compute_dtype or default_compute_dtype(query)
+    probs = prefix_scores(query, prefix_key, softmax_scale, row_ids, compute).softmax(-1)
+    grad, q, keys, values, gates = (x.to(compute) for x in (grad_out, query, prefix_key, prefix_value, gate))
+    grad_query, grad_key, grad_value, grad_gate = prefix_gradients(
+        grad, q, keys, values, gates, probs, softmax_scale, gate_fn, row_ids
     )
-    grad_value = sum_rows(sum_heads(torch.einsum("bhtp,bhtd->bhpd", weights, grad)))
-    grad_gate = sum_rows(slope * delta.sum((2, 3)))
     return (
         torch.empty_like(query).copy_(grad_query),
         grad_key.to(prefix_key.dtype),
@@ -110,8 +90,43 @@ def gated_prefix_backward(
     )
 
 
-def _compute_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
+def prefix_scores(query, prefix_key, softmax_scale, row_ids, compute) -> Tensor:
+    """Scaled scores ``(batch, num_heads, q_len, prefix_len)`` in ``compute``."""
+    batch, num_heads = query.shape[:2]
+    keys = per_query_head(rows_of(prefix_key, row_ids, batch).to(compute), num_heads)
+    return scores_of(query.to(compute), keys, softmax_scale)[0]
+
+
+def prefix_gradients(
+    grad_out, query, prefix_key, prefix_value, gate, probs, softmax_scale, gate_fn, row_ids
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the term, from its probabilities; everything in one dtype, unrounded."""
+    batch, num_heads = query.shape[:2]
+    num_prefixes, num_kv_heads = prefix_key.shape[:2]
+    factor, slope = _gate_factor(rows_of(gate, row_ids, batch), gate_fn)
+    keys = per_query_head(rows_of(prefix_key, row_ids, batch), num_heads)
+    values = per_query_head(rows_of(prefix_value, row_ids, batch), num_heads)
+    factor = factor[:, :, None, None]
+    contributes = has_adapter(row_ids, batch, query.device)[:, None, None, None] & (factor != 0)
+
+    grad_probs = torch.einsum("bhtd,bhpd->bhtp", grad_out, values)
+    delta = (probs * grad_probs).sum(-1, keepdim=True)  # (batch, num_heads, q_len, 1)
+    # where, not multiplication: 0 * NaN would carry a poisoned prefix into rows that do not use it
+    grad_scores = torch.where(contributes, factor * probs * (grad_probs - delta), 0)
+    weights = torch.where(contributes, factor * probs, 0)
+    grad_query = softmax_scale * torch.einsum("bhtp,bhpd->bhtd", grad_scores, keys)
+    grad_keys = softmax_scale * torch.einsum("bhtp,bhtd->bhpd", grad_scores, query)
+    grad_values = torch.einsum("bhtp,bhtd->bhpd", weights, grad_out)
+
+    def into_bank(x: Tensor) -> Tensor:
+        return sum_rows(sum_heads(torch.where(contributes, x, 0), num_kv_heads), row_ids, num_prefixes)
+
+    return (
+        torch.where(contributes, grad_query, 0),
+        into_bank(grad_keys),
+        into_bank(grad_values),
+        sum_rows(slope * delta.sum((2, 3)), row_ids, num_prefixes),
+    )
 
 
 def _gate_factor(gate: Tensor, gate_fn: str) -> tuple[Tensor, Tensor]:
@@ -120,29 +135,3 @@ def _gate_factor(gate: Tensor, gate_fn: str) -> tuple[Tensor, Tensor]:
         return gate, torch.ones_like(gate)
     factor = gate.tanh()
     return factor, 1 - factor * factor
-
-
-def _rows_of(bank: Tensor, row_ids: Tensor | None, batch: int) -> Tensor:
-    """The bank entry of every row, ``(batch, ...)``; entry 0 stands in where there is none."""
-    if row_ids is None:
-        return bank[:1].expand(batch, *bank.shape[1:])
-    return bank[row_ids.clamp(min=0).long()]
-
-
-def _has_adapter(row_ids: Tensor | None, batch: int, device: torch.device) -> Tensor:
-    if row_ids is None:
-        return torch.ones(batch, dtype=torch.bool, device=device)
-    return row_ids >= 0
-
-
-def _per_query_head(x: Tensor, num_heads: int) -> Tensor:
-    return x.repeat_interleave(num_heads // x.shape[1], dim=1)
-
-
-def _attend(query, prefix_key, prefix_value, softmax_scale, row_ids, compute):
-    """Prefix probabilities ``(batch, num_heads, q_len, prefix_len)`` and the values they weigh."""
-    batch, num_heads = query.shape[:2]
-    keys = _per_query_head(_rows_of(prefix_key, row_ids, batch).to(compute), num_heads)
-    values = _per_query_head(_rows_of(prefix_value, row_ids, batch).to(compute), num_heads)
-    scores = softmax_scale * torch.einsum("bhtd,bhpd->bhtp", query.to(compute), keys)
-    return scores.softmax(-1), values

@@ -26,7 +26,12 @@ def same_bits(a, b):
     """Equal as integers, so that -0.0 differs from 0.0 and NaN equals itself."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(x):
+    # a copy: an axis of size one may have any stride in a contiguous tensor, and then has no view as bytes
+    return x.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def _largest(x):

@@ -1,0 +1,258 @@
+"""Inputs, runs and results of the two attention ops for tests, one record for both."""
+
+import importlib
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from fastadapter import ops, reference
+from fastadapter.ops.backends import choose_backend
+from tests.support.budget import assert_within_budget
+from tests.support.gated_prefix import device_of, on_device
+
+GATED, SHARED = "gated_prefix_attention", "prefix_attention"
+OPERANDS = {
+    GATED: ("query", "key", "value", "prefix_key", "prefix_value", "gate"),
+    SHARED: ("query", "key", "value", "prefix_key", "prefix_value"),
+}
+SAVED = {GATED: ("base", "lse", "prefix_lse"), SHARED: ("lse",)}
+
+
+class Shape(NamedTuple):
+    """Sizes and options of one case; ``lengths`` packs sequences into a batch of one (``q_len == kv_len`` = sum)."""
+
+    batch: int = 2
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    q_len: int = 7
+    kv_len: int = 9
+    head_dim: int = 16
+    prefix_len: int = 5
+    num_prefixes: int = 1
+    mask: str = ""  # "", "causal", "bool", "float", "float32", or "empty": bool, and query 0 sees nothing
+    window: int | None = None
+    softcap: float | None = None
+    lengths: tuple[int, ...] = ()
+
+    def __str__(self):
+        sizes = (
+            f"b{self.batch}-h{self.num_heads}-kv{self.num_kv_heads}-t{self.q_len}-s{self.kv_len}-d{self.head_dim}"
+            f"-p{self.prefix_len}-n{self.num_prefixes}"
+        )
+        packed = "packed" + "_".join(map(str, self.lengths)) if self.lengths else ""
+        window = f"window{self.window}" if self.window else ""
+        softcap = f"softcap{self.softcap:g}" if self.softcap else ""
+        return "-".join(filter(None, (sizes, self.mask, window, softcap, packed)))
+
+
+def packed(*lengths, **sizes):
+    """The shape of sequences of these ``lengths`` in one row."""
+    total = sum(lengths)
+    return Shape(batch=1, q_len=total, kv_len=total, lengths=lengths, **sizes)
+
+
+class Inputs(NamedTuple):
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    prefix_key: torch.Tensor
+    prefix_value: torch.Tensor
+    gate: torch.Tensor
+    grad_out: torch.Tensor
+    attn_mask: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    row_ids: torch.Tensor | None
+    is_causal: bool = False
+    window: int | None = None
+    softcap: float | None = None
+    softmax_scale: float | None = None
+    gate_fn: str = "tanh"
+
+    def map(self, function):
+        """``function`` on every tensor."""
+        return Inputs(*(function(x) if isinstance(x, torch.Tensor) else x for x in self))
+
+    def cast(self, dtype):
+        """Every float in ``dtype``, same values as far as it can hold them."""
+        return self.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
+
+    def rows(self, select):
+        """Some rows of the batch, alone."""
+        by_row = ("query", "key", "value", "grad_out", "attn_mask", "row_ids")
+        chosen = {name: getattr(self, name) for name in by_row}
+        return self._replace(**{name: x if x is None else x[select] for name, x in chosen.items()})
+
+    def sequence(self, index):
+        """One packed sequence as a batch of one."""
+        start, stop = self.cu_seqlens[index : index + 2].tolist()
+        names = ("query", "key", "value", "grad_out")
+        return self._replace(
+            **{name: getattr(self, name)[:, :, start:stop].contiguous() for name in names},
+            cu_seqlens=None,
+            row_ids=None if self.row_ids is None else self.row_ids[index : index + 1],
+        )
+
+    def options(self, op):
+        """Keywords of the public function and of the reference."""
+        names = ("is_causal", "attn_mask", "cu_seqlens", "window", "softcap", "row_ids", "softmax_scale")
+        gate_fn = {"gate_fn": self.gate_fn} if op == GATED else {}
+        return {name: getattr(self, name) for name in names} | gate_fn
+
+    def operands(self, op):
+        return [getattr(self, name) for name in OPERANDS[op]]
+
+    def schema_options(self, op, *, softmax_scale=None):
+        """Arguments after the operands of the registered forward; of its backward, after the saved tensors."""
+        mask = self.attn_mask
+        if mask is not None:
+            mask = mask.expand(*self.query.shape[:3], self.key.shape[2])
+        scale = softmax_scale or self.softmax_scale or self.query.shape[-1] ** -0.5
+        gate_fn = (self.gate_fn,) if op == GATED else ()
+        rest = (self.is_causal, self.window or 0, self.softcap or 0.0)
+        return (mask, self.cu_seqlens, self.row_ids, scale, *gate_fn, *rest)
+
+
+def make_inputs(shape, dtype, *, seed=0, gate="random", prefix_dtype=None, gate_fn="tanh"):
+    """Inputs drawn in ``dtype``, so that every party sees the same rounded values."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size, of=dtype):
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(of)
+
+    queries = (shape.batch, shape.num_heads, shape.q_len, shape.head_dim)
+    keys = (shape.batch, shape.num_kv_heads, shape.kv_len, shape.head_dim)
+    bank = (shape.num_prefixes, shape.num_kv_heads, shape.prefix_len, shape.head_dim)
+    statistic = torch.float64 if dtype == torch.float64 else torch.float32
+    gates = draw(shape.num_prefixes, shape.num_heads, of=statistic)
+    rows = len(shape.lengths) if shape.lengths else shape.batch
+    row_ids = cu_seqlens = None
+    if shape.num_prefixes > 1:  # every entry and the absence of one, in no order
+        pool = torch.arange(-1, shape.num_prefixes).repeat(rows)[:rows]
+        row_ids = pool[torch.randperm(rows, generator=generator)].to(torch.int32)
+    if shape.lengths:
+        cu_seqlens = torch.tensor([0, *shape.lengths]).cumsum(0).to(torch.int32)
+    return Inputs(
+        draw(*queries),
+        draw(*keys),
+        draw(*keys),
+        draw(*bank, of=prefix_dtype or dtype),
+        draw(*bank, of=prefix_dtype or dtype),
+        gates if gate == "random" else torch.full_like(gates, gate),
+        draw(*queries),
+        _make_mask(shape, dtype, generator),
+        cu_seqlens,
+        row_ids,
+        shape.mask == "causal",
+        shape.window,
+        shape.softcap,
+        gate_fn=gate_fn,
+    )
+
+
+def _make_mask(shape, dtype, generator):
+    if shape.mask in ("", "causal"):
+        return None
+    if shape.mask in ("bool", "empty"):  # one mask for all heads
+        mask = torch.rand(shape.batch, 1, shape.q_len, shape.kv_len, generator=generator) < 0.7
+        mask[..., 0] = True
+        if shape.mask == "empty":
+            mask[:, :, 0] = False
+        return mask
+    mask = torch.randn(1, shape.num_heads, shape.q_len, shape.kv_len, generator=generator)
+    hidden = torch.rand(mask.shape, generator=generator) < 0.2
+    hidden[..., 0] = False
+    mask = mask.to(torch.float32 if shape.mask == "float32" else dtype)
+    return mask.masked_fill(hidden, float("-inf"))
+
+
+def module_of(op):
+    """The op's file; ``fastadapter.ops`` has a function of the same name."""
+    return importlib.import_module(f"fastadapter.ops.{op}")
+
+
+def runs_here(op, backend):
+    """Whether ``backend`` has kernels of ``op`` that can run on this machine."""
+    try:
+        choose_backend(backend, device_of(backend), torch.float32, op)
+    except ValueError:
+        return False
+    return True
+
+
+def backends_of(op, *, interpreted=pytest.mark.slow):
+    """Parameters for ``pytest.mark.parametrize``: every backend, those that cannot run here skipped by name.
+
+    ``interpreted`` marks Triton where there is no GPU: its interpreter takes seconds for a call.
+    """
+    parameters = []
+    for name in ("reference", "cpp", "triton"):
+        marks = [pytest.mark.skipif(not runs_here(op, name), reason=f"no {name} kernel of {op}")]
+        if name == "triton" and device_of(name) == "cpu" and interpreted:
+            marks.append(interpreted)
+        parameters.append(pytest.param(name, marks=marks))
+    return parameters
+
+
+def dtypes_of(backend):
+    """What a backend can run here; Triton's interpreter computes bf16 wrongly, a GPU does not."""
+    if backend != "triton":
+        return [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+    return [torch.float32, torch.float16] + [torch.bfloat16] * (device_of("triton") == "cuda")
+
+
+def run(op, inputs, backend="auto", *, frozen=()):
+    """Output, saved statistics and gradients by name (``None`` for frozen inputs), where the backend runs."""
+    device = device_of(backend)
+    inputs = inputs.map(lambda x: on_device(x, device))
+    leaves = {
+        name: getattr(inputs, name).detach().requires_grad_(name not in frozen) for name in OPERANDS[op]
+    }
+    out = getattr(ops, op)(**leaves, **inputs.options(op), backend=backend)
+    if out.requires_grad:
+        out.backward(inputs.grad_out)
+    results = {"out": out.detach(), **saved(op, inputs, backend)}
+    results |= {name: leaf.grad for name, leaf in leaves.items()}
+    return {name: x if x is None else on_device(x, "cpu") for name, x in results.items()}
+
+
+def saved(op, inputs, backend="auto"):
+    """What the forward keeps for backward, by name."""
+    chosen = choose_backend(backend, inputs.query.device.type, inputs.query.dtype, op)
+    forward = module_of(op).run_forward
+    _, *kept = forward(chosen, *inputs.operands(op), *inputs.schema_options(op), True)
+    return dict(zip(SAVED[op], kept, strict=True))
+
+
+def eager(op, inputs, compute_dtype):
+    """The reference formulas with every intermediate in ``compute_dtype``: fp64 for the truth, else plain PyTorch."""
+    if compute_dtype == torch.float64:
+        inputs = inputs.cast(torch.float64)
+    options = inputs.options(op)
+    options["softmax_scale"] = inputs.softmax_scale or inputs.query.shape[-1] ** -0.5
+    options["compute_dtype"] = compute_dtype
+    operands = inputs.operands(op)
+    forward, backward = getattr(reference, op), getattr(reference, f"{op}_backward")
+    out, *kept = forward(*operands, **options)
+    for_backward = kept if op == GATED else (out, *kept)
+    grads = backward(inputs.grad_out, *operands, *for_backward, **options)
+    named = dict(zip(SAVED[op], kept, strict=True)) | dict(zip(OPERANDS[op], grads, strict=True))
+    return {"out": out, **named}
+
+
+def check(op, inputs, actual, label=""):
+    """Output, ``lse`` and every gradient within the budget; infinite statistics in the same places."""
+    dtype = inputs.query.dtype
+    plain, exact = eager(op, inputs, dtype), eager(op, inputs, torch.float64)
+    for name in ("out", *SAVED[op], *OPERANDS[op]):
+        if actual[name] is None:
+            continue
+        parts = [results[name] for results in (actual, plain, exact)]
+        if name.endswith("lse"):
+            visible = exact[name] != float("-inf")
+            if name == "prefix_lse":  # unspecified where there is no adapter: nobody reads it
+                parts = [x[visible] for x in parts]
+            else:
+                assert torch.equal(actual[name] != float("-inf"), visible), f"{label} {name}: visible queries"
+                parts = [torch.where(visible, x, 0) for x in parts]
+        assert_within_budget(*parts, f"{label} {name}".strip())
