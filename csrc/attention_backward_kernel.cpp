@@ -126,14 +126,16 @@ inline C gated_gradient(const Scores<C>& score, C* s, C* grad, int64_t count, in
   clear_outside(s, fill_edges(s, {0, count}, C(0)), width);
   clear_outside(grad, fill_edges(grad, {0, count}, C(0)), width);
   Vec<C> sums = {}, deltas = {};
+  for (int64_t j = 0; j < count; j += W) sums += load(s + j);
+  const C sum = sum_lanes<C>(sums);
   for (int64_t j = 0; j < count; j += W) {
-    sums += load(s + j);
-    deltas += load(s + j) * load(grad + j);
+    const Vec<C> p = sum == 0 ? Vec<C>{} : load(s + j) / sum;  // exactly 1 for a prefix of one
+    deltas += p * load(grad + j);
+    store(s + j, p);
   }
-  const C sum = sum_lanes<C>(sums), inverse = sum == 0 ? C(0) : 1 / sum;
-  const C delta = sum_lanes<C>(deltas) * inverse;
+  const C delta = sum_lanes<C>(deltas);
   for (int64_t j = 0; j < count; j += W) {
-    const Vec<C> p = load(s + j) * (factor * inverse);
+    const Vec<C> p = load(s + j) * factor;
     store(s + j, p);
     store(grad + j, p * (load(grad + j) - delta));
   }
