@@ -56,8 +56,8 @@ __all__ = [
 ]  # fmt: skip
 
 RUN_LENGTHS = ["batch", "runs", "visits_per_run"]
-# Programs that share a multiprocessor: what their registers leave room for.
-PROGRAMS_PER_PROCESSOR = 4
+# Programs that share a multiprocessor: what tiles on their way and a short prefix leave of its shared memory.
+PROGRAMS_PER_PROCESSOR = {"sm_80": 3}
 # Fewer visits than this in a whole row are not worth a descriptor.
 MIN_TMA_VISITS = 8
 
@@ -189,7 +189,7 @@ def gated_prefix_forward(
 
 def _visits_per_run(arch: str, heads: int, visits: int) -> int:
     """Query tiles that one program walks over: as many programs as the device holds at once, in one wave."""
-    runs = max(1, PROGRAMS_PER_PROCESSOR * PROCESSORS.get(arch, 128) // heads)
+    runs = max(1, PROGRAMS_PER_PROCESSOR.get(arch, 4) * PROCESSORS.get(arch, 128) // heads)
     return triton.cdiv(visits, min(runs, visits))
 
 

@@ -126,7 +126,7 @@ def config(
     if launch == "backward-query":
         # dS is the left operand of its only product, so its columns may be 64
         wide = head_dim <= 128 and nvidia
-        return Tiles(32, 64 if wide else 16, 8 if head_dim > 64 else 4, 2)
+        return Tiles(32, 64 if wide else 16, 8 if head_dim > 64 or prefix_len > 64 else 4, 2)
     num_warps = 8 if head_dim > 128 else 4
     return Tiles(32, block_p, num_warps, 1 if launch == "backward-prefix" else 2)
 
