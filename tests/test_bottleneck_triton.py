@@ -20,7 +20,7 @@ from fastadapter.kernels.activation import ACTIVATIONS
 from fastadapter.kernels.bottleneck_backward import _tiles_per_slot
 from fastadapter.kernels.bottleneck_config import backward_config, config
 
-from tests.support.bottleneck import Shape, eager, make_inputs
+from tests.support.bottleneck import Shape, eager, make_inputs, run
 from tests.support.budget import assert_within_budget, same_bits
 from tests.support.gated_prefix import device_of, on_device
 
@@ -121,6 +121,17 @@ def test_fp32_masters_beside_half_activations(shape):
     """Judged against eager with fp32 intermediates: the masters' gradients have fp32 accuracy, not half's."""
     inputs = make_inputs(shape, torch.float16, parameter_dtype=torch.float32, norm="layer_norm")
     check(inputs, launch(inputs, norm="layer_norm"), torch.float32, norm="layer_norm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [Shape(2, 33, 70, 33), Shape(3, 5, 96, 140, 2)], ids=str)
+@pytest.mark.parametrize("norm", ["none", "layer_norm", "rms_norm"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_activation_with_every_norm(dtype, activation, norm, shape):
+    inputs = make_inputs(shape, dtype, norm=norm, residual="x")
+    options = {"activation": activation, "norm": norm, "scale": 0.8}
+    check(inputs, launch(inputs, **options), **options)
 
 
 def test_the_statistics_do_not_cancel():
@@ -319,6 +330,15 @@ def test_only_needed_gradients_are_computed(shape):
             assert same_bits(actual[name], expected), (needs, name)
 
 
+@pytest.mark.parametrize("residual", ["x", "other"])
+def test_the_public_op_runs_these_kernels(residual):
+    """Output and every gradient of ``backend="triton"`` have the bits of the launchers."""
+    inputs = make_inputs(ONE, torch.float32, norm="layer_norm", residual=residual)
+    results = run(inputs, "triton", activation="silu", norm="layer_norm", scale=0.5)
+    for name, value in launch(inputs, activation="silu", norm="layer_norm", scale=0.5).items():
+        assert same_bits(results[name], value), name
+
+
 def test_absent_arguments_have_empty_gradients():
     inputs = make_inputs(ONE, torch.float32, biases=False)
     grads = backward(inputs)
@@ -374,9 +394,9 @@ def test_activations_over_their_range(activation):
 def test_what_the_kernels_cannot_do_is_an_error(change, error, message):
     change = dict(change)
     inputs = make_inputs(ONE, change.pop("dtype", torch.float32), norm="layer_norm")
-    for run in (forward, backward):
+    for launcher in (forward, backward):
         with pytest.raises(error, match=message):
-            run(inputs, **{"norm": "layer_norm", **change})
+            launcher(inputs, **{"norm": "layer_norm", **change})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes bf16")
