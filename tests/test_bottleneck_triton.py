@@ -200,8 +200,7 @@ def test_ids_outside_the_bank_show_as_nan(size):
     assert not forward(inputs._replace(residual=None), norm="rms_norm")[4].any()
 
 
-@pytest.mark.parametrize("shape", [ONE, TWO], ids=str)
-@pytest.mark.parametrize("tied", [False, True], ids=["other", "x"])
+@pytest.mark.parametrize(("shape", "tied"), [(ONE, False), (ONE, True), (TWO, True)], ids=str)
 def test_rows_without_an_adapter(shape, tied):
     """-1 gives the residual, and grad_out to it, whatever the bank and x hold; an unused entry gets zeros."""
     inputs = make_inputs(shape, torch.float32, norm="layer_norm", residual="x" if tied else "other")
@@ -254,7 +253,9 @@ def test_positions_of_a_shared_adapter_are_isolated():
         assert actual[name][1, 2].isnan().all(), name
 
 
-@pytest.mark.parametrize(("by_row", "size"), [(True, 3), (True, 70), (False, 3)])
+@pytest.mark.parametrize(
+    ("by_row", "size"), [(True, 3), (False, 3), pytest.param(True, 70, marks=pytest.mark.slow)]
+)
 def test_a_row_in_a_batch_has_the_bits_it_has_alone(by_row, size):
     """With ids also its gradients: how a row is cut into tiles and slots does not depend on the batch.
 
@@ -288,7 +289,7 @@ def spread(x, offset=1):
     return storage[offset:].view(shape).transpose(-1, -2)[..., ::2, :].copy_(x)
 
 
-@pytest.mark.parametrize("shape", [ONE, TWO], ids=str)
+@pytest.mark.parametrize("shape", [ONE, pytest.param(TWO, marks=pytest.mark.slow)], ids=str)
 def test_strided_and_unaligned_inputs(shape):
     """Same bits as from contiguous tensors; out and grad_x like ``torch.empty_like(x)``."""
     inputs = make_inputs(shape, torch.float32, norm="layer_norm")
