@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from fastadapter.kernels import bottleneck as kernels
 
-from tests.support.bottleneck import Inputs, Shape, eager, make_inputs
+from tests.support.bottleneck import Shape, eager, make_inputs
 from tests.support.budget import assert_within_budget, same_bits
 from tests.support.gated_prefix import device_of, on_device
 

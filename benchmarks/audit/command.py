@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         "--traffic", action="store_true", help="count the bytes that small calls touch, in the interpreter"
     )
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compile in parallel")
-    parser.add_argument("--out", type=Path, help="store the rows in this file, replacing what it holds")
+    parser.add_argument(
+        "--out", type=Path, help="store the rows in this file: they replace those of the same cases"
+    )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--list", action="store_true", help="name the cases and compile nothing")
     arguments = sys.argv[1:] if argv is None else argv
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         work = [item for item in work if item in sample]
     rows = collect(work, args.jobs)
     if args.out:
-        report.store(args.out, rows)
+        report.update(args.out, rows)
     if args.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
     else:
