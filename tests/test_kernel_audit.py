@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +68,15 @@ def test_the_stored_table_is_sound():
     }
     assert present <= wanted
     assert len({row.key for row in stored}) == len(stored)
+
+
+def test_the_document_is_that_of_the_stored_tables():
+    from fastadapter.benchmarks.audit import draw, report, traffic
+
+    document = Path(__file__).parents[1] / "docs" / "audit.md"
+    assert document.read_text() == draw.document(report.load(), traffic.load()), (
+        "fastadapter bench audit --draw"
+    )
 
 
 def test_a_table_survives_being_stored(tmp_path):

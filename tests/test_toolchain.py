@@ -6,6 +6,7 @@ No GPU: the device is made up, the comparison with fp64 is run with the C++ back
 import importlib
 import importlib.util
 import json
+import types
 
 import pytest
 import torch
@@ -64,14 +65,9 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: device.capturing)
     versions = {"device": "card", "driver": "580", "triton": "3.6.0", "ptxas": "12.8"}
 
-    class Device:
-        compared: list = []
-        wrong: list = []
-        capturing = False
-        tensor = torch.empty(1)
-
-    device = Device()
-    device.versions, device.compared, device.wrong = versions, [], []
+    device = types.SimpleNamespace(
+        versions=versions, compared=[], wrong=[], capturing=False, tensor=torch.empty(1)
+    )
 
     def compare(op, *rest):
         device.compared.append(op)

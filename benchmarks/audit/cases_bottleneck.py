@@ -55,15 +55,13 @@ def _flops(case: Case) -> int:
 def _cases() -> Iterator[Case]:
     llama = {"b": 4, "q": 2048, "c": 4096, "r": 64, "n": 0}
     for direction in ("forward", "backward"):
-        for r in (64, 128, 256):
+        for r in (64, 256):
             yield Case("bottleneck", direction, "bf16", llama | {"r": r})
         for dtype in (name for name in DTYPES if name != "bf16"):
-            for r in (64, 256):
-                yield Case("bottleneck", direction, dtype, llama | {"r": r})
-        yield Case("bottleneck", direction, "bf16", llama | {"c": 768, "r": 48}, {"bias": True})
-        yield Case("bottleneck", direction, "bf16", llama, {"bias": True, "norm": "layer_norm"})
-        yield Case("bottleneck", direction, "bf16+fp32", llama, {"bias": True, "norm": "layer_norm"})
-        yield Case("bottleneck", direction, "bf16", llama, {"norm": "rms_norm"})
+            yield Case("bottleneck", direction, dtype, llama)
+        yield Case(
+            "bottleneck", direction, "bf16", llama | {"c": 768, "r": 48}, {"bias": True, "norm": "layer_norm"}
+        )
         yield Case("bottleneck", direction, "bf16", llama | {"n": 4})
         if direction == "forward":
             yield Case("bottleneck", direction, "bf16", llama | {"b": 64, "q": 1, "n": 64})
