@@ -11,6 +11,7 @@ OPS: dict[str, Op] = {
     "gated_prefix": cases_gated_prefix.OP,
     **cases_attention.OPS,
     **cases_decode.OPS,
+    "prefix_merge": cases_gated_prefix.MERGE,
     "bottleneck": cases_bottleneck.OP,
 }
 

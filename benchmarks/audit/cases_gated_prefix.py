@@ -1,5 +1,6 @@
-"""Cases of gated_prefix: the term that is added to the output of any attention."""
+"""Cases of gated_prefix and prefix_merge: the prefix is added to the output of any attention."""
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,3 +68,38 @@ def _small() -> Iterator[Case]:
 
 
 OP = Op(_run, _bytes, _flops, _cases, _small)
+
+
+def _merge(case: Case, make: Maker) -> Any:
+    s = case.sizes
+    base, query = (make.activations(s["b"], s["h"], s["q"], s["d"]) for _ in range(2))
+    prefix = [make.weights(max(s["n"], 1), s["kv"], s["p"], s["d"]) for _ in range(2)]
+    run = importlib.import_module("fastadapter.kernels.prefix_attention").prefix_merge_forward
+    lse = make.fp32(s["b"], s["h"], s["q"])
+    return run(base, lse, query, *prefix, make.row_ids(s["b"], s["n"]), s["d"] ** -0.5, 0.0)
+
+
+def _merge_bytes(case: Case) -> int:
+    """Reads base, query and lse, writes the merged ones."""
+    s, (activation, trained) = case.sizes, case.itemsizes
+    rows = s["b"] * s["h"] * s["q"]
+    prefix = 2 * max(s["n"], 1) * s["kv"] * s["p"] * s["d"] * trained
+    return 3 * rows * s["d"] * activation + 2 * rows * 4 + prefix
+
+
+def _merge_cases() -> Iterator[Case]:
+    llama = {"b": 4, "h": 32, "kv": 8, "q": 2048, "d": 128, "p": 10, "n": 0}
+    for dtype in ("bf16", "fp16", "fp32", "bf16+fp32"):
+        yield Case("prefix_merge", "forward", dtype, llama)
+    for d in (64, 256):
+        yield Case("prefix_merge", "forward", "bf16", llama | {"d": d})
+    yield Case("prefix_merge", "forward", "bf16", llama | {"p": 128})
+
+
+def _merge_small() -> Iterator[Case]:
+    sizes = {"b": 2, "h": 4, "kv": 2, "q": 80, "d": 64, "p": 10, "n": 0}
+    for dtype in ("fp16", "fp32"):
+        yield Case("prefix_merge", "forward", dtype, sizes)
+
+
+MERGE = Op(_merge, _merge_bytes, _flops, _merge_cases, _merge_small)

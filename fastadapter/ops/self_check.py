@@ -107,12 +107,12 @@ class _Probe:
         self.name, self.op, self.shapes, self.grad, self.options = name, op, shapes, grad, options
 
     def inputs(self, device: torch.device, dtype: torch.dtype, trained: torch.dtype) -> dict[str, Tensor]:
-        """Random operands; those of a bank in ``trained``, the gate in fp32 and nowhere near zero."""
+        """Random operands; those of a bank in ``trained``, gate and lse in fp32 and nowhere near zero."""
         generator = torch.Generator().manual_seed(0)
         drawn = {}
         for name, shape in self.shapes.items():
             x = torch.randn(shape, generator=generator, dtype=torch.float64)
-            if name == "gate":
+            if name in ("gate", "base_lse"):
                 drawn[name] = (x.abs() + 0.2).to(device, torch.float32)
             elif name.endswith("_weight"):
                 drawn[name] = (x * shape[-1] ** -0.5).to(device, trained)
@@ -176,6 +176,14 @@ PROBES: dict[str, list[_Probe]] = {
     "prefix_attention": [
         _Probe("causal", "prefix_attention", _LONG, is_causal=True),
         _Probe("one token", "prefix_attention", _TOKEN, grad=False),
+    ],
+    "prefix_merge": [
+        _Probe(
+            "merge",
+            "prefix_merge",
+            {"base": _QUERY, "base_lse": _QUERY[:3], "query": _QUERY}
+            | dict.fromkeys(("prefix_key", "prefix_value"), (1, 2, 10, 128)),
+        )
     ],
     "bottleneck": [
         _Probe(
