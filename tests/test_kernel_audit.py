@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +68,15 @@ def test_the_stored_table_is_sound():
     }
     assert present <= wanted
     assert len({row.key for row in stored}) == len(stored)
+
+
+def test_the_document_is_that_of_the_stored_tables():
+    from fastadapter.benchmarks.audit import draw, report, traffic
+
+    document = Path(__file__).parents[1] / "docs" / "audit.md"
+    assert document.read_text() == draw.document(report.load(), traffic.load()), (
+        "fastadapter bench audit --draw"
+    )
 
 
 def test_a_table_survives_being_stored(tmp_path):
@@ -170,12 +180,14 @@ def test_occupancy_by_the_makers_tables():
 def test_the_floor_is_the_slower_of_memory_and_arithmetic():
     """G1 of the goals: base, query and out of 8192 tokens of 32 heads of 128, in bf16, at 3.0 TB/s."""
     from fastadapter.benchmarks.audit import cases
+    from fastadapter.benchmarks.audit.case import Case
     from fastadapter.benchmarks.audit.chips import CHIPS
 
     sizes = {"b": 4, "h": 32, "kv": 8, "q": 2048, "d": 128, "p": 10, "n": 0}
-    case = cases.Case("gated_prefix", "forward", "bf16", sizes)
+    case = Case("gated_prefix", "forward", "bf16", sizes)
+    work = (cases.bytes_of(case), cases.flops_of(case), case.matrix)
     chip = CHIPS["sm_90"]
-    assert chip.floor_us(case.bytes, case.flops, case.matrix, reached=True) == pytest.approx(67.5, rel=0.01)
+    assert chip.floor_us(*work, reached=True) == pytest.approx(67.5, rel=0.01)
     assert chip.floor_us(0, 989 * 10**6, True) == pytest.approx(1.0)
 
 

@@ -24,7 +24,7 @@ from triton.runtime import interpreter
 
 from ..rows import RESULTS
 from . import cases
-from .cases import Case, Maker
+from .case import Case, Maker
 
 TABLE = RESULTS / "traffic.csv"
 
@@ -142,14 +142,16 @@ def count(case: Case, arch: str) -> Count:
     """
     make = RealMaker(case)
     with logging() as log, target.assume(arch):
-        results = case.call(make)
+        results = cases.run(case, make)
     touched = log.touched([*make.made, *_tensors(results)])
     if not touched:
         raise RuntimeError(
             f"{case.op}: nothing was loaded; set TRITON_INTERPRET=1 before kernels are imported"
         )
     what = {"op": case.op, "direction": case.direction, "dtype": case.dtype, "case": str(case), "arch": arch}
-    return Count(**what, bytes=case.bytes, touched=touched, moved=log.moved(), requested=log.requested)
+    return Count(
+        **what, bytes=cases.bytes_of(case), touched=touched, moved=log.moved(), requested=log.requested
+    )
 
 
 def _tensors(results: Any) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastadapter import reference
-from fastadapter.ops import checks
+from fastadapter.ops import checks, self_check
 from fastadapter.ops.backends import automatic_backend, choose_backend, extension_error, library
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "identity")
@@ -340,12 +340,18 @@ def _triton_backward(*args):
 
 def _cuda_forward(*args):
     backend, _ = automatic_backend("cuda", args[0].dtype)
-    return (_triton_forward if backend == "triton" else _reference_forward)(*args)
+    if backend != "triton":
+        return _reference_forward(*args)
+    self_check.ensure("bottleneck", args[0])
+    return _triton_forward(*args)
 
 
 def _cuda_backward(*args):
     backend, _ = automatic_backend("cuda", args[1].dtype)
-    return (_triton_backward if backend == "triton" else _reference_backward)(*args)
+    if backend != "triton":
+        return _reference_backward(*args)
+    self_check.ensure("bottleneck", args[1])
+    return _triton_backward(*args)
 
 
 def _fake_forward(x, *args):
