@@ -109,7 +109,7 @@ def traffic_main(args: argparse.Namespace) -> int:
 
     counts = traffic.count_all(args.arch, args.op)
     if args.out:
-        traffic.store(args.out, counts)
+        traffic.update(args.out, counts)
     if args.json:
         print(json.dumps([asdict(count) for count in counts], indent=1))
     else:

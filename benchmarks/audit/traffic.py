@@ -172,6 +172,23 @@ def store(path: Path, counts: Iterable[Count]) -> None:
         writer.writerows(asdict(count) for count in counts)
 
 
+def update(path: Path, counts: Iterable[Count]) -> None:
+    """Replace the stored counts of the same calls; those of cases that no longer exist go."""
+    counts = list(counts)
+    order = {
+        (case.op, case.direction, case.dtype, str(case)): place
+        for place, case in enumerate(cases.small_cases())
+    }
+
+    def key(count: Count) -> tuple[str, str, str, str]:
+        return count.op, count.direction, count.dtype, count.case
+
+    new = {(*key(count), count.arch) for count in counts}
+    old = load(path) if path.exists() else []
+    kept = [count for count in old if key(count) in order and (*key(count), count.arch) not in new]
+    store(path, sorted([*kept, *counts], key=lambda count: (order[key(count)], count.arch)))
+
+
 def load(path: Path = TABLE) -> list[Count]:
     with path.open(encoding="utf-8", newline="") as file:
         kinds = {field.name: int if field.type is int else str for field in fields(Count)}
