@@ -8,11 +8,11 @@ failure prints the smallest case that still fails: ``check(Case(...), "cpp")`` r
 import pytest
 import torch
 
-from tests.search.cases import STRATEGIES
+from tests.search.attention import OPERANDS
 from tests.search.search import CPU, TRITON, search
-from tests.support.gated_prefix import needs_extension
+from tests.support.attention import runs_here
 
-OPS = list(STRATEGIES)
+OPS = [*OPERANDS, "bottleneck"]
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory", "one_thread"),
     # numpy's, from the interpreter, where NaN neighbours are multiplied on purpose
@@ -26,27 +26,29 @@ def one_thread(default_threads):
     torch.set_num_threads(1)
 
 
-@needs_extension
+def backends_of(op, wanted):
+    """Those of ``wanted`` that have kernels of ``op`` and can run here."""
+    found = [backend for backend in wanted if runs_here(op, backend)]
+    return found or pytest.skip(f"no {wanted[0]} kernel of {op} runs here")
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_cpu(op):
-    search(op, CPU, 40, derandomize=True)
+    search(op, backends_of(op, CPU), 40, derandomize=True)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_triton(op):
-    pytest.importorskip("triton")
-    search(op, TRITON, 3, derandomize=True)
+    search(op, backends_of(op, TRITON), 3, derandomize=True)
 
 
-@needs_extension
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_cpu_long(op):
-    search(op, CPU, 2000)
+    search(op, backends_of(op, CPU), 2000)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_triton_long(op):
-    pytest.importorskip("triton")
-    search(op, TRITON, 300)
+    search(op, backends_of(op, TRITON), 300)
