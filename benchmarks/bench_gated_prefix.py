@@ -5,7 +5,7 @@ and query, writes grad_query; the prefix is small). Everything is warm, as after
 is contiguous, "bthd" what transformers' attention really hands over (heads inside, transposed).
 
     python -m benchmarks.run --only gated_prefix
-    pytest benchmarks/bench_gated_prefix.py      # pytest-benchmark: one variant at a time, for a profiler or a diff
+    pytest benchmarks/pytest_gated_prefix.py     # pytest-benchmark: one variant at a time, for a profiler or a diff
 """
 
 import functools
@@ -13,15 +13,15 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastadapter as fa
-from benchmarks import runner
-from benchmarks.rows import Row
-from benchmarks.runner import Case, Settings, Variant
+
+from . import runner
+from .rows import Row
+from .runner import Case, Settings, Variant
 
 
 @dataclass(frozen=True)
@@ -199,18 +199,3 @@ def cases(settings: Settings) -> Iterator[Case]:
 def entry(settings: Settings) -> Iterator[list[Row]]:
     for case in cases(settings):
         yield runner.measure(case, settings)
-
-
-NAMES = ["fastadapter-cpp", "fastadapter-reference", *PEERS, *(f"{name}-compiled" for name in PEERS)]
-
-
-@pytest.mark.parametrize("direction", PASSES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_gated_prefix(benchmark, name, shape, direction):
-    inputs = make_inputs(shape, torch.float32, "cpu", grad=direction != "forward")
-    fn = forms("cpu")[name]
-    run = PASSES[direction]
-    run(fn, inputs)  # compiles where it has to
-    benchmark.extra_info["bytes_moved"] = bytes_moved(shape, torch.float32, direction)
-    benchmark(run, fn, inputs)

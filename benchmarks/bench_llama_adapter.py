@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 import torch
 from transformers import DynamicCache
 
-from benchmarks import memory, models, runner
-from benchmarks.rows import ROOT, Row
-from benchmarks.runner import Case, Meter, Progress, Settings, Variant
+from . import memory, models, runner
+from .rows import ROOT, Row
+from .runner import Case, Meter, Progress, Settings, Variant
 
 FLOOR = "frozen model"
 BARE = "bare model"
@@ -164,7 +164,7 @@ def peak_memory(settings: Settings) -> Iterator[list[Row]]:
 
 
 def memory_of(name: str, quick: bool) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.memory", name, *(["--quick"] if quick else [])]
+    command = [sys.executable, "-m", f"{__package__}.memory", name, *(["--quick"] if quick else [])]
     inherited = {key: value for key, value in os.environ.items() if key not in runner.ALLOCATOR}
     result = subprocess.run(
         command, cwd=ROOT, env={**inherited, **memory.ALLOCATOR}, capture_output=True, text=True

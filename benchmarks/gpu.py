@@ -60,8 +60,8 @@ def op_cases(settings) -> Iterator:
     """G1 and G2: forward, and backward alone, of bf16 activations at Llama-3-8B's shape, 8192 tokens."""
     import torch
 
-    from benchmarks import bench_gated_prefix as bench
-    from benchmarks.runner import Case, Variant
+    from . import bench_gated_prefix as bench
+    from .runner import Case, Variant
 
     sizes = (2, 4, 2, 16, 16, 10) if settings.quick else (4, 32, 8, 2048, 128, 10)
     shape, dtype = bench.Shape(*sizes, "bthd"), torch.bfloat16
@@ -106,8 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     import transformers
 
-    from benchmarks import bench_llama_adapter, rows, runner, table
     from fastadapter.ops.backends import triton_error
+
+    from . import bench_llama_adapter, rows, runner, table
 
     if not args.dry_run:
         if not torch.cuda.is_available():
@@ -144,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     for part in parts():
         measured += part
         if not args.dry_run:
-            rows.append(rows.RESULTS / "gpu.jsonl", part)
+            rows.append(rows.destination("gpu.jsonl"), part)
     print(table.table(measured))
     print(f"\n{table.caption(measured[0])}")
     if measured[0].clocks:

@@ -26,7 +26,7 @@ def status_mib(field: str) -> float:
 
 
 def measure(name: str, quick: bool) -> dict[str, float]:
-    from benchmarks import bench_llama_adapter, models
+    from . import bench_llama_adapter, models
 
     model = models.build(small=quick)
     model = bench_llama_adapter.MAKERS[name](model, len(model.model.layers)).train()

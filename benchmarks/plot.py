@@ -8,14 +8,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks import rows
+from . import rows
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("entry", nargs="*", help="entries to draw; all of them unless named")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     found = [row for row in rows.latest(rows.load()) if not args.entry or row.entry in args.entry]
     if not found:
         raise SystemExit(f"no stored rows of {', '.join(args.entry) or 'any entry'}")
@@ -34,6 +34,7 @@ def main() -> None:
         axis.set_title(", ".join(panel), fontsize=8)
     axes[-1, 0].set_xlabel("cost relative to the floor (bars: p20 to p80)")
     figure.savefig(args.out, dpi=120)
+    return 0
 
 
 if __name__ == "__main__":

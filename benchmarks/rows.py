@@ -19,6 +19,16 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 
 
+def destination(name: str) -> Path:
+    """Where new rows go: with the stored ones in a checkout, to the current folder where only a package is installed.
+
+    >>> destination("cpu.jsonl").name
+    'cpu.jsonl'
+    """
+    in_checkout = (ROOT / "pyproject.toml").is_file()
+    return (RESULTS if in_checkout else Path.cwd() / "fastadapter-results") / name
+
+
 @dataclass(frozen=True)
 class Row:
     """What was measured, on what, with what."""

@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks import runner
+from . import runner
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     import transformers
 
-    from benchmarks import bench_gated_prefix, bench_llama_adapter, rows, table
+    from . import bench_gated_prefix, bench_llama_adapter, rows, table
 
     entries = {
         "gated_prefix": bench_gated_prefix.entry,
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     runner.touch_memory(256 if args.quick else 2048)
     settings = runner.Settings(rounds=rounds, quick=args.quick, environment=rows.environment())
-    out = args.out or (None if args.quick else rows.RESULTS / "cpu.jsonl")
+    out = args.out or (None if args.quick else rows.destination("cpu.jsonl"))
     measured = []
     for name in chosen:
         print(f"{name} ...", file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import rows
+from . import rows
 
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_MAX_": "0"}
 # seconds -> value; tokens/s needs the case's tokens as well

@@ -11,8 +11,8 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import rows
-from benchmarks.rows import Row
+from . import rows
+from .rows import Row
 
 MARKED = re.compile(r"(<!-- benchmark: ([\w, -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 EXTRA = {"gb_per_s": "GB/s", "percent_of_copy": "% of copy", "total_mib": "total, MiB"}

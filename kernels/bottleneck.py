@@ -9,9 +9,9 @@ Nothing but x is kept for backward (kernels/bottleneck_backward.py, docs/maths.m
 Layouts: x, residual, out ``(batch, seq, hidden)``; banks down_weight ``(n, r, hidden)``, up_weight
 ``(n, hidden, r)``, down_bias ``(n, r)``, up_bias, norm_weight, norm_bias ``(n, hidden)``; any strides.
 
-Up to ``FUSED_SIZE`` hidden columns, one kernel: a program keeps h of its rows in registers between a loop over
-hidden_size for down and one for up. Past it, the weights that every program rereads would be the larger part of
-the traffic, so one kernel leaves h in memory and a second one tiles rows and channels.
+Up to ``FUSED_SIZE`` hidden columns (kernels/bottleneck_config.py), one kernel: a program keeps h of its rows in
+registers between a loop over hidden_size for down and one for up. Past it, the weights that every program rereads
+would be the larger part of the traffic, so one kernel leaves h in memory and a second one tiles rows and channels.
 
 Weights in the dtype of half-precision activations multiply as they are, with h rounded to it. fp32 weights get
 fp32-accurate products whatever the activations: three tf32 products (``tf32x3``, about 2^-21 per product, blocks
@@ -31,9 +31,12 @@ import triton
 import triton.language as tl
 from fastadapter.kernels import target
 from fastadapter.kernels.activation import _activate
+from fastadapter.kernels.bottleneck_backward import bottleneck_backward
+from fastadapter.kernels.bottleneck_config import config, prefers_gemm_pair, products
 from fastadapter.kernels.bottleneck_tiles import (
+    LENGTHS,
+    _normed_tile,
     _row_entry,
-    _standardised,
     _statistics,
     _tile,
     _tile_rows,
@@ -41,14 +44,11 @@ from fastadapter.kernels.bottleneck_tiles import (
     _weight,
     check,
     padded,
-    products,
     strides,
 )
 from torch import Tensor
 
-LENGTHS = ["batch", "seq_len", "num_adapters"]
-# The largest bottleneck_size of the one-kernel form, after padding to a power of two.
-FUSED_SIZE = 64
+__all__ = ["bottleneck_backward", "bottleneck_forward", "config", "prefers_gemm_pair"]
 
 
 @triton.jit
@@ -70,18 +70,13 @@ def _hidden_tile(
     for start in range(0, end, BLOCK_C):
         offs_c = (start + tl.arange(0, BLOCK_C)).to(tl.int64)
         mask_c = offs_c < HIDDEN_SIZE
-        mask_x = mask_m[:, None] & mask_c[None, :]
-        x = tl.load(_tile(x_ptr, X_STRIDES, b, t, offs_c), mask=mask_x, other=0.0)  # (BLOCK_M, BLOCK_C)
+        xn = _normed_tile(
+            x_ptr, norm_weight_ptr, norm_bias_ptr, X_STRIDES, NORM_WEIGHT_STRIDES, NORM_BIAS_STRIDES,
+            b, t, mask_m, offs_c, mask_c, entry, mean, rstd, NORM, HAS_NORM_WEIGHT, HAS_NORM_BIAS,
+        )  # fmt: skip
         d_ptrs = _weight(down_ptr, DOWN_STRIDES, entry, offs_r, offs_c)
         d = tl.load(d_ptrs, mask=mask_r[:, None] & mask_c[None, :], other=0.0)  # (BLOCK_R, BLOCK_C)
-        if NORM != "none":
-            xn = _standardised(x, mean, rstd, NORM)
-            if HAS_NORM_WEIGHT:
-                xn *= _vector(norm_weight_ptr, NORM_WEIGHT_STRIDES, entry, offs_c, mask_c, True)[None, :]
-            if HAS_NORM_BIAS:
-                xn += _vector(norm_bias_ptr, NORM_BIAS_STRIDES, entry, offs_c, mask_c, True)[None, :]
-            x = tl.where(mask_x, xn, 0.0)
-        acc = tl.dot(x.to(weight_dtype), tl.trans(d), acc, input_precision=PRECISION)
+        acc = tl.dot(xn.to(weight_dtype), tl.trans(d), acc, input_precision=PRECISION)
     bias = _vector(down_bias_ptr, DOWN_BIAS_STRIDES, entry, offs_r, mask_r, HAS_DOWN_BIAS)
     return _activate(acc + bias[None, :], ACTIVATION).to(weight_dtype)
 
@@ -219,18 +214,6 @@ def _bottleneck_up_kernel(
     )  # fmt: skip
 
 
-def config(arch: str, activation, weight, hidden_size: int, bottleneck_size: int) -> dict:
-    """Route and tiles of the forward, by shapes alone; benchmarks/audit.py shows what they compile to."""
-    block_r = max(16, triton.next_power_of_2(bottleneck_size))
-    fused = block_r <= FUSED_SIZE
-    wide = weight == torch.float32
-    block_c = 32 if wide else 64
-    return {
-        "fused": fused, "BLOCK_M": 32, "BLOCK_R": min(block_r, 128), "BLOCK_C": block_c,
-        "BLOCK_N": 64, "BLOCK_K": 32 if wide else 64, "num_warps": 4, "num_stages": 3,
-    }  # fmt: skip
-
-
 def bottleneck_forward(
     x: Tensor, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor | None, up_bias: Tensor | None,
     residual: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, row_ids: Tensor | None,
@@ -245,7 +228,7 @@ def bottleneck_forward(
         TypeError: fp64, or bf16 under the interpreter.
         ValueError: tensors on a device Triton cannot reach, an unknown activation or norm.
     """
-    check(x, activation, norm)
+    check(x, activation, norm, norm_weight, norm_bias)
     out = torch.empty_like(x)
     if out.numel() == 0:
         return out
@@ -290,15 +273,3 @@ def bottleneck_forward(
             hidden_ptr=hidden, HIDDEN_STRIDE=width, BLOCK_K=tiles["BLOCK_K"], **up, **shared
         )
     return out
-
-
-def prefers_gemm_pair(
-    arch: str, dtype: torch.dtype, rows: int, hidden_size: int, bottleneck_size: int
-) -> bool:
-    """Whether two library products are expected to be faster than the kernels here.
-
-    Not measured: below 256 hidden columns the op is bound by reading and writing the activations once, which only
-    the one-kernel form does; from there on it is bound by products, where a library's are better, once there are
-    rows enough to fill its tiles.
-    """
-    return bottleneck_size >= 256 and rows >= 256 and dtype in (torch.bfloat16, torch.float16)

@@ -6,6 +6,8 @@ import triton.language as tl
 from fastadapter.kernels.activation import ACTIVATIONS
 from torch import Tensor
 
+# Sizes that change from call to call: not worth a compilation each.
+LENGTHS = ["batch", "seq_len", "num_adapters"]
 NORMS = ("none", "layer_norm", "rms_norm")
 # Rows of the scratch tensors between two kernels start on 16 elements, so that they load 128 bits at a time.
 SCRATCH_ALIGNMENT = 16
@@ -113,7 +115,26 @@ def _standardised(x, mean, rstd, NORM: tl.constexpr):
     return xhat
 
 
-def check(x: Tensor, activation: str, norm: str) -> None:
+@triton.jit
+def _normed_tile(
+    x_ptr, norm_weight_ptr, norm_bias_ptr, X_STRIDES, NORM_WEIGHT_STRIDES, NORM_BIAS_STRIDES,
+    b, t, mask_m, offs_c, mask_c, entry, mean, rstd,
+    NORM: tl.constexpr, HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
+):  # fmt: skip
+    """norm(x) in fp32, (BLOCK_M, BLOCK_C), zero outside; without a norm, x in its own dtype."""
+    mask = mask_m[:, None] & mask_c[None, :]
+    x = tl.load(_tile(x_ptr, X_STRIDES, b, t, offs_c), mask=mask, other=0.0)
+    if NORM != "none":
+        xn = _standardised(x, mean, rstd, NORM)
+        if HAS_NORM_WEIGHT:
+            xn *= _vector(norm_weight_ptr, NORM_WEIGHT_STRIDES, entry, offs_c, mask_c, True)[None, :]
+        if HAS_NORM_BIAS:
+            xn += _vector(norm_bias_ptr, NORM_BIAS_STRIDES, entry, offs_c, mask_c, True)[None, :]
+        x = tl.where(mask, xn, 0.0)
+    return x
+
+
+def check(x: Tensor, activation: str, norm: str, *norm_vectors: Tensor | None) -> None:
     """What the kernels cannot do, said before anything is launched."""
     op = "bottleneck (Triton)"
     interpreted = not isinstance(_tile_rows, triton.JITFunction)
@@ -129,12 +150,8 @@ def check(x: Tensor, activation: str, norm: str) -> None:
         raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if norm not in NORMS:
         raise ValueError(f"{op}: norm must be one of {', '.join(NORMS)}, got {norm!r}")
-
-
-def products(arch: str, weight: torch.dtype) -> str:
-    """``input_precision`` of products with weights of this dtype; half operands ignore it."""
-    # AMD's matrix units take fp32 as it is
-    return "tf32x3" if weight == torch.float32 and arch.startswith("sm_") else "ieee"
+    if norm == "none" and any(vector is not None for vector in norm_vectors):
+        raise ValueError(f"{op}: norm_weight and norm_bias need a norm, got norm 'none'")
 
 
 def padded(size: int) -> int:

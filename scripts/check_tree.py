@@ -44,8 +44,10 @@ def check_packages() -> list[str]:
     listed = set(
         ast.literal_eval(re.search(r"^packages = (\[.*?\])", text, re.DOTALL | re.MULTILINE).group(1))
     )
-    folders = {path.parent for path in (ROOT / "fastadapter").rglob("__init__.py")}
-    present = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"fastadapter.kernels"}
+    present = set()
+    for top, prefix in (("fastadapter", ()), ("benchmarks", ("fastadapter",)), ("kernels", ("fastadapter",))):
+        folders = {path.parent for path in (ROOT / top).rglob("__init__.py")}
+        present |= {".".join((*prefix, *folder.relative_to(ROOT).parts)) for folder in folders}
     problems = [f"pyproject.toml: package {name} is not listed" for name in sorted(present - listed)]
     return problems + [
         f"pyproject.toml: package {name} has no __init__.py" for name in sorted(listed - present)

@@ -27,7 +27,7 @@ def sources(tmp_path):
     copy = tmp_path / "sources"
     copy.mkdir()
     junk = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json")
-    for name in ("csrc", "fastadapter", "kernels"):
+    for name in ("benchmarks", "csrc", "fastadapter", "kernels"):
         shutil.copytree(ROOT / name, copy / name, ignore=junk)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, copy / name)
@@ -84,6 +84,9 @@ def test_compiled_wheel(sources, tmp_path):
     info, names = build_info(wheel)
     assert info == {"extension": True, "reason": "", "torch": torch.__version__}
     assert "fastadapter/_C.abi3.so" in names and "fastadapter/kernels/gated_prefix.py" in names
+    assert {"fastadapter/benchmarks/audit/command.py", "fastadapter/benchmarks/results/cpu.jsonl"} <= set(
+        names
+    )
     assert capability_of(wheel, tmp_path) == "cpp"
 
 

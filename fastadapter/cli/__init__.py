@@ -10,6 +10,7 @@ _COMMANDS = {
     "finetune": "train an adapter on prompt/completion or text/label pairs",
     "generate": "answer prompts with a model and an adapter",
     "explain": "show what an adapter adds to a model and which backend runs it",
+    "bench": "measure, compare with peers, and audit what the GPU kernels compile to",
     "doctor": "show versions, extension, devices and the backend of every op",
 }
 

@@ -1,0 +1,178 @@
+"""Counts the bytes a call really touches, by running its kernels in Triton's interpreter on small tensors.
+
+Every load and store of the interpreter ends in one of two methods, descriptors included. Replaced for the time of a
+call, they note which addresses are used. Three counts, each of bytes read plus bytes written:
+
+- ``touched``: every address of the caller's tensors once per call. The formula of the case must agree with it.
+- ``moved``: every address once per launch, scratch memory included. What comes from and goes to memory when a cache
+  keeps what one launch reads again, and nothing between launches.
+- ``requested``: every address once per tile that asks for it. What reaches the caches.
+"""
+
+import contextlib
+import csv
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from fastadapter.kernels import target
+from torch import Tensor
+from triton.runtime import interpreter
+
+from ..rows import RESULTS
+from . import cases
+from .cases import Case, Maker
+
+TABLE = RESULTS / "traffic.csv"
+
+
+@dataclass(frozen=True)
+class Count:
+    """Of one call; ``bytes`` is the formula's."""
+
+    op: str
+    direction: str
+    dtype: str
+    case: str
+    arch: str
+    bytes: int
+    touched: int
+    moved: int
+    requested: int
+
+    @property
+    def ratio(self) -> float:
+        return self.touched / self.bytes
+
+
+class RealMaker(Maker):
+    """Random tensors in memory; keeps them, so that no address is used twice during a call."""
+
+    def __init__(self, case: Case):
+        super().__init__(case)
+        self.made: list[Tensor] = []
+        self.generator = torch.Generator().manual_seed(0)
+
+    def row_ids(self, batch: int, num_entries: int) -> Tensor | None:
+        if num_entries <= 1:
+            return None
+        self.made.append(torch.arange(batch, dtype=torch.int32) % num_entries)
+        return self.made[-1]
+
+    def integers(self, values: list[int]) -> Tensor:
+        self.made.append(torch.tensor(values, dtype=torch.int32))
+        return self.made[-1]
+
+    def _make(self, shape: tuple[int, ...], dtype: torch.dtype, gap: int) -> Tensor:
+        self.made.append(torch.randn(shape, generator=self.generator).to(dtype))
+        return self.made[-1]
+
+
+class Log:
+    """The addresses of loads and stores, by kind."""
+
+    def __init__(self):
+        self.seen: dict[tuple[str, int], list[tuple[int, numpy.ndarray]]] = {}
+        self.launch = 0
+        self.requested = 0
+
+    def note(self, kind: str, addresses: numpy.ndarray, mask: numpy.ndarray, itemsize: int) -> None:
+        used = numpy.unique(numpy.asarray(addresses)[numpy.asarray(mask, dtype=bool)])
+        self.seen.setdefault((kind, itemsize), []).append((self.launch, used))
+        self.requested += used.size * itemsize
+
+    def touched(self, tensors: Iterable[Tensor]) -> int:
+        """Bytes within ``tensors``, once per call."""
+        ranges = [(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors]
+        total = 0
+        for (_, itemsize), parts in self.seen.items():
+            addresses = numpy.unique(numpy.concatenate([used for _, used in parts]))
+            known = numpy.zeros(addresses.shape, dtype=bool)
+            for start, size in ranges:
+                known |= (addresses >= start) & (addresses < start + size)
+            total += int(known.sum()) * itemsize
+        return total
+
+    def moved(self) -> int:
+        """Bytes anywhere, once per launch."""
+        total = 0
+        for (_, itemsize), parts in self.seen.items():
+            for launch in {launch for launch, _ in parts}:
+                mine = [used for of, used in parts if of == launch]
+                total += numpy.unique(numpy.concatenate(mine)).size * itemsize
+        return total
+
+
+@contextlib.contextmanager
+def logging() -> Iterator[Log]:
+    """Inside the block, what interpreted kernels load and store is noted."""
+    log = Log()
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+    execute = interpreter.GridExecutor.__call__
+
+    def create_masked_load(self, ptrs, mask, *rest):
+        log.note("read", ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8)
+        return load(self, ptrs, mask, *rest)
+
+    def create_masked_store(self, ptrs, value, mask, *rest):
+        log.note("written", ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8)
+        return store(self, ptrs, value, mask, *rest)
+
+    def __call__(self, *args, **kwargs):
+        log.launch += 1
+        return execute(self, *args, **kwargs)
+
+    builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
+    interpreter.GridExecutor.__call__ = __call__
+    try:
+        yield log
+    finally:
+        builder.create_masked_load, builder.create_masked_store = load, store
+        interpreter.GridExecutor.__call__ = execute
+
+
+def count(case: Case, arch: str) -> Count:
+    """Run ``case`` with the tiles and routes of ``arch``.
+
+    Raises: RuntimeError: nothing was read, so kernels are not being interpreted.
+    """
+    make = RealMaker(case)
+    with logging() as log, target.assume(arch):
+        results = case.call(make)
+    touched = log.touched([*make.made, *_tensors(results)])
+    if not touched:
+        raise RuntimeError(
+            f"{case.op}: nothing was loaded; set TRITON_INTERPRET=1 before kernels are imported"
+        )
+    what = {"op": case.op, "direction": case.direction, "dtype": case.dtype, "case": str(case), "arch": arch}
+    return Count(**what, bytes=case.bytes, touched=touched, moved=log.moved(), requested=log.requested)
+
+
+def _tensors(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else [t for t in results if isinstance(t, Tensor)]
+
+
+def count_all(architectures: Iterable[str], ops: Iterable[str] | None = None) -> list[Count]:
+    """All small cases of the ops, with the routes of each architecture."""
+    chosen = [case for case in cases.small_cases() if ops is None or case.op in ops]
+    return [count(case, arch) for case in chosen for arch in architectures]
+
+
+def store(path: Path, counts: Iterable[Count]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Count)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(count) for count in counts)
+
+
+def load(path: Path = TABLE) -> list[Count]:
+    with path.open(encoding="utf-8", newline="") as file:
+        kinds = {field.name: int if field.type is int else str for field in fields(Count)}
+        return [
+            Count(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)
+        ]

@@ -1,0 +1,36 @@
+"""``fastadapter bench``: the benchmarks that are installed with the package.
+
+fastadapter bench audit --arch sm_90 --dtype bf16     # what the GPU kernels compile to; needs no GPU
+fastadapter bench run --only gated_prefix             # CPU timings against peers
+fastadapter bench gpu                                 # GPU correctness and timings
+fastadapter bench table README.md --check             # tables drawn from stored rows
+"""
+
+import argparse
+import importlib
+
+# What each needs beyond torch is asked for when it is chosen.
+WHAT = {
+    "audit": ("audit.command", "compile the Triton kernels without a GPU and show registers, spills, floors"),
+    "run": ("run", "time ops and recipes on this machine's CPU, against peers"),
+    "gpu": ("gpu", "GPU correctness against fp64, then timings against peers"),
+    "table": ("table", "draw Markdown tables from stored rows"),
+    "plot": ("plot", "draw stored ratios as bars"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    listing = "; ".join(f"{name}: {description}" for name, (_, description) in WHAT.items())
+    parser.add_argument("what", choices=WHAT, help=listing)
+    parser.add_argument(
+        "options",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="its own options; `fastadapter bench WHAT --help` shows them",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen benchmark with its own options; its exit status."""
+    module, _ = WHAT[args.what]
+    return importlib.import_module(f"fastadapter.benchmarks.{module}").main(args.options) or 0

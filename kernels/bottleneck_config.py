@@ -1,0 +1,61 @@
+"""Routes and tiles of the bottleneck kernels: tables by architecture, dtypes and sizes alone, never by data.
+
+Not measured yet: chosen so that every kernel compiles without spills (benchmarks/audit.py) for sm_80, sm_90,
+sm_100 and gfx942.
+"""
+
+import torch
+import triton
+
+# The largest bottleneck_size of the one-kernel form, after padding to a power of two.
+FUSED_SIZE = 64
+
+
+def config(arch: str, activation, weight, hidden_size: int, bottleneck_size: int) -> dict:
+    """Route and tiles of the forward, by shapes alone; benchmarks/audit.py shows what they compile to."""
+    block_r = max(16, triton.next_power_of_2(bottleneck_size))
+    fused = block_r <= FUSED_SIZE
+    wide = weight == torch.float32
+    block_c = 32 if wide else 64
+    return {
+        "fused": fused, "BLOCK_M": 32, "BLOCK_R": min(block_r, 128), "BLOCK_C": block_c,
+        "BLOCK_N": 64, "BLOCK_K": 32 if wide else 64, "num_warps": 4, "num_stages": 3,
+    }  # fmt: skip
+
+
+def backward_config(arch: str, activation, weight, hidden_size: int, bottleneck_size: int) -> dict:
+    """Launch options of the ``rows`` and the ``channels`` kernel, by shapes alone."""
+    wide, nvidia = weight == torch.float32, arch.startswith("sm_")
+    # more columns at once would spill: an operand of a tf32x3 product is held in two parts, and accumulators of
+    # CDNA take the registers of 64 lanes
+    block_r = min(max(16, triton.next_power_of_2(bottleneck_size)), 128 if nvidia and not wide else 64)
+    if wide:
+        rows, channels = (32, 32, 8 if nvidia else 4, 2), (16, 32, 8 if nvidia else 4, 2)
+    elif block_r == 128:
+        rows, channels = (32, 32, 8, 3), (16, 32, 8, 2)
+    else:
+        rows, channels = (32, 64, 4, 3), (32, 32, 4, 2)
+
+    def options(block_m, block_c, num_warps, num_stages):
+        blocks = {"BLOCK_M": block_m, "BLOCK_R": block_r, "BLOCK_C": block_c}
+        return blocks | {"num_warps": num_warps, "num_stages": num_stages}
+
+    return {"rows": options(*rows), "channels": options(*channels)}
+
+
+def prefers_gemm_pair(
+    arch: str, dtype: torch.dtype, rows: int, hidden_size: int, bottleneck_size: int
+) -> bool:
+    """Whether two library products are expected to be faster than the kernels here.
+
+    Not measured: below 256 hidden columns the op is bound by reading and writing the activations once, which only
+    the one-kernel form does; from there on it is bound by products, where a library's are better, once there are
+    rows enough to fill its tiles.
+    """
+    return bottleneck_size >= 256 and rows >= 256 and dtype in (torch.bfloat16, torch.float16)
+
+
+def products(arch: str, weight: torch.dtype) -> str:
+    """``input_precision`` of products with weights of this dtype; half operands ignore it."""
+    # AMD's matrix units take fp32 as it is
+    return "tf32x3" if weight == torch.float32 and arch.startswith("sm_") else "ieee"
