@@ -16,12 +16,17 @@ import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import pytest
+import torch
+import triton  # noqa: F401  (imported once, for all forks)
 
 sys.path.insert(0, str(Path(__file__).parent))
 from mutations import MUTATIONS, Mutation
@@ -33,12 +38,6 @@ ISA_FOLDERS = {"DEFAULT": "isa_default", "AVX2": "isa_avx2", "AVX512": "isa_avx5
 
 def run(command, cwd, **options):
     return subprocess.run(command, cwd=cwd, text=True, capture_output=True, **options)
-
-
-def capability():
-    """The instruction set that the tests will run on: only its kernels are rebuilt."""
-    code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
-    return run([sys.executable, "-c", code], ROOT, check=True).stdout.strip()
 
 
 class Tree:
@@ -66,10 +65,14 @@ class Tree:
         done = run(command, self.folder, env=self.environment)
         if done.returncode:
             raise SystemExit(f"the extension does not build:\n{done.stdout}{done.stderr}")
-        commands = [shlex.split(line) for line in done.stdout.splitlines() if " csrc/" in line or "-shared" in line]
+        commands = [
+            shlex.split(line) for line in done.stdout.splitlines() if " csrc/" in line or "-shared" in line
+        ]
         self.compiles = [words for words in commands if "-c" in words]
         self.link = next(words for words in commands if "-shared" in words)
-        self.isa = ISA_FOLDERS[capability()]
+        self.link[self.link.index("-o") + 1] = "fastadapter/_C.abi3.so"  # setup.py copies it there
+        # what the tests will run on: only its kernels are rebuilt
+        self.isa = ISA_FOLDERS[torch.backends.cpu.get_cpu_capability()]
 
     def rebuild(self, changed):
         """What ``changed`` touches, of the instruction set in use, without the optimiser's longer passes."""
@@ -110,19 +113,38 @@ class Tree:
             raise SystemExit(f"{shlex.join(words)}\n{done.stderr}")
 
     def test(self, selection, timeout):
-        """Outcome of a pytest selection: passed, or what noticed."""
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-rf"]
-        try:
-            done = run([*command, *shlex.split(selection)], self.folder, env=self.environment, timeout=timeout)
-        except subprocess.TimeoutExpired:
-            return "time-out"
-        if done.returncode == 0:
+        """Outcome of a pytest selection: passed, or what noticed.
+
+        In a fork, since importing torch and triton anew takes longer than most selections.
+        """
+        log = self.folder / "pytest.log"
+        child = os.fork()
+        if child == 0:
+            with log.open("w") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            os.environ.update(self.environment)
+            os.chdir(self.folder)
+            sys.path.insert(0, str(self.folder))
+            sys.dont_write_bytecode = True
+            options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=line", "-rf"]
+            os._exit(pytest.main([*options, *shlex.split(selection)]))
+        end = time.monotonic() + timeout
+        while (done := os.waitpid(child, os.WNOHANG))[0] == 0:
+            if time.monotonic() > end:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return "time-out"
+            time.sleep(0.05)
+        output = log.read_text(encoding="utf-8")
+        status = os.waitstatus_to_exitcode(done[1])
+        if status == 0:
             return "passed"
-        if done.returncode < 0:
-            return f"crash (signal {-done.returncode})"
-        if done.returncode == 1 and (found := re.search(r"^FAILED \S*/(\S+)", done.stdout, re.MULTILINE)):
+        if status < 0:
+            return f"crash (signal {-status})"
+        if status == 1 and (found := re.search(r"^FAILED (?:\S*/)?(\S+)", output, re.MULTILINE)):
             return found[1]
-        raise SystemExit(f"pytest {selection} did not run:\n{done.stdout}{done.stderr}")
+        raise SystemExit(f"pytest {selection} did not run:\n{output}")
 
 
 def plant(text, mutation: Mutation):
@@ -176,7 +198,9 @@ def main() -> int:
             path.write_text(text, encoding="utf-8")
             tree.restore()
             survived = outcome == "passed"
-            rows.append({"name": mutation.name, "file": mutation.file, "noticed_by": None if survived else outcome})
+            rows.append(
+                {"name": mutation.name, "file": mutation.file, "noticed_by": None if survived else outcome}
+            )
             verdict = "SURVIVED" if survived else "killed"
             print(f"{verdict:8} {mutation.name:44} {time.monotonic() - start:5.0f} s  {outcome}", flush=True)
     killed = sum(row["noticed_by"] is not None for row in rows)
