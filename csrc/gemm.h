@@ -22,6 +22,10 @@ constexpr int kTileRows = 12;
 constexpr int kTileRows = 6;
 #endif
 
+// Into what is already in C: the chain of every element goes on there, or one of its own is added at its end.
+// The rounding errors of many short chains grow less than those of a long one.
+constexpr int kContinue = 1, kAddChain = 2;
+
 template <class C>
 inline int64_t packed_size(int64_t k, int64_t n) {  // elements
   return (n + kPanel<C> - 1) / kPanel<C> * kPanel<C> * k;
@@ -49,13 +53,13 @@ inline void pack(const C* b, int64_t row_stride, int64_t column_stride, int64_t 
 }
 
 // kRows rows of C against one panel; `width` columns of it are stored.
-template <class C, int kRows, bool kAdd>
+template <class C, int kRows, int kAdd>
 inline void gemm_tile(int64_t k, const C* a, int64_t row_stride, int64_t k_stride, const C* panel, C* c,
                       int64_t ldc, int64_t width) {
   constexpr int W = kLanes<C>;
   Vec<C> sum[kRows][2];
   for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = Vec<C>{};
-  if (kAdd) {  // the chain of every element goes on where an earlier call left it
+  if (kAdd == kContinue) {  // the chain of every element goes on where an earlier call left it
     if (width == kPanel<C>) {
       for (int i = 0; i < kRows; ++i) {
         for (int v = 0; v < 2; ++v) sum[i][v] = load(c + i * ldc + v * W);
@@ -78,18 +82,24 @@ inline void gemm_tile(int64_t k, const C* a, int64_t row_stride, int64_t k_strid
   }
   if (width == kPanel<C>) {
     for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < 2; ++v) store(c + i * ldc + v * W, sum[i][v]);
+      for (int v = 0; v < 2; ++v) {
+        C* to = c + i * ldc + v * W;
+        store(to, kAdd == kAddChain ? load(to) + sum[i][v] : sum[i][v]);
+      }
     }
   } else {
     for (int i = 0; i < kRows; ++i) {
       C row[kPanel<C>];
       for (int v = 0; v < 2; ++v) store(row + v * W, sum[i][v]);
-      for (int64_t j = 0; j < width; ++j) c[i * ldc + j] = row[j];
+      for (int64_t j = 0; j < width; ++j) {
+        C* to = c + i * ldc + j;
+        *to = kAdd == kAddChain ? *to + row[j] : row[j];
+      }
     }
   }
 }
 
-template <class C, bool kAdd, int kRows>
+template <class C, int kAdd, int kRows>
 inline void gemm_rest(int64_t rows, int64_t k, const C* a, int64_t row_stride, int64_t k_stride,
                       const C* panel, C* c, int64_t ldc, int64_t width) {
   if constexpr (kRows > 0) {
@@ -101,12 +111,14 @@ inline void gemm_rest(int64_t rows, int64_t k, const C* a, int64_t row_stride, i
   }
 }
 
-// C (m, n) = A (m, k) B, or += with kAdd. Strides and ldc in elements; `packed` from pack() with the same k
-// and n.
-template <class C, bool kAdd = false>
+// C (m, n) = A (m, k) B, or += with kContinue or kAddChain. Strides and ldc in elements; `packed` from pack()
+// with the same n, and `packed_k` rows (the same k unless given), from its row p on where it is moved by p *
+// kPanel.
+template <class C, int kAdd = 0>
 inline void gemm(int64_t m, int64_t n, int64_t k, const C* a, int64_t row_stride, int64_t k_stride,
-                 const C* packed, C* c, int64_t ldc) {
-  for (int64_t j = 0; j < n; j += kPanel<C>, packed += kPanel<C> * k) {
+                 const C* packed, C* c, int64_t ldc, int64_t packed_k = 0) {
+  const int64_t step = kPanel<C> * (packed_k ? packed_k : k);
+  for (int64_t j = 0; j < n; j += kPanel<C>, packed += step) {
     const int64_t width = n - j < kPanel<C> ? n - j : kPanel<C>;
     int64_t i = 0;
     for (; i + kTileRows <= m; i += kTileRows) {

@@ -215,5 +215,31 @@ static inline Vec<double> exp(Vec<double> x) {
   return y;
 }
 
+// -expm1(-2|x|) / (2 + expm1(-2|x|)) with the sign of x: no digits cancel near 0. NaN stays NaN.
+static inline Vec<float> tanh(Vec<float> x) {
+  constexpr float kLog2e = 0x1.715476p+0f, kLn2High = 0x1.62ep-1f, kLn2Low = 0x1.0bfbe8p-15f;
+  constexpr float kRound = 0x1.8p+23f;
+  constexpr float kLowest = -20.0f;  // tanh is 1 from 9.02 on
+  const VecU32 sign = bit_cast<VecU32>(x) & 0x80000000u;
+  const Vec<float> y = -2.0f * bit_cast<Vec<float>>(bit_cast<VecU32>(x) ^ sign);
+  const Vec<float> clamped = y < kLowest ? Vec<float>{} + kLowest : y;
+  const Vec<float> shifted = clamped * kLog2e + kRound;
+  const Vec<float> n = shifted - kRound;
+  const Vec<float> r = (clamped - n * kLn2High) - n * kLn2Low;
+  Vec<float> q = r * 0x1.6a23dp-10f + 0x1.123a2p-7f;  // as in exp
+  q = q * r + 0x1.5558f2p-5f;
+  q = q * r + 0x1.555492p-3f;
+  q = q * r + 0x1.fffffcp-2f;
+  const Vec<float> power = bit_cast<Vec<float>>((bit_cast<VecU32>(shifted) + 127u) << 23);
+  const Vec<float> expm1 = (q * (r * r) + r) * power + (power - 1.0f);
+  return bit_cast<Vec<float>>(bit_cast<VecU32>(-expm1 / (expm1 + 2.0f)) | sign);
+}
+
+static inline Vec<double> tanh(Vec<double> x) {
+  Vec<double> y;
+  for (int i = 0; i < kLanes<double>; ++i) y[i] = std::tanh(x[i]);
+  return y;
+}
+
 }  // namespace FASTADAPTER_ISA
 }  // namespace fastadapter

@@ -235,7 +235,7 @@ def bottleneck_forward(
     batch, seq_len, hidden_size = x.shape
     num_adapters, bottleneck_size, _ = down_weight.shape
     arch = target.arch(x)
-    tiles = config(arch, x.dtype, down_weight.dtype, hidden_size, bottleneck_size)
+    tiles = config(arch, down_weight.dtype, hidden_size, bottleneck_size, seq_len)
     by_row = row_ids is not None
     block_m = tiles["BLOCK_M"]
     num_tiles = batch * triton.cdiv(seq_len, block_m) if by_row else triton.cdiv(batch * seq_len, block_m)

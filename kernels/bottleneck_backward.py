@@ -186,6 +186,7 @@ def _bottleneck_channels_kernel(
     last_tile = tl.minimum(first_tile + tiles_per_slot, num_tiles)
     entry, adapted, fill = _row_entry(row_ids_ptr, first_row, num_adapters, HAS_ROW_IDS)
     weight_dtype = down_ptr.dtype.element_ty
+    plane = tl.zeros((), tl.int64) + num_positions
     offs_c = (channel_block * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     mask_c = offs_c < HIDDEN_SIZE
     offs_r = (block * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
@@ -224,7 +225,7 @@ def _bottleneck_channels_kernel(
             rstd = mean
             if NORM != "none":
                 mean = tl.load(stats_ptr + position, mask=mask_m, other=0.0)
-                rstd = tl.load(stats_ptr + num_positions + position, mask=mask_m, other=0.0)
+                rstd = tl.load(stats_ptr + plane + position, mask=mask_m, other=0.0)
             xhat = _standardised(x, mean, rstd, NORM)
 
         if NEED_CHAIN:
@@ -252,12 +253,10 @@ def _bottleneck_channels_kernel(
                     if HAS_NORM_WEIGHT:
                         dy *= weight[None, :]
                     for part in tl.static_range(STAT_BLOCKS):
-                        parts = stats_ptr + (2 + 2 * part) * num_positions + position
+                        parts = stats_ptr + (2 + 2 * part) * plane + position
                         if NORM == "layer_norm":
                             dy -= tl.load(parts, mask=mask_m, other=0.0)[:, None] / HIDDEN_SIZE
-                        dy -= xhat * (
-                            tl.load(parts + num_positions, mask=mask_m, other=0.0)[:, None] / HIDDEN_SIZE
-                        )
+                        dy -= xhat * (tl.load(parts + plane, mask=mask_m, other=0.0)[:, None] / HIDDEN_SIZE)
                     dy = tl.where(sends[:, None] > 0, dy * rstd[:, None], 0.0)
                 term = tl.where(adapted, dy, fill)
                 dx_dtype = grad_x_ptr.dtype.element_ty
@@ -380,7 +379,7 @@ def bottleneck_backward(
     segments = dict(zip(SEGMENTS, ends[1:], strict=True)) | {"columns": columns}
 
     arch = target.arch(x)
-    tiles = backward_config(arch, x.dtype, down_weight.dtype, hidden_size, bottleneck_size)
+    tiles = backward_config(arch, down_weight.dtype, bottleneck_size)
     rows_tiles, channels_tiles = tiles["rows"], tiles["channels"]
     by_row = row_ids is not None
     num_rows = batch if by_row else 1

@@ -11,20 +11,27 @@ import triton
 FUSED_SIZE = 64
 
 
-def config(arch: str, activation, weight, hidden_size: int, bottleneck_size: int) -> dict:
-    """Route and tiles of the forward, by shapes alone; benchmarks/audit.py shows what they compile to."""
+def config(arch: str, weight: torch.dtype, hidden_size: int, bottleneck_size: int, seq_len: int) -> dict:
+    """Route (``fused``: one kernel) and tiles of the forward.
+
+    ``seq_len`` may choose, the batch size may not: a row has to have the same bits alone and in a batch. Decoding
+    steps of large layers take two kernels, since one program would have to read all weights of a row alone.
+    """
     block_r = max(16, triton.next_power_of_2(bottleneck_size))
-    fused = block_r <= FUSED_SIZE
+    few = seq_len <= 16
+    fused = block_r <= FUSED_SIZE and not (few and hidden_size * block_r >= 2**17)
     wide = weight == torch.float32
-    block_c = 32 if wide else 64
+    if not fused:
+        block_r = 16 if few else min(block_r, 64 if wide else 128)
     return {
-        "fused": fused, "BLOCK_M": 32, "BLOCK_R": min(block_r, 128), "BLOCK_C": block_c,
-        "BLOCK_N": 64, "BLOCK_K": 32 if wide else 64, "num_warps": 4, "num_stages": 3,
+        "fused": fused, "BLOCK_M": 16 if few else 32, "BLOCK_R": block_r, "BLOCK_C": 32 if wide else 64,
+        # an operand of a tf32x3 product is held in two parts
+        "BLOCK_N": 32 if wide and fused else 64, "BLOCK_K": 32 if wide else 64, "num_warps": 4, "num_stages": 3,
     }  # fmt: skip
 
 
-def backward_config(arch: str, activation, weight, hidden_size: int, bottleneck_size: int) -> dict:
-    """Launch options of the ``rows`` and the ``channels`` kernel, by shapes alone."""
+def backward_config(arch: str, weight: torch.dtype, bottleneck_size: int) -> dict:
+    """Launch options of the ``rows`` and the ``channels`` kernel."""
     wide, nvidia = weight == torch.float32, arch.startswith("sm_")
     # more columns at once would spill: an operand of a tf32x3 product is held in two parts, and accumulators of
     # CDNA take the registers of 64 lanes

@@ -4,6 +4,7 @@ Without a GPU the kernels run in Triton's interpreter, which multiplies bf16 wro
 on a GPU. Up weights are random and non-zero unless a test says so.
 """
 
+import itertools
 import os
 
 import pytest
@@ -17,6 +18,7 @@ pytest.importorskip("triton")
 from fastadapter.kernels import bottleneck as kernels
 from fastadapter.kernels.activation import ACTIVATIONS
 from fastadapter.kernels.bottleneck_backward import _tiles_per_slot
+from fastadapter.kernels.bottleneck_config import backward_config, config
 
 from tests.support.bottleneck import Shape, eager, make_inputs
 from tests.support.budget import assert_within_budget, same_bits
@@ -88,6 +90,30 @@ def test_results_are_within_budget(dtype, shape, make, options):
     inputs = make_inputs(shape, dtype, **make)
     options = {**options, "norm": make.get("norm", "none")}
     check(inputs, launch(inputs, **options), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", ["none", "layer_norm"])
+def test_the_route_of_decoding_steps(norm, dtype, monkeypatch):
+    """Two kernels with few hidden columns each, which only large layers take; here forced on a small one."""
+    decoding = config("sm_90", dtype, 4096, 64, 1)
+    assert not decoding["fused"]
+    monkeypatch.setattr(kernels, "config", lambda *args: decoding)
+    inputs = make_inputs(Shape(4, 2, 70, 24, 3), dtype, norm=norm)
+    check(inputs, {"out": forward(inputs, norm=norm).cpu()}, norm=norm)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_tiles_keep_clear_of_wgmma(arch):
+    """Fewer than 64 rows in every product, whatever the sizes: ptxas before 13.3 may corrupt operands of wgmma."""
+    for dtype, size, seq_len in itertools.product(
+        (torch.float32, torch.bfloat16), (1, 24, 64, 300), (1, 2048)
+    ):
+        forward_tiles = config(arch, dtype, 4096, size, seq_len)
+        tiles = backward_config(arch, dtype, size)
+        assert forward_tiles["BLOCK_M"] < 64 and tiles["rows"]["BLOCK_M"] < 64
+        # rows of dX and, transposed, of dU and dD
+        assert tiles["channels"]["BLOCK_M"] < 64 and tiles["channels"]["BLOCK_C"] < 64
 
 
 @pytest.mark.parametrize("shape", [ONE, TWO], ids=str)

@@ -5,5 +5,15 @@ from fastadapter.ops.bottleneck import Norm, bottleneck
 from fastadapter.ops.gated_prefix import gated_prefix
 from fastadapter.ops.gated_prefix_attention import gated_prefix_attention
 from fastadapter.ops.prefix_attention import prefix_attention
+from fastadapter.ops.prefix_merge import PrefixMerge, prefix_merge
 
-__all__ = ["Norm", "backends", "bottleneck", "gated_prefix", "gated_prefix_attention", "prefix_attention"]
+__all__ = [
+    "Norm",
+    "PrefixMerge",
+    "backends",
+    "bottleneck",
+    "gated_prefix",
+    "gated_prefix_attention",
+    "prefix_attention",
+    "prefix_merge",
+]

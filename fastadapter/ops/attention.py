@@ -14,6 +14,8 @@ OPTIONS_SCHEMA = (
     "Tensor? attn_mask, Tensor? cu_seqlens, Tensor? row_ids, float softmax_scale,{gate_fn} bool is_causal, "
     "int window, float softcap"
 )
+QUERY_AXES = "(batch, num_heads, q_len, head_dim)"
+BANK_AXES = "(num_prefixes, num_kv_heads, prefix_len, head_dim)"
 
 
 class Options(NamedTuple):
@@ -54,40 +56,42 @@ def check_operands(
     checks.require_tensor(
         op, query=query, key=key, value=value, prefix_key=prefix_key, prefix_value=prefix_value
     )
-    activations = "(batch, num_heads, q_len, head_dim)"
-    kv_axes = "(batch, num_kv_heads, kv_len, head_dim)"
-    bank_axes = "(num_prefixes, num_kv_heads, prefix_len, head_dim)"
-    for name, tensor, axes in (
-        ("query", query, activations),
-        ("key", key, kv_axes),
-        ("prefix_key", prefix_key, bank_axes),
-    ):
-        if tensor.dim() != 4:
-            raise ValueError(f"{op}: {name} must have 4 dims {axes}, got {tuple(tensor.shape)}")
+    axes = "(batch, num_kv_heads, kv_len, head_dim)"
+    checks.require_dims(op, "query", query, QUERY_AXES)
+    checks.require_dims(op, "key", key, axes)
     batch, num_heads, _, head_dim = query.shape
     num_kv_heads, kv_len = key.shape[1:3]
-    num_prefixes, _, prefix_len, _ = prefix_key.shape
-    checks.require_shape(op, "key", key, kv_axes, (batch, num_kv_heads, kv_len, head_dim))
+    checks.require_shape(op, "key", key, axes, (batch, num_kv_heads, kv_len, head_dim))
     checks.require_shape(op, "value", value, "the shape of key", tuple(key.shape))
     if num_kv_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(
             f"{op}: num_heads of query must be a multiple of num_kv_heads of key, got {num_heads} and {num_kv_heads}"
         )
-    expected = (num_prefixes, num_kv_heads, prefix_len, head_dim)
-    checks.require_shape(op, "prefix_key", prefix_key, bank_axes, expected)
+    checks.require_dtype(op, "query", query, checks.ACTIVATION_DTYPES)
+    checks.require_dtype(op, "key", key, (query.dtype,))
+    checks.require_dtype(op, "value", value, (query.dtype,))
+    checks.require_same_device(op, query.device, key=key, value=value)
+    check_prefix(op, query, num_kv_heads, prefix_key, prefix_value)
+
+
+def check_prefix(op: str, query: Tensor, num_kv_heads: int, prefix_key: Tensor, prefix_value: Tensor) -> None:
+    """A bank of prefixes with ``num_kv_heads`` beside a query that was checked."""
+    checks.require_dims(op, "prefix_key", prefix_key, BANK_AXES)
+    num_prefixes, _, prefix_len, _ = prefix_key.shape
+    expected = (num_prefixes, num_kv_heads, prefix_len, query.shape[3])
+    checks.require_shape(op, "prefix_key", prefix_key, BANK_AXES, expected)
     checks.require_shape(op, "prefix_value", prefix_value, "the shape of prefix_key", expected)
-    if num_prefixes == 0 or prefix_len == 0 or head_dim == 0:
+    if num_kv_heads == 0 or query.shape[1] % num_kv_heads:
+        raise ValueError(
+            f"{op}: num_heads of query must be a multiple of num_kv_heads of prefix_key, "
+            f"got {query.shape[1]} and {num_kv_heads}"
+        )
+    if 0 in (num_prefixes, prefix_len, query.shape[3]):
         raise ValueError(
             f"{op}: num_prefixes, prefix_len and head_dim must be at least 1, got prefix_key {expected}"
         )
-    dtype = query.dtype
-    checks.require_dtype(op, "query", query, checks.ACTIVATION_DTYPES)
-    checks.require_dtype(op, "key", key, (dtype,))
-    checks.require_dtype(op, "value", value, (dtype,))
-    checks.require_prefix_dtype(op, dtype, prefix_key, prefix_value)
-    checks.require_same_device(
-        op, query.device, key=key, value=value, prefix_key=prefix_key, prefix_value=prefix_value
-    )
+    checks.require_prefix_dtype(op, query.dtype, prefix_key, prefix_value)
+    checks.require_same_device(op, query.device, prefix_key=prefix_key, prefix_value=prefix_value)
 
 
 def check_options(

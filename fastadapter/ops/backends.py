@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 BACKENDS = ("auto", "triton", "cpp", "reference")
-OPS = ("gated_prefix", "gated_prefix_attention", "prefix_attention", "bottleneck")
+OPS = ("gated_prefix", "gated_prefix_attention", "prefix_attention", "prefix_merge", "bottleneck")
 
 library = torch.library.Library("fastadapter", "DEF")
 

@@ -13,6 +13,12 @@ def require_tensor(op: str, **tensors: Tensor) -> None:
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def require_dims(op: str, name: str, tensor: Tensor, axes: str) -> None:
+    """Four dimensions, ``axes`` in words."""
+    if tensor.dim() != 4:
+        raise ValueError(f"{op}: {name} must have 4 dims {axes}, got {tuple(tensor.shape)}")
+
+
 def require_shape(op: str, name: str, tensor: Tensor, axes: str, expected: tuple[int, ...]) -> None:
     """``axes`` spells the expected shape in words, ``expected`` in numbers."""
     if tensor.dim() != len(expected):

@@ -15,41 +15,53 @@ from fastadapter.ops.backends import automatic_backend, extension_error, lack, l
 
 
 def register(
-    op: str, name: str, schema: str, *, reference: Callable, fake: Callable, launcher: str
+    op: str,
+    name: str,
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    launcher: str,
+    kernel_file: str | None = None,
 ) -> Callable[..., Any]:
     """Define ``fastadapter::<name>`` and return the function that runs it: ``run(backend, *args)``.
 
-    The C++ extension implements the schema for CPU tensors, ``fastadapter.kernels.<op>.<launcher>`` for CUDA ones.
+    The C++ extension implements the schema for CPU tensors, ``fastadapter.kernels.<kernel_file>.<launcher>`` for CUDA
+    ones.
     ``backend`` is a resolved one (:func:`fastadapter.ops.backends.choose_backend`).
 
     Args:
-        op: the public op that ``name`` belongs to, and the name of its kernel file.
+        op: the public op that ``name`` belongs to.
+        kernel_file: ``op`` unless given.
         schema: arguments and results, without the name. The first argument is an activation tensor.
         reference, fake: plain PyTorch and tracing implementations with the arguments of the schema.
     """
     library.define(f"{name}{schema}")
     qualified = f"fastadapter::{name}"
+    file = f"fastadapter.kernels.{kernel_file or op}"
 
     def triton(*args):
-        kernels = importlib.import_module(f"fastadapter.kernels.{op}")
+        kernels = importlib.import_module(file)
         return getattr(kernels, launcher)(*args)
 
     def cuda(*args):
         backend, _ = automatic_backend("cuda", args[0].dtype, op)
         return (triton if backend == "triton" else reference)(*args)
 
-    if error := extension_error(name):
+    error = extension_error(name)
+    if error:
         library.impl(name, reference, "CPU")
         lack(op, "cpp", error)
-    if importlib.util.find_spec(f"fastadapter.kernels.{op}") is None:
+    if importlib.util.find_spec(file) is None:
         lack(op, "triton", f"there is no Triton kernel of {op}")
     library.impl(name, cuda, "CUDA")
     torch.library.register_fake(qualified, fake, lib=library)
     registered = getattr(torch.ops.fastadapter, name).default
 
     def run(backend: str, *args):
-        if backend == "reference":
+        if backend == "reference" and not (error and args[0].device.type == "cpu"):
             return reference(*args)
+        # Where the CPU has no kernel the registered op is the reference, and opaque to torch.compile.
         # Triton's interpreter runs on CPU tensors, where the registered op is the C++ one.
         if backend == "triton" and args[0].device.type == "cpu":
             return triton(*args)

@@ -6,7 +6,12 @@ from fastadapter.reference.gated_prefix_attention import (
     gated_prefix_attention,
     gated_prefix_attention_backward,
 )
-from fastadapter.reference.prefix_attention import prefix_attention, prefix_attention_backward, prefix_merge
+from fastadapter.reference.prefix_attention import (
+    prefix_attention,
+    prefix_attention_backward,
+    prefix_merge,
+    prefix_merge_base_gradients,
+)
 
 __all__ = [
     "bottleneck",
@@ -18,4 +23,5 @@ __all__ = [
     "prefix_attention",
     "prefix_attention_backward",
     "prefix_merge",
+    "prefix_merge_base_gradients",
 ]

@@ -7,7 +7,8 @@ arXiv:2101.00190), and the merge of a prefix into an attention that was computed
 The mask, the window and causality never hide the prefix; the soft cap applies to it like to every key. Merging two
 parts of one softmax by their outputs and ``lse``:
 
-    lse = log(exp(lse_a) + exp(lse_b)),   O = exp(lse_a - lse) O_a + exp(lse_b - lse) O_b
+    lse = log(exp(lse_a) + exp(lse_b)),   O = w_a O_a + w_b O_b,   w_a = exp(lse_a - lse)
+    dO_a = w_a dO,   dlse_a = w_a * (rowsum(dO * O_a) - delta + dlse),   delta = rowsum(dO * O)
 """
 
 from typing import NamedTuple
@@ -153,14 +154,45 @@ def prefix_merge(
     lse = torch.logaddexp(base_lse.to(prefix_lse.dtype), prefix_lse)
     # where: the output of a base that saw no key is no part of the result, whatever it holds
     kept = torch.where((base_lse == NEVER)[..., None], 0, base.to(compute))
-    out = _share(base_lse, lse).to(compute) * kept + _share(prefix_lse, lse).to(compute) * part
+    on_base, on_prefix = (_share(x, lse).to(compute)[..., None] for x in (base_lse, prefix_lse))
+    out = on_base * kept + on_prefix * part
     out = torch.where(adapted[..., None], out.to(base.dtype), base)
     return torch.empty_like(base).copy_(out), torch.where(adapted, lse.to(base_lse.dtype), base_lse)
 
 
+def prefix_merge_base_gradients(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    base: Tensor,
+    base_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    row_ids: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`prefix_merge` for ``base`` and ``base_lse`` from ``out`` and ``lse`` that it returned.
+
+    Those of the query and the prefix are :func:`prefix_attention_backward` without keys.
+    Args:
+        grad_lse: gradient of the merged ``lse``; ``None`` is zero.
+    """
+    compute = compute_dtype or default_compute_dtype(out)
+    adapted = has_adapter(row_ids, out.shape[0], out.device)[:, None, None]
+    share = torch.where(adapted, _share(base_lse, lse), 1).to(compute)
+    grad = grad_out.to(compute)
+    seen = torch.where((base_lse == NEVER)[..., None], 0, base.to(compute))
+    through = torch.zeros_like(share) if grad_lse is None else grad_lse.to(compute)
+    grad_base_lse = share * ((grad * seen).sum(-1) - (grad * out.to(compute)).sum(-1) + through)
+    # A row without an adapter passes its lse through; a base that saw no key has no share.
+    grad_base_lse = torch.where(adapted, torch.where(share == 0, 0, grad_base_lse), through)
+    grad_base = torch.empty_like(base).copy_(share[..., None] * grad)
+    return grad_base, grad_base_lse.to(base_lse.dtype)
+
+
 def _share(part_lse: Tensor, lse: Tensor) -> Tensor:
-    """The weight of a part in the merged softmax, ``(batch, num_heads, q_len, 1)``."""
-    return torch.where(part_lse == NEVER, 0, (part_lse - lse).exp())[..., None]
+    """The weight of a part in the merged softmax, ``(batch, num_heads, q_len)``."""
+    return torch.where(part_lse == NEVER, 0, (part_lse - lse).exp())
 
 
 def _join(query, key, value, prefix_key, prefix_value, attn_mask, row_ids, options) -> _Joined:

@@ -180,14 +180,18 @@ def runs_here(op, backend):
     return True
 
 
-def backends_of(op):
-    """Parameters for ``pytest.mark.parametrize``: every backend, those that cannot run here skipped by name."""
-    return [
-        pytest.param(
-            name, marks=pytest.mark.skipif(not runs_here(op, name), reason=f"no {name} kernel of {op}")
-        )
-        for name in ("reference", "cpp", "triton")
-    ]
+def backends_of(op, *, interpreted=pytest.mark.slow):
+    """Parameters for ``pytest.mark.parametrize``: every backend, those that cannot run here skipped by name.
+
+    ``interpreted`` marks Triton where there is no GPU: its interpreter takes seconds for a call.
+    """
+    parameters = []
+    for name in ("reference", "cpp", "triton"):
+        marks = [pytest.mark.skipif(not runs_here(op, name), reason=f"no {name} kernel of {op}")]
+        if name == "triton" and device_of(name) == "cpu" and interpreted:
+            marks.append(interpreted)
+        parameters.append(pytest.param(name, marks=marks))
+    return parameters
 
 
 def dtypes_of(backend):
