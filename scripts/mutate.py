@@ -11,11 +11,13 @@ exactly once is an error, so the list cannot rot.
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +52,8 @@ class Tree:
             target = self.folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((ROOT / name).read_bytes())
+        for extension in (ROOT / "fastadapter").glob("_C.*"):  # enough for what is not C++
+            shutil.copy2(extension, self.folder / "fastadapter")
         (self.folder / "fastadapter/kernels").symlink_to("../kernels")  # where an installation puts them
         self.environment = {
             **os.environ,
@@ -78,6 +82,8 @@ class Tree:
         """What ``changed`` touches, of the instruction set in use, without the optimiser's longer passes."""
         if not changed.startswith("csrc/"):
             return
+        if not self.compiles:
+            raise RuntimeError("build() comes first")
         for words in self.compiles:
             source, output = words[words.index("-c") + 1], words[words.index("-o") + 1]
             other_isa = "/isa_" in output and f"/{self.isa}/" not in output
@@ -85,6 +91,17 @@ class Tree:
                 continue
             self.must([("-O1" if word == "-O3" else word) for word in words])
         self.must(self.link)
+
+    def outcome_of(self, mutation, timeout):
+        path = self.folder / mutation.file
+        text = path.read_text(encoding="utf-8")
+        path.write_text(plant(text, mutation), encoding="utf-8")
+        try:
+            self.rebuild(mutation.file)
+            return self.test(mutation.tests, timeout)
+        finally:
+            path.write_text(text, encoding="utf-8")
+            self.restore()
 
     def restore(self):
         """The extension as it was before :meth:`rebuild`."""
@@ -156,6 +173,12 @@ def plant(text, mutation: Mutation):
     return text.replace(mutation.old, mutation.new)
 
 
+def digest(mutation):
+    """Of the mutated file, and so of the text it was made from."""
+    text = plant((ROOT / mutation.file).read_text(encoding="utf-8"), mutation)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def versions():
     found = {"python": platform.python_version()}
     for name in ("fastadapter", "torch", "triton"):
@@ -171,6 +194,9 @@ def main() -> int:
     parser.add_argument("-k", default="", metavar="WORD", help="only mutations whose name or file has it")
     parser.add_argument("--list", action="store_true", help="check the texts, print the names, run nothing")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one selection of tests")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what --output already has of the same texts"
+    )
     parser.add_argument("--output", type=Path, help="store the summary as JSON")
     options = parser.parse_args()
     chosen = [m for m in MUTATIONS if options.k in f"{m.name} {m.file}"]
@@ -180,42 +206,60 @@ def main() -> int:
         print("\n".join(f"{m.name:44} {m.file}" for m in chosen))
         return 0
 
-    rows = []
+    rows = kept_rows(options.output, chosen) if options.resume else {}
+    broken = set()  # selections that fail without any mutation prove nothing
     with tempfile.TemporaryDirectory() as folder:
         tree = Tree(folder)
-        tree.build()
-        for selection in dict.fromkeys(m.tests for m in chosen):
-            outcome = tree.test(selection, options.timeout)
-            if outcome != "passed":
-                raise SystemExit(f"without any mutation, {selection}: {outcome}")
-        for mutation in chosen:
-            path = tree.folder / mutation.file
-            text = path.read_text(encoding="utf-8")
+        sound = set()
+        for mutation in (m for m in chosen if m.name not in rows):
+            if mutation.file.startswith("csrc/") and not tree.compiles:
+                tree.build()
+            if mutation.tests not in sound | broken:
+                outcome = tree.test(mutation.tests, options.timeout)
+                (sound if outcome == "passed" else broken).add(mutation.tests)
+            if mutation.tests in broken:
+                print(
+                    f"ERROR    {mutation.name}: without it, pytest {mutation.tests} does not pass", flush=True
+                )
+                continue
             start = time.monotonic()
-            path.write_text(plant(text, mutation), encoding="utf-8")
-            tree.rebuild(mutation.file)
-            outcome = tree.test(mutation.tests, options.timeout)
-            path.write_text(text, encoding="utf-8")
-            tree.restore()
+            outcome = tree.outcome_of(mutation, options.timeout)
             survived = outcome == "passed"
-            rows.append(
-                {"name": mutation.name, "file": mutation.file, "noticed_by": None if survived else outcome}
-            )
+            rows[mutation.name] = {
+                "name": mutation.name,
+                "file": mutation.file,
+                "digest": digest(mutation),
+                "noticed_by": None if survived else outcome,
+            }
             verdict = "SURVIVED" if survived else "killed"
-            print(f"{verdict:8} {mutation.name:44} {time.monotonic() - start:5.0f} s  {outcome}", flush=True)
-    killed = sum(row["noticed_by"] is not None for row in rows)
-    print(f"{killed} of {len(rows)} mutations killed ({100 * killed / len(rows):.0f} %)")
-    if options.output:
-        summary = {
-            "date": datetime.date.today().isoformat(),
-            "versions": versions(),
-            "mutations": len(rows),
-            "killed": killed,
-            "kill_rate": killed / len(rows),
-            "rows": rows,
-        }
-        options.output.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    return 0 if killed == len(rows) else 1
+            print(f"{verdict:8} {mutation.name:60} {time.monotonic() - start:5.0f} s  {outcome}", flush=True)
+            if options.output:
+                options.output.write_text(json.dumps(summary_of(rows), indent=1) + "\n", encoding="utf-8")
+    killed = sum(row["noticed_by"] is not None for row in rows.values())
+    print(f"{killed} of {len(chosen)} mutations killed ({100 * killed / len(chosen):.0f} %)")
+    return 0 if killed == len(chosen) else 1
+
+
+def kept_rows(output, chosen):
+    """What an earlier run killed, of files that did not change since."""
+    rows = {row["name"]: row for row in json.loads(output.read_text(encoding="utf-8"))["rows"]}
+    return {
+        mutation.name: row
+        for mutation in chosen
+        if (row := rows.get(mutation.name)) and row["noticed_by"] and row["digest"] == digest(mutation)
+    }
+
+
+def summary_of(rows):
+    killed = sum(row["noticed_by"] is not None for row in rows.values())
+    return {
+        "date": datetime.date.today().isoformat(),
+        "versions": versions(),
+        "mutations": len(rows),
+        "killed": killed,
+        "kill_rate": killed / len(rows),
+        "rows": list(rows.values()),
+    }
 
 
 if __name__ == "__main__":

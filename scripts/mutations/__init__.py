@@ -7,4 +7,4 @@ from .triton_attention import ATTENTION
 from .triton_bottleneck import BOTTLENECK
 from .triton_gated_prefix import GATED_PREFIX
 
-MUTATIONS: list[Mutation] = [*OPS, *CPP, *GATED_PREFIX, *ATTENTION, *BOTTLENECK]
+MUTATIONS: list[Mutation] = [*OPS, *GATED_PREFIX, *ATTENTION, *BOTTLENECK, *CPP]

@@ -18,7 +18,8 @@ CPP = [
         ),
         zero_gate_adds_zero=(
             "        if (f[k] != 0) {\n          add_row",
-            "        if (true) {\n          if (f[k] == 0) std::memset(s.row + k * dim, 0, dim * sizeof(C));\n          add_row",
+            "        if (f[k] == 0) std::memset(s.row + k * dim, 0, dim * sizeof(C));\n"
+            "        if (true) {\n          add_row",
         ),
         rows_share_the_first_gate=(
             "        f[k] = factor[rows.group];\n        active |= f[k] != 0;\n        s.query_rows",
@@ -72,8 +73,8 @@ CPP = [
             "if (call.items() == 0) {",
         ),
         parts_by_the_batch=(
-            "const int64_t rows = (op.entry_begin[e + 1] - op.entry_begin[e]) * op.group * op.q_len;\n      const int64_t parts = std::min(most_parts,",
-            "const int64_t rows = (op.entry_begin[e + 1] - op.entry_begin[e]) * op.group * op.q_len;\n      const int64_t parts = std::min(most_parts + 0 * batch_, 1 + batch_ % 2 + 0 *",
+            "(rows + kRowsPerItem - 1) / kRowsPerItem);",
+            "(rows + kRowsPerItem - 1) / kRowsPerItem + batch_ % 2);",
         ),
         bank_used_unpadded=("op.padded_dim == op.head_dim) {", "true) {"),
         gate_of_first_column=("data[op.entry_id[e] * row + h * column]", "data[op.entry_id[e] * row + h]"),
@@ -109,6 +110,90 @@ CPP = [
         base_added_twice=(
             "load(reinterpret_cast<const E*>(base_row) + j) + load(term + j)",
             "load(reinterpret_cast<const E*>(base_row) + j) * C(2) + load(term + j)",
+        ),
+    ),
+]
+
+ATTENTION_TESTS = "tests/test_attention_ops.py -k 'within_budget and cpp'"
+
+
+def attention_tests(words):
+    return f"tests/test_attention_ops.py -k '{words} and cpp'"
+
+
+CPP += [
+    *of_file(
+        "csrc/attention_tiles.h",
+        ATTENTION_TESTS,
+        causal_shows_the_next_key=(
+            "keys.end = min(keys.end, end);",
+            "keys.end = min(keys.end, end + 1);",
+        ),
+        window_one_wider=("begin - op.window + 1));", "begin - op.window));"),
+        boolean_mask_dropped=("dst[j] = mask[j * stride] ? C(0) :", "dst[j] = true ? C(0) :"),
+        softcap_after_the_mask=(
+            "      if (score.softcap != 0) x = score.softcap * tanh(x / score.softcap);\n"
+            "      if (mask) x += load(mask + j);\n      store",
+            "      if (mask) x += load(mask + j);\n"
+            "      if (score.softcap != 0) x = score.softcap * tanh(x / score.softcap);\n      store",
+        ),
+        no_max_subtraction=(
+            "const C shift = top == kNever ? C(0) : top;",
+            "const C shift = C(0);",
+            attention_tests("large_logits"),
+        ),
+        nothing_visible_yet=(
+            "const C shift = top == kNever ? C(0) : top;",
+            "const C shift = top;",
+            attention_tests("see_no_key"),
+        ),
+        earlier_blocks_not_shrunk=("sum = sum * shrink + sum_lanes", "sum = sum + sum_lanes"),
+        columns_outside_not_cleared=(
+            "  clear_outside(s, whole, width);\n  const C shrink",
+            "  const C shrink",
+        ),
+        softcap_of_the_gated_prefix=(
+            "softcap = of_prefix && op.mode == Mode::kGated ? C(0) : static_cast<C>(op.softcap);",
+            "softcap = static_cast<C>(op.softcap);",
+        ),
+    ),
+    *of_file(
+        "csrc/attention_kernel.cpp",
+        ATTENTION_TESTS,
+        rows_share_a_mask=("block.t + r, begin);", "block.t, begin);"),
+        gated_term_not_normalised=("const C weight = factor / s.prefix.sum[r];", "const C weight = factor;"),
+        lse_without_the_sum=("top + std::log(sum);\n  if (op.mode", "top;\n  if (op.mode"),
+        unadapted_rows_attend_entry_zero=(
+            "  if (sequence.slot < 0) return false;\n",
+            "",
+            attention_tests("without_an_adapter"),
+        ),
+        few_rows_use_the_first_head=(
+            "kv_head * op.group + r / sequence.q_len,\n                         sequence.first",
+            "kv_head * op.group,\n                         sequence.first",
+        ),
+        value_rows_of_the_key_stride=(
+            "value + begin * value_view.stride[2], count",
+            "value + begin * key_view.stride[2], count",
+            attention_tests("strides"),
+        ),
+    ),
+    *of_file(
+        "csrc/attention_backward_kernel.cpp",
+        ATTENTION_TESTS,
+        delta_missing_under_a_mask=(
+            "p == 0 ? Vec<C>{} : p * (load(grad + j) - delta) * slope",
+            "p == 0 ? Vec<C>{} : p * load(grad + j) * slope",
+        ),
+        softcap_slope_dropped=("        slope -= bounded * bounded;\n", ""),
+        hidden_keys_let_nan_through=(
+            "p == 0 ? Vec<C>{} : p * (load(grad + j) - delta) * slope",
+            "p * (load(grad + j) - delta) * slope",
+        ),
+        gate_factor_missing=("load(s + j) * (factor * inverse);", "load(s + j) * inverse;"),
+        query_gradient_without_scale=(
+            "                 s.grad_query, static_cast<C>(op.scale), s.rows);",
+            "                 s.grad_query, C(1), s.rows);",
         ),
     ),
 ]

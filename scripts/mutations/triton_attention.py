@@ -56,10 +56,7 @@ ATTENTION = [
             '        s = tl.where(mask_p[None, :], s, float("-inf"))\n        acc, m_i, l_i',
             "        acc, m_i, l_i",
         ),
-        gated_term_of_the_last_block=(
-            "out = _dot_fp32_by(tl.exp2(s - shift[:, None]) * weight[:, None], v, out, WIDE, PRECISION)",
-            "out = _dot_fp32_by(tl.exp2(s - shift[:, None]) * weight[:, None], v, out + 0.0 * tl.sum(s), WIDE, PRECISION)",
-        ),
+        gated_term_without_gate=("weight = factor / tl.where(", "weight = 1.0 / tl.where("),
     ),
     *of_file(
         "kernels/attention_backward.py",

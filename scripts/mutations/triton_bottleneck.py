@@ -68,8 +68,8 @@ BOTTLENECK = [
         ),
         up_bias_halved=("d_up_bias * scale, mask=mask_c", "d_up_bias * scale * 0.5, mask=mask_c"),
         mean_of_the_layer_norm_dropped=(
-            '                        if NORM == "layer_norm":\n                            dy -= tl.load(parts, mask=mask_m, other=0.0)[:, None] / HIDDEN_SIZE\n',
-            "",
+            "dy -= tl.load(parts, mask=mask_m, other=0.0)[:, None] / HIDDEN_SIZE",
+            "dy -= 0.0",
         ),
         norm_weight_not_applied=(
             "                    if HAS_NORM_WEIGHT:\n                        dy *= weight[None, :]\n",
