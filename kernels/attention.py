@@ -21,12 +21,12 @@ operand lies in registers, and p is such an operand. Tiles for sm_90 are therefo
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from fastadapter.kernels import target
+from fastadapter.kernels.attention_tiles import Tiles, config
 from fastadapter.kernels.gated_prefix import _gate_factor, _rescale, _row_entry, _tanh, block_d
 from torch import Tensor
 
@@ -373,28 +373,6 @@ def _attention_fwd_kernel(
     out = tl.where((row_id < -1) | (row_id >= num_prefixes), float("nan"), out)
     out_ptrs = _rows(out_ptr, OUT_STRIDES, row, head, begin + offs_m, offs_d)
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_md)
-
-
-class Tiles(NamedTuple):
-    """What one launch is compiled with."""
-
-    block_m: int
-    block_n: int
-    block_p: int
-    num_warps: int
-    num_stages: int
-    precision: str = "ieee"
-
-
-def config(kernel: str, arch: str, activation, prefix, head_dim: int, prefix_len: int) -> Tiles:
-    """Tiles of one kernel ("forward", "prefix", "keys", "query"); benchmarks/audit.py shows what they compile to.
-
-    Never by batch or sequence lengths: a sequence has the same bits alone and packed.
-    """
-    block_p = 16 if prefix_len <= 16 or head_dim > 128 else 32
-    if torch.float32 in (activation, prefix):
-        return Tiles(16, 16, 16, 4, 1)
-    return Tiles(64, 64, block_p, 4, 2)
 
 
 def attention_forward(

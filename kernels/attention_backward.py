@@ -13,7 +13,7 @@ Flash attention's backward (arXiv:2307.08691) without its atomics, in four launc
 4. ``query``: dQ; a program owns a tile of queries and walks over the prefix and the keys.
 
 What is not needed is not launched. Without keys, as behind a merge, the first launch finishes dQ as well.
-Hopper: every tile has fewer than 64 rows, or fewer than four warps, for ``mma.sync``; see attention.py.
+Hopper stays on ``mma.sync``; attention.py says why.
 """
 
 import torch
@@ -38,7 +38,7 @@ from fastadapter.kernels.attention_prefix_backward import (
     _prefix_tile,
     _shift,
 )
-from fastadapter.kernels.gated_prefix import _gate_factor, _tiles_per_slot
+from fastadapter.kernels.gated_prefix import _gate_factor
 from torch import Tensor
 
 REDUCE_ROWS = 8
@@ -397,3 +397,13 @@ def _tiles(kernel: str, query, key, value, prefix_key, prefix_value, gate) -> at
     return attention.config(
         kernel, target.arch(query), query.dtype, prefix_key.dtype, query.shape[-1], prefix_key.shape[2]
     )
+
+
+def _tiles_per_slot(num_tiles: int, num_heads: int, num_kv_heads: int, by_row: bool) -> int:
+    """How many query tiles one program of the prefix launch sums before it writes its partial.
+
+    At least 16 visits (tiles times query heads), so that partials are a small part of the traffic; where all rows
+    share a prefix, at most about 384 programs, so that partials do not grow with the batch.
+    """
+    tiles = triton.cdiv(16 * num_kv_heads, num_heads)
+    return tiles if by_row else max(tiles, triton.cdiv(num_tiles * num_kv_heads, 384))

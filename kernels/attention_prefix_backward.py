@@ -211,7 +211,7 @@ def _attention_bwd_reduce_kernel(
     mask_e = offs_e < columns
     acc = tl.zeros((BLOCK_R, BLOCK_E), tl.float32)
     for start in range(0, num_rows, BLOCK_R):
-        offs_r = start + tl.arange(0, BLOCK_R)
+        offs_r = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
         mask_r = offs_r < num_rows
         if HAS_ROW_IDS:
             # only rows of this entry are read: others may hold NaN, or nothing yet
@@ -224,7 +224,7 @@ def _attention_bwd_reduce_kernel(
             first_slot = begin // slot_len + offs_r
             num_slots = tl.where(mask_r, tl.cdiv(end - begin, slot_len), 0)
         for slot in range(tl.max(num_slots, axis=0)):
-            ptrs = partial_ptr + (first_slot + slot).to(tl.int64)[:, None] * columns + offs_e[None, :]
+            ptrs = partial_ptr + (first_slot + slot)[:, None] * columns + offs_e[None, :]
             mask = (slot < num_slots)[:, None] & mask_e[None, :]
             acc += tl.load(ptrs, mask=mask, other=0.0)  # (BLOCK_R, BLOCK_E)
     total = tl.sum(acc, axis=0)

@@ -1,0 +1,56 @@
+"""Tiles of the single-pass attention kernels: one small table, filled by what they compile to, no autotuning.
+
+``fastadapter bench audit`` shows registers, spills and matrix instructions of every entry. Nothing here depends on
+batch or sequence lengths: a row or a packed sequence has the same bits alone and in any batch.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tiles(NamedTuple):
+    """What one launch is compiled with; ``precision`` is that of fp32 products."""
+
+    block_m: int
+    block_n: int
+    block_p: int
+    num_warps: int
+    num_stages: int
+    precision: str = "ieee"
+
+
+# (block_m, block_n, num_warps, num_stages) of half-precision kernels, for head_dim up to 64, 128 and 256
+_FORWARD = ((64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 8, 1))
+_FORWARD_HOPPER = ((32, 64, 2, 2), (32, 64, 4, 2), (32, 32, 8, 1))
+_SMALL = {
+    "merge": ((32, 0, 4, 2), (32, 0, 4, 2), (32, 0, 8, 1)),
+    "prefix": ((32, 0, 4, 2), (32, 0, 4, 2), (32, 0, 8, 1)),
+    "keys": ((32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 8, 1)),
+    "query": ((32, 64, 4, 2), (32, 64, 4, 2), (32, 32, 8, 1)),
+}
+_QUERY = ((64, 64, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1))
+
+
+def config(kernel: str, arch: str, activation, prefix, head_dim: int, prefix_len: int) -> Tiles:
+    """Tiles of "forward", "merge", "prefix", "keys" or "query" (:mod:`.attention_backward`) for two dtypes.
+
+    All of Hopper stays on ``mma.sync``: fewer than 64 rows or four warps (:mod:`.attention` says why).
+    """
+    size = (head_dim > 64) + (head_dim > 128)
+    if activation == torch.float32:  # exact products, on vector units, a row of head_dim per thread
+        return Tiles(16, 16, 16, 4 if size == 0 or kernel == "keys" else 8, 1)
+    if prefix == torch.float32 and kernel != "keys":  # the prefix likewise, beside matrix units
+        block_m = 16 if kernel != "query" and (size or kernel != "forward") else 32
+        return Tiles(block_m, 32, 16, 8, 1)
+    if kernel == "forward":
+        rows = _FORWARD_HOPPER if arch == "sm_90" else _FORWARD
+    elif kernel == "query" and arch != "sm_90":
+        rows = _QUERY
+    else:
+        rows = _SMALL[kernel]
+    block_m, block_n, num_warps, num_stages = rows[size]
+    if arch.startswith("gfx"):  # 64 KiB of shared memory, and 512 registers for up to four wavefronts of 64
+        num_warps, num_stages = min(num_warps, 4), 1
+    block_p = 16 if prefix_len <= 16 or head_dim > 128 else 32
+    return Tiles(block_m, block_n, block_p, num_warps, num_stages)
