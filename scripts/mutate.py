@@ -26,6 +26,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+
 import pytest
 import torch
 import triton  # noqa: F401  (imported once, for all forks)

@@ -42,7 +42,7 @@ OPS = [
     ),
     *of_file(
         "fastadapter/ops/bottleneck.py",
-        "tests/test_bottleneck.py -k 'not triton'",
+        "tests/search/test_search.py -k 'cpu and bottleneck'",
         residual_gets_no_gradient=("grad_out if need_residual else None, *grads", "None, *grads"),
     ),
 ]

@@ -66,7 +66,7 @@ GATED_PREFIX = of_file(
     reduce_takes_one_slot=(
         "for slot in range(slots_per_row):",
         "for slot in range(tl.minimum(slots_per_row, 1)):",
-        tests_named("many_slots"),
+        tests_named("has_alone"),
     ),
     reduce_adds_every_row=(
         "mask=mask_r, other=-1) == entry)",
