@@ -126,14 +126,17 @@ inline C gated_gradient(const Scores<C>& score, C* s, C* grad, int64_t count, in
   clear_outside(s, fill_edges(s, {0, count}, C(0)), width);
   clear_outside(grad, fill_edges(grad, {0, count}, C(0)), width);
   Vec<C> sums = {}, deltas = {};
+  for (int64_t j = 0; j < count; j += W) sums += load(s + j);
+  const C total = sum_lanes<C>(sums), sum = total == 0 ? C(1) : total;
+  // Divided, not multiplied by 1 / sum: a prefix of one has a probability of exactly 1, and no gradient.
   for (int64_t j = 0; j < count; j += W) {
-    sums += load(s + j);
-    deltas += load(s + j) * load(grad + j);
+    const Vec<C> p = load(s + j) / sum;
+    store(s + j, p);
+    deltas += p * load(grad + j);
   }
-  const C sum = sum_lanes<C>(sums), inverse = sum == 0 ? C(0) : 1 / sum;
-  const C delta = sum_lanes<C>(deltas) * inverse;
+  const C delta = sum_lanes<C>(deltas);
   for (int64_t j = 0; j < count; j += W) {
-    const Vec<C> p = load(s + j) * (factor * inverse);
+    const Vec<C> p = load(s + j) * factor;
     store(s + j, p);
     store(grad + j, p * (load(grad + j) - delta));
   }

@@ -22,10 +22,13 @@ class Tiles(NamedTuple):
 
 # (block_m, block_n, num_warps, num_stages) of half-precision kernels, for head_dim up to 64, 128 and 256
 _FORWARD = ((64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 8, 1))
-_FORWARD_HOPPER = ((32, 64, 2, 2), (32, 64, 4, 2), (32, 32, 8, 1))
+_FORWARD_ON = {
+    "sm_90": ((32, 64, 2, 2), (32, 64, 4, 2), (32, 32, 8, 1)),
+    "sm_100": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
+}
 _SMALL = {
     "merge": ((32, 0, 4, 2), (32, 0, 4, 2), (32, 0, 8, 1)),
-    "prefix": ((32, 0, 4, 2), (32, 0, 4, 2), (32, 0, 8, 1)),
+    "prefix": ((32, 0, 8, 1), (32, 0, 8, 2), (32, 0, 8, 2)),
     "keys": ((32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 8, 1)),
     "query": ((32, 64, 4, 2), (32, 64, 4, 2), (32, 32, 8, 1)),
 }
@@ -39,12 +42,12 @@ def config(kernel: str, arch: str, activation, prefix, head_dim: int, prefix_len
     """
     size = (head_dim > 64) + (head_dim > 128)
     if activation == torch.float32:  # exact products, on vector units, a row of head_dim per thread
-        return Tiles(16, 16, 16, 4 if size == 0 or kernel == "keys" else 8, 1)
+        return Tiles(16, 16, 16, 4 if size == 0 or kernel in ("keys", "merge") else 8, 1)
     if prefix == torch.float32 and kernel != "keys":  # the prefix likewise, beside matrix units
         block_m = 16 if kernel != "query" and (size or kernel != "forward") else 32
         return Tiles(block_m, 32, 16, 8, 1)
     if kernel == "forward":
-        rows = _FORWARD_HOPPER if arch == "sm_90" else _FORWARD
+        rows = _FORWARD_ON.get(arch, _FORWARD)
     elif kernel == "query" and arch != "sm_90":
         rows = _QUERY
     else:

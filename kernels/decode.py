@@ -26,7 +26,15 @@ import torch
 import triton
 import triton.language as tl
 from fastadapter.kernels import target
-from fastadapter.kernels.gated_prefix import _gate_factor, _prefix_block, _row_entry, _tanh, _tile, block_d
+from fastadapter.kernels.gated_prefix_tiles import (
+    PROCESSORS,
+    _gate_factor,
+    _prefix_block,
+    _row_entry,
+    _tanh,
+    _tile,
+    block_d,
+)
 from torch import Tensor
 
 # More query positions than this keep the single-pass kernels busy by themselves.
@@ -52,8 +60,6 @@ MERGE_LENGTHS = [
 ]
 # Splits that one step of the merge takes in together.
 MERGE_SPLITS = 16
-# Multiprocessors (compute units on AMD), which one row with all its kv heads should fill.
-PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 # A split shorter than this spends more on its partial result than on its keys.
 MIN_SPLIT_ELEMENTS = 128 * 128
 MAX_SPLITS = 128
@@ -252,6 +258,13 @@ def wants_decode(arch: str, num_kv_heads: int, q_len: int, kv_len: int, head_dim
     The batch does not enter, because a row must have the same bits in every batch.
     """
     return 0 < q_len <= MAX_Q_LEN and _splits(arch, num_kv_heads, kv_len, head_dim)[1] > 1
+
+
+def takes(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, is_causal: bool) -> bool:
+    """:func:`wants_decode` for the arguments of one call; packed sequences have no long keys per query."""
+    kv_len = min(key.shape[2], query.shape[2]) if is_causal else key.shape[2]
+    shape = (key.shape[1], query.shape[2], kv_len, query.shape[3])
+    return cu_seqlens is None and wants_decode(target.arch(query), *shape)
 
 
 def config(arch: str, head_dim: int, dtype: torch.dtype, group_rows: int) -> dict[str, int]:

@@ -2,362 +2,153 @@
 
     S  = softmax_scale * Q Kp^T,  p = softmax(S)   (q_len, prefix_len) per head
     O  = base + f * p Vp                           f = tanh(gate_h) or gate_h
-    delta = rowsum(p * (dO Vp^T)),                 dgate_h = f' * sum delta
-    dS = f * p * (dO Vp^T - delta)
-    dQ = softmax_scale * dS Kp,  dKp = softmax_scale * dS^T Q,  dVp = f * p^T dO
 
-Nothing is saved for backward: p costs less to recompute than to read. Derivation: docs/maths.md.
+Nothing is saved for backward (kernels/gated_prefix_backward.py): p costs less to recompute than to read.
 
-Layouts: base, query, out, grad_out ``(batch, num_heads, q_len, head_dim)``; prefix_key, prefix_value
+Layouts: base, query, out ``(batch, num_heads, q_len, head_dim)``; prefix_key, prefix_value
 ``(num_prefixes, num_kv_heads, prefix_len, head_dim)``; gate ``(num_prefixes, num_heads)``; any strides.
 
-Backward is deterministic without atomics. A program owns one slot, kv head and block of prefix positions; a slot
-is a run of query tiles, of one batch row if there are row ids, else of the whole batch. It keeps dKp and dVp in
-registers over its run and writes one fp32 partial; a second kernel sums the partials of each bank entry in a
-fixed order. Slots follow from shapes alone, and with row ids not from the batch size either, so the gradient of
-a row has the same bits alone and in a batch.
+The term is nothing but traffic: two tensors in, one out. So a program stays on one row and kv head and walks over a
+run of query tiles: the prefix is read once per run, and the next tiles are on their way while one is computed. From
+sm_90 on, tiles move by TMA where their strides allow it (device-side descriptors): one instruction instead of
+an address per thread, which halves the registers and doubles the programs per multiprocessor. Runs follow from shapes
+and the architecture; a tile's own arithmetic is the same in every run.
 
 Tiles have fewer than 64 rows so that Hopper runs ``mma.sync``: ptxas before 13.3 may reuse the registers of a
-``wgmma`` operand too early (triton issue 11781), and p and dS are such operands.
+``wgmma`` operand too early (triton issue 11781), and p is such an operand.
 """
 
 import torch
 import triton
 import triton.language as tl
+from fastadapter.kernels import target
+from fastadapter.kernels.gated_prefix_backward import (
+    REDUCE_COLUMNS,
+    REDUCE_LENGTHS,
+    REDUCE_ROWS,
+    _gated_prefix_reduce_kernel,
+    _tiles_per_slot,
+    gated_prefix_backward,
+)
+from fastadapter.kernels.gated_prefix_tiles import (
+    LENGTHS,
+    PROCESSORS,
+    _gate_factor,
+    _prefix_block,
+    _rescale,
+    _row_entry,
+    _scores,
+    _tanh,
+    _tile,
+    block_d,
+    check,
+    config,
+    operands,
+)
 from torch import Tensor
+from triton.runtime import _allocation
 
-LENGTHS = ["num_prefixes", "num_heads", "num_kv_heads", "q_len", "prefix_len"]
-RUN_LENGTHS = ["num_tiles", "tiles_per_slot", "slots_per_row", "kv_columns", "columns", "stats_plane"]
-REDUCE_LENGTHS = ["num_rows", "slots_per_row", "kv_columns", "columns"]
-REDUCE_ROWS = 8
-REDUCE_COLUMNS = 128
+__all__ = [
+    "gated_prefix_forward", "gated_prefix_backward", "block_d", "config",
+    # the attention kernels are built from the same parts
+    "REDUCE_COLUMNS", "REDUCE_LENGTHS", "REDUCE_ROWS", "_gate_factor", "_gated_prefix_reduce_kernel",
+    "_prefix_block", "_rescale", "_row_entry", "_scores", "_tanh", "_tile", "_tiles_per_slot",
+]  # fmt: skip
 
-
-@triton.jit
-def _tanh(x):
-    """tanh to about one ulp: the exponential alone would cancel where gates start, near zero."""
-    z = x * x
-    series = -0.0057049901224672794
-    series = series * z + 0.02063908986747265
-    series = series * z + -0.05373971536755562
-    series = series * z + 0.13331441581249237
-    series = series * z + -0.3333328068256378
-    tail = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-    tail = tl.where(x < 0, -tail, tail)
-    return tl.where(tl.abs(x) < 0.625, x + x * z * series, tail)
+RUN_LENGTHS = ["batch", "runs", "visits_per_run"]
+# Programs that share a multiprocessor: what tiles on their way and a short prefix leave of its shared memory.
+PROGRAMS_PER_PROCESSOR = {"sm_80": 3}
+# Fewer visits than this in a whole row are not worth a descriptor.
+MIN_TMA_VISITS = 8
 
 
 @triton.jit
-def _row_entry(row_ids_ptr, row, num_prefixes, HAS_ROW_IDS: tl.constexpr):
-    """The id of a batch row, and the bank entry it may read: entry 0 stands in where the id names none."""
-    row_id = tl.zeros((), tl.int64)
-    if HAS_ROW_IDS:
-        row_id = tl.load(row_ids_ptr + row).to(tl.int64)
-    entry = tl.where((row_id >= 0) & (row_id < num_prefixes), row_id, 0)
-    return row_id, entry
-
-
-@triton.jit
-def _gate_factor(gate_ptr, GATE_STRIDES, row_id, entry, num_prefixes, head, TANH: tl.constexpr):
-    """The factor f(gate) of one row and head, and f'(gate)."""
-    gate = tl.load(gate_ptr + entry * GATE_STRIDES[0] + head * GATE_STRIDES[1])
-    gate = tl.where(row_id == -1, 0.0, gate)
-    # A device cannot raise, so an id outside the bank has to show in the result.
-    gate = tl.where((row_id < -1) | (row_id >= num_prefixes), float("nan"), gate)
-    factor = gate
-    slope = tl.full((), 1.0, tl.float32)
-    if TANH:
-        factor = _tanh(gate)
-        slope = 1.0 - factor * factor
-    return factor, slope
-
-
-@triton.jit
-def _tile(ptr, STRIDES, row, head, offs_m, offs_d):
-    """Pointers (BLOCK_M, BLOCK_D) into a 4-d tensor."""
-    return (ptr + row * STRIDES[0] + head * STRIDES[1]) + (
-        offs_m[:, None] * STRIDES[2] + offs_d[None, :] * STRIDES[3]
-    )
-
-
-@triton.jit
-def _prefix_block(k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, start, prefix_len, mask_d):
-    """Keys and values (BLOCK_P, BLOCK_D) from position ``start`` on, zero past the end, and the mask."""
-    mask_p = start + tl.arange(0, k_ptrs.shape[0]) < prefix_len
-    mask = mask_p[:, None] & mask_d
-    first = tl.zeros((), tl.int64) + start
-    k = tl.load(k_ptrs + first * KEY_STRIDES[2], mask=mask, other=0.0)
-    v = tl.load(v_ptrs + first * VALUE_STRIDES[2], mask=mask, other=0.0)
-    return k, v, mask_p
-
-
-@triton.jit
-def _scores(q, k, scale_log2, mask_p):
-    """softmax_scale * Q Kp^T in units of log 2, (BLOCK_M, BLOCK_P)."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-    # padded prefix positions must not enter the normaliser
-    return tl.where(mask_p[None, :], s, float("-inf"))
-
-
-@triton.jit
-def _rescale(m_i, s):
-    """The next running maximum, a finite stand-in for it to subtract, and the factor for earlier sums."""
-    m_new = tl.maximum(m_i, tl.max(s, axis=1))
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    return m_new, shift, tl.exp2(m_i - shift)
-
-
-@triton.jit
-def _dot_fp32_by(a, b, acc, WIDE: tl.constexpr):
-    """acc + a b for an fp32 ``a`` beside an operand in the dtype of the prefix.
-
-    fp16 operands are widened to a tf32 product, which is exact for ``b`` and rounds ``a`` about as fp16 would,
-    but does not flush it to zero: f p and dS are tiny where gates start.
-    """
-    if b.dtype == tl.bfloat16:
-        acc = tl.dot(a.to(tl.bfloat16), b, acc)
-    elif b.dtype == tl.float16:
-        acc = tl.dot(a, b.to(tl.float32), acc, input_precision=WIDE)
-    else:
-        acc = tl.dot(a, b, acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def _gated_prefix_fwd_kernel(
-    out_ptr, base_ptr, query_ptr, key_ptr, value_ptr, gate_ptr, row_ids_ptr,
-    OUT_STRIDES, BASE_STRIDES, QUERY_STRIDES, KEY_STRIDES, VALUE_STRIDES, GATE_STRIDES,
-    softmax_scale, num_prefixes, num_heads, num_kv_heads, q_len, prefix_len,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_ROW_IDS: tl.constexpr, TANH: tl.constexpr, ONE_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One tile of query positions of one row and head."""
-    pid = tl.program_id(0)
-    num_tiles = tl.cdiv(q_len, BLOCK_M)
-    pid_m = (pid % num_tiles).to(tl.int64)
-    pid_bh = pid // num_tiles
-    row = (pid_bh // num_heads).to(tl.int64)
-    head = (pid_bh % num_heads).to(tl.int64)
-    kv_head = head // (num_heads // num_kv_heads)
-
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    mask_d = offs_d[None, :] < HEAD_DIM
-    mask_md = (offs_m[:, None] < q_len) & mask_d
-    row_id, entry = _row_entry(row_ids_ptr, row, num_prefixes, HAS_ROW_IDS)
-    factor, _ = _gate_factor(gate_ptr, GATE_STRIDES, row_id, entry, num_prefixes, head, TANH)
-
-    base_ptrs = _tile(base_ptr, BASE_STRIDES, row, head, offs_m, offs_d)
-    base = tl.load(base_ptrs, mask=mask_md)  # (BLOCK_M, BLOCK_D)
-    out = base
-    # a branch, not a product with zero: it keeps the bits of base, and Inf or NaN in the prefix out of them
-    if factor != 0.0:
-        q_ptrs = _tile(query_ptr, QUERY_STRIDES, row, head, offs_m, offs_d)
-        q = tl.load(q_ptrs, mask=mask_md, other=0.0).to(key_ptr.dtype.element_ty)  # (BLOCK_M, BLOCK_D)
-        offs_p = tl.arange(0, BLOCK_P).to(tl.int64)
-        k_ptrs = _tile(key_ptr, KEY_STRIDES, entry, kv_head, offs_p, offs_d)
-        v_ptrs = _tile(value_ptr, VALUE_STRIDES, entry, kv_head, offs_p, offs_d)
-        m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        l_i = tl.zeros((BLOCK_M,), tl.float32)
-        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        end = BLOCK_P if ONE_BLOCK else prefix_len
-        for start in range(0, end, BLOCK_P):
-            k, v, mask_p = _prefix_block(
-                k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, start, prefix_len, mask_d
-            )
-            s = _scores(q, k, softmax_scale * 1.4426950408889634, mask_p)
-            m_i, shift, alpha = _rescale(m_i, s)
-            p = tl.exp2(s - shift[:, None])
-            l_i = l_i * alpha + tl.sum(p, axis=1)
-            # p is at most 1, so rounding it to the dtype of v costs less than rounding the result
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-        out = (base.to(tl.float32) + acc * (factor / l_i)[:, None]).to(base.dtype)
-    tl.store(_tile(out_ptr, OUT_STRIDES, row, head, offs_m, offs_d), out, mask=mask_md)
-
-
-@triton.jit
-def _softmax_step(m_i, l_i, delta, q, do, k, v, scale_log2, mask_p):
-    """Take one prefix block into the running maximum, the normaliser, and delta times the normaliser."""
-    s = _scores(q, k, scale_log2, mask_p)
-    m_i, shift, alpha = _rescale(m_i, s)
-    p = tl.exp2(s - shift[:, None])
-    dp = tl.dot(do, tl.trans(v), input_precision="ieee")  # (BLOCK_M, BLOCK_P)
-    return m_i, shift, l_i * alpha + tl.sum(p, axis=1), delta * alpha + tl.sum(p * dp, axis=1)
-
-
-@triton.jit
-def _weights_and_ds(q, do, k, v, shift, weight, delta, scale_log2, mask_m, mask_p):
-    """f p and dS of one prefix block, (BLOCK_M, BLOCK_P); ``weight`` is f over the normaliser."""
-    p = tl.exp2(_scores(q, k, scale_log2, mask_p) - shift[:, None])
-    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-    # padded positions: 0 * Inf from the prefix would make them NaN
-    mask = mask_m[:, None] & mask_p[None, :]
-    weights = tl.where(mask, p * weight[:, None], 0.0)
-    return weights, tl.where(mask, weights * (dp - delta[:, None]), 0.0)
+def _descriptor(
+    ptr, STRIDES, batch, num_heads, q_len, HEAD_DIM, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Tiles (1, 1, BLOCK_M, BLOCK_D) of a 4-d tensor; the hardware clips them to its bounds."""
+    return tl.make_tensor_descriptor(
+        ptr,
+        shape=[batch, num_heads, q_len, HEAD_DIM],
+        strides=[
+            tl.cast(STRIDES[0], tl.int64), tl.cast(STRIDES[1], tl.int64), tl.cast(STRIDES[2], tl.int64), STRIDES[3],
+        ],
+        block_shape=[1, 1, BLOCK_M, BLOCK_D],
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=LENGTHS + RUN_LENGTHS)
-def _gated_prefix_bwd_kernel(
-    grad_query_ptr, partial_ptr, stats_ptr, grad_out_ptr, query_ptr, key_ptr, value_ptr, gate_ptr, row_ids_ptr,
-    GRAD_QUERY_STRIDES, GRAD_OUT_STRIDES, QUERY_STRIDES, KEY_STRIDES, VALUE_STRIDES, GATE_STRIDES,
-    softmax_scale, num_prefixes, num_heads, num_kv_heads, q_len, prefix_len,
-    num_tiles, tiles_per_slot, slots_per_row, kv_columns, columns, stats_plane,
+def _gated_prefix_fwd_kernel(
+    out_ptr, base_ptr, query_ptr, key_ptr, value_ptr, gate_ptr, row_ids_ptr,
+    OUT_STRIDES, BASE_STRIDES, QUERY_STRIDES, KEY_STRIDES, VALUE_STRIDES, GATE_STRIDES,
+    softmax_scale, num_prefixes, num_heads, num_kv_heads, q_len, prefix_len, batch, runs, visits_per_run,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_ROW_IDS: tl.constexpr, TANH: tl.constexpr, ONE_BLOCK: tl.constexpr, WIDE: tl.constexpr,
-    NEED_QUERY: tl.constexpr, NEED_PREFIX: tl.constexpr, NEED_GATE: tl.constexpr, SAVE_STATS: tl.constexpr,
+    HAS_ROW_IDS: tl.constexpr, TANH: tl.constexpr, ONE_BLOCK: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a run of query tiles, and that run's part of dKp, dVp and dgate.
-
-    A program does all of it if the prefix fits one block. Otherwise one launch does dQ and dgate and leaves the
-    softmax statistics of every query position, and a second does one block of dKp and dVp per program from them.
-    """
+    """A run of query tiles of one row, over the query heads that share a kv head."""
     pid = tl.program_id(0)
-    num_blocks = tl.cdiv(prefix_len, BLOCK_P) if NEED_PREFIX else 1
-    first_p = (pid % num_blocks) * BLOCK_P
-    kv_head = ((pid // num_blocks) % num_kv_heads).to(tl.int64)
-    slot = (pid // (num_blocks * num_kv_heads)).to(tl.int64)
+    run = pid % runs
+    kv_head = ((pid // runs) % num_kv_heads).to(tl.int64)
+    row = (pid // (runs * num_kv_heads)).to(tl.int64)
     group_size = num_heads // num_kv_heads
-    tiles_per_row = tl.cdiv(q_len, BLOCK_M)
-    first_row = slot // slots_per_row if HAS_ROW_IDS else slot * 0
-    first_tile = (slot % slots_per_row).to(tl.int32) * tiles_per_slot
-    last_tile = tl.minimum(first_tile + tiles_per_slot, num_tiles)
-    row_id, entry = _row_entry(row_ids_ptr, first_row, num_prefixes, HAS_ROW_IDS)
+    num_tiles = tl.cdiv(q_len, BLOCK_M)
+    first_visit = run * visits_per_run
+    last_visit = tl.minimum(first_visit + visits_per_run, group_size * num_tiles)
+    row_id, entry = _row_entry(row_ids_ptr, row, num_prefixes, HAS_ROW_IDS)
 
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_d = offs_d[None, :] < HEAD_DIM
     offs_p = tl.arange(0, BLOCK_P).to(tl.int64)
+    scale_log2 = softmax_scale * 1.4426950408889634
     k_ptrs = _tile(key_ptr, KEY_STRIDES, entry, kv_head, offs_p, offs_d)
     v_ptrs = _tile(value_ptr, VALUE_STRIDES, entry, kv_head, offs_p, offs_d)
-    k, v, mask_p = _prefix_block(k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, first_p, prefix_len, mask_d)
-    scale_log2 = softmax_scale * 1.4426950408889634
-    dk = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
-    for member in range(group_size):
-        head = kv_head * group_size + member
-        factor, slope = _gate_factor(gate_ptr, GATE_STRIDES, row_id, entry, num_prefixes, head, TANH)
-        delta_sum = tl.zeros((BLOCK_M,), tl.float32)
-        for tile in range(first_tile, last_tile):
-            row = first_row + tile // tiles_per_row
-            offs_m = (tile % tiles_per_row).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-            mask_m = offs_m < q_len
-            mask_md = mask_m[:, None] & mask_d
-            q_ptrs = _tile(query_ptr, QUERY_STRIDES, row, head, offs_m, offs_d)
-            do_ptrs = _tile(grad_out_ptr, GRAD_OUT_STRIDES, row, head, offs_m, offs_d)
-            q = tl.load(q_ptrs, mask=mask_md, other=0.0).to(key_ptr.dtype.element_ty)  # (BLOCK_M, BLOCK_D)
-            do = tl.load(do_ptrs, mask=mask_md, other=0.0).to(key_ptr.dtype.element_ty)  # (BLOCK_M, BLOCK_D)
-
-            m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-            shift = tl.zeros((BLOCK_M,), tl.float32)
-            l_i = tl.zeros((BLOCK_M,), tl.float32)
-            delta = tl.zeros((BLOCK_M,), tl.float32)
-            # (BLOCK_M,) in (3, batch, num_heads, q_len)
-            stats_ptrs = stats_ptr + (row * num_heads + head) * q_len + offs_m
-            if NEED_PREFIX and not ONE_BLOCK:
-                shift = tl.load(stats_ptrs, mask=mask_m, other=0.0)
-                l_i = tl.load(stats_ptrs + stats_plane, mask=mask_m, other=1.0)
-                delta = tl.load(stats_ptrs + 2 * stats_plane, mask=mask_m, other=0.0)
-            elif ONE_BLOCK:
-                m_i, shift, l_i, delta = _softmax_step(m_i, l_i, delta, q, do, k, v, scale_log2, mask_p)
-            else:
-                for start in range(0, prefix_len, BLOCK_P):
-                    kn, vn, mask_n = _prefix_block(
-                        k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, start, prefix_len, mask_d
-                    )
-                    m_i, shift, l_i, delta = _softmax_step(m_i, l_i, delta, q, do, kn, vn, scale_log2, mask_n)
-            if SAVE_STATS:
-                tl.store(stats_ptrs, shift, mask=mask_m)
-                tl.store(stats_ptrs + stats_plane, l_i, mask=mask_m)
-                tl.store(stats_ptrs + 2 * stats_plane, delta, mask=mask_m)
-            delta = delta / l_i
-            weight = factor / l_i
-            delta_sum += tl.where(mask_m, delta, 0.0)
-
-            if ONE_BLOCK or NEED_PREFIX:
-                weights, ds = _weights_and_ds(q, do, k, v, shift, weight, delta, scale_log2, mask_m, mask_p)
-            if NEED_QUERY:
-                dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-                if factor != 0.0:
-                    if ONE_BLOCK:
-                        dq = _dot_fp32_by(ds, k, dq, WIDE)
-                    else:
-                        for start in range(0, prefix_len, BLOCK_P):
-                            kn, vn, mask_n = _prefix_block(
-                                k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, start, prefix_len, mask_d
-                            )
-                            _, dsn = _weights_and_ds(
-                                q, do, kn, vn, shift, weight, delta, scale_log2, mask_m, mask_n
-                            )
-                            dq = _dot_fp32_by(dsn, kn, dq, WIDE)
-                dq_ptrs = _tile(grad_query_ptr, GRAD_QUERY_STRIDES, row, head, offs_m, offs_d)
-                tl.store(dq_ptrs, (dq * softmax_scale).to(grad_query_ptr.dtype.element_ty), mask=mask_md)
-            if NEED_PREFIX:
-                if factor != 0.0:
-                    dk = _dot_fp32_by(tl.trans(ds), q, dk, WIDE)
-                    dv = _dot_fp32_by(tl.trans(weights), do, dv, WIDE)
-        if NEED_GATE:
-            tl.store(partial_ptr + slot * columns + 2 * kv_columns + head, slope * tl.sum(delta_sum, axis=0))
-    if NEED_PREFIX:
-        offs_pd = (kv_head * prefix_len + first_p + offs_p)[:, None] * HEAD_DIM + offs_d[None, :]
-        mask_pd = mask_p[:, None] & mask_d
-        tl.store(partial_ptr + slot * columns + offs_pd, dk * softmax_scale, mask=mask_pd)
-        tl.store(partial_ptr + slot * columns + kv_columns + offs_pd, dv, mask=mask_pd)
-
-
-@triton.jit(do_not_specialize=REDUCE_LENGTHS)
-def _gated_prefix_reduce_kernel(
-    grad_key_ptr, grad_value_ptr, grad_gate_ptr, partial_ptr, row_ids_ptr,
-    num_rows, slots_per_row, kv_columns, columns,
-    BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, HAS_ROW_IDS: tl.constexpr,
-):  # fmt: skip
-    """Sum the partials of the rows that use one bank entry, BLOCK_E columns of (dKp | dVp | dgate) at a time.
-
-    Rows are summed across a tile and slots along the loop: where a single row uses the entry, the sum does not
-    depend on that row's place in the batch.
-    """
-    pid = tl.program_id(0)
-    num_column_blocks = tl.cdiv(columns, BLOCK_E)
-    entry = (pid // num_column_blocks).to(tl.int64)
-    offs_e = (pid % num_column_blocks).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
-    mask_e = offs_e < columns
-    acc = tl.zeros((BLOCK_R, BLOCK_E), tl.float32)
-    for start in range(0, num_rows, BLOCK_R):
-        offs_r = start + tl.arange(0, BLOCK_R)
-        mask_r = offs_r < num_rows
-        if HAS_ROW_IDS:
-            # only rows of this entry are read: others may hold NaN, or nothing yet
-            mask_r = mask_r & (tl.load(row_ids_ptr + offs_r, mask=mask_r, other=-1) == entry)
-        if tl.max(mask_r.to(tl.int32), axis=0) > 0:
-            for slot in range(slots_per_row):
-                offs_s = offs_r.to(tl.int64) * slots_per_row + slot
-                ptrs = partial_ptr + offs_s[:, None] * columns + offs_e[None, :]
-                acc += tl.load(ptrs, mask=mask_r[:, None] & mask_e[None, :], other=0.0)  # (BLOCK_R, BLOCK_E)
-    total = tl.sum(acc, axis=0)
-    is_key = offs_e < kv_columns
-    is_value = (offs_e >= kv_columns) & (offs_e < 2 * kv_columns)
-    is_gate = (offs_e >= 2 * kv_columns) & mask_e
-    prefix_dtype = grad_key_ptr.dtype.element_ty
-    tl.store(grad_key_ptr + entry * kv_columns + offs_e, total.to(prefix_dtype), mask=is_key)
-    tl.store(grad_value_ptr + (entry - 1) * kv_columns + offs_e, total.to(prefix_dtype), mask=is_value)
-    num_heads = columns - 2 * kv_columns
-    tl.store(grad_gate_ptr + entry * num_heads + offs_e - 2 * kv_columns, total, mask=is_gate)
-
-
-def config(head_dim: int, prefix_len: int, activation, prefix, second_launch=False) -> tuple[int, ...]:
-    """``BLOCK_M, BLOCK_P, num_warps, num_stages`` for two dtypes; benchmarks/audit.py shows what they compile to.
-
-    fp32 products run on vector units, with a whole row of head_dim per thread: their tiles are smaller.
-    """
-    if prefix == torch.float32:
-        block_p = 8 if head_dim > 128 else 16
-        if prefix_len <= block_p:
-            num_stages = 3 if head_dim <= 64 or activation == torch.float32 else 2
+    k, v, mask_p = _prefix_block(k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, 0, prefix_len, mask_d)
+    if TMA:
+        q_desc = _descriptor(query_ptr, QUERY_STRIDES, batch, num_heads, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
+        base_desc = _descriptor(base_ptr, BASE_STRIDES, batch, num_heads, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
+        out_desc = _descriptor(out_ptr, OUT_STRIDES, batch, num_heads, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
+    # the explicit number pipelines base too, which no product reads
+    for visit in tl.range(first_visit, last_visit, num_stages=STAGES):
+        head = kv_head * group_size + visit // num_tiles
+        start_m = (visit % num_tiles) * BLOCK_M
+        offs_m = start_m.to(tl.int64) + tl.arange(0, BLOCK_M)
+        mask_md = (offs_m[:, None] < q_len) & mask_d
+        if TMA:
+            where = [row.to(tl.int32), head.to(tl.int32), start_m, 0]
+            q = q_desc.load(where).reshape(BLOCK_M, BLOCK_D)
+            base = base_desc.load(where).reshape(BLOCK_M, BLOCK_D)
         else:
-            num_stages = 2 if head_dim > 128 and not second_launch else 1
-        return 16, block_p, (4 if head_dim <= 64 else 8), num_stages
-    block_p = 32 if 16 < prefix_len <= 32 and head_dim <= 128 else 16
-    one_block = prefix_len <= block_p
-    num_warps = 8 if head_dim > 128 or (head_dim > 64 and not one_block and not second_launch) else 4
-    return 32, block_p, num_warps, (1 if second_launch else 2)
+            q = tl.load(_tile(query_ptr, QUERY_STRIDES, row, head, offs_m, offs_d), mask=mask_md, other=0.0)
+            base = tl.load(_tile(base_ptr, BASE_STRIDES, row, head, offs_m, offs_d), mask=mask_md, other=0.0)
+        q = q.to(key_ptr.dtype.element_ty)  # (BLOCK_M, BLOCK_D)
+        factor, _ = _gate_factor(gate_ptr, GATE_STRIDES, row_id, entry, num_prefixes, head, TANH)
+        if ONE_BLOCK:
+            s = _scores(q, k, scale_log2, mask_p)
+            _, shift, _ = _rescale(tl.full((BLOCK_M,), float("-inf"), tl.float32), s)
+            p = tl.exp2(s - shift[:, None])
+            l_i = tl.sum(p, axis=1)
+            # p is at most 1, so rounding it to the dtype of v costs less than rounding the result
+            acc = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        else:
+            m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            l_i = tl.zeros((BLOCK_M,), tl.float32)
+            acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+            for start in range(0, prefix_len, BLOCK_P):
+                kn, vn, mask_n = _prefix_block(
+                    k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, start, prefix_len, mask_d
+                )
+                s = _scores(q, kn, scale_log2, mask_n)
+                m_i, shift, alpha = _rescale(m_i, s)
+                p = tl.exp2(s - shift[:, None])
+                l_i = l_i * alpha + tl.sum(p, axis=1)
+                acc = tl.dot(p.to(vn.dtype), vn, acc * alpha[:, None], input_precision="ieee")
+        out = (base.to(tl.float32) + acc * (factor / l_i)[:, None]).to(base.dtype)
+        # a choice, not a product with zero: it keeps the bits of base, and Inf or NaN in the prefix out of them
+        out = tl.where(factor != 0.0, out, base)
+        if TMA:
+            out_desc.store(where, out.reshape(1, 1, BLOCK_M, BLOCK_D))
+        else:
+            tl.store(_tile(out_ptr, OUT_STRIDES, row, head, offs_m, offs_d), out, mask=mask_md)
 
 
 def gated_prefix_forward(
@@ -372,127 +163,52 @@ def gated_prefix_forward(
         TypeError: fp64, or bf16 under the interpreter.
         ValueError: tensors on a device Triton cannot reach, ``head_dim`` above 256, an unknown ``gate_fn``.
     """
-    _check(query, gate_fn)
+    check(query, gate_fn)
     out = torch.empty_like(base)
     if out.numel() == 0:
         return out
-    shared = _shared_arguments(query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn)
-    batch, num_heads, q_len, _ = query.shape
+    batch, num_heads, q_len, head_dim = query.shape
+    num_kv_heads, prefix_len = prefix_key.shape[1:3]
+    arch = target.arch(query)
+    tiles = config(arch, head_dim, prefix_len, query.dtype, prefix_key.dtype, "forward")
+    visits = num_heads // num_kv_heads * triton.cdiv(q_len, tiles.block_m)
+    visits_per_run = _visits_per_run(arch, batch * num_kv_heads, visits)
+    runs = triton.cdiv(visits, visits_per_run)
+    tma = tiles.tma and visits >= MIN_TMA_VISITS and all(_reached_by_tma(x) for x in (out, base, query))
     with torch.cuda.device_of(query):
-        _gated_prefix_fwd_kernel[(triton.cdiv(q_len, shared["BLOCK_M"]) * batch * num_heads,)](
-            out_ptr=out, base_ptr=base, OUT_STRIDES=out.stride(), BASE_STRIDES=base.stride(), **shared
+        if tma:
+            _provide_scratch()
+        _gated_prefix_fwd_kernel[(batch * num_kv_heads * runs,)](
+            out_ptr=out, base_ptr=base, OUT_STRIDES=out.stride(), BASE_STRIDES=base.stride(),
+            batch=batch, runs=runs, visits_per_run=visits_per_run, TMA=tma,
+            STAGES=tiles.num_stages,
+            **operands(query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn, tiles),
         )  # fmt: skip
     return out
 
 
-def gated_prefix_backward(
-    grad_out: Tensor, query: Tensor, prefix_key: Tensor, prefix_value: Tensor, gate: Tensor,
-    row_ids: Tensor | None, softmax_scale: float, gate_fn: str,
-    need_query: bool, need_prefix: bool, need_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of query, prefix_key, prefix_value and gate, each in its argument's dtype.
+def _visits_per_run(arch: str, heads: int, visits: int) -> int:
+    """Query tiles that one program walks over: as many programs as the device holds at once, in one wave."""
+    runs = max(1, PROGRAMS_PER_PROCESSOR.get(arch, 4) * PROCESSORS.get(arch, 128) // heads)
+    return triton.cdiv(visits, min(runs, visits))
 
-    Those not needed come back with shape ``(0,)``. A row whose id is outside ``[-1, num_prefixes)`` gets NaN in
-    its gradient of query and adds nothing to the others. Errors as in :func:`gated_prefix_forward`.
+
+def _reached_by_tma(x: Tensor) -> bool:
+    """Whether the hardware can address ``x``: dense innermost, all else in steps of 16 bytes."""
+    steps = [stride * x.element_size() for stride in x.stride()[:-1]]
+    dense = x.stride(-1) == 1 and all(step > 0 and step % 16 == 0 for step in steps)
+    return dense and x.data_ptr() % 16 == 0
+
+
+def _provide_scratch() -> None:
+    """Descriptors made on a device live in memory that Triton asks the caller for; an allocator set by others stays.
+
+    At every launch, because the setting is one per thread.
     """
-    _check(query, gate_fn)
-    shared = _shared_arguments(query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn)
-    batch, num_heads, q_len, head_dim = query.shape
-    num_prefixes, num_kv_heads, prefix_len, _ = prefix_key.shape
-    by_row = row_ids is not None
-
-    grad_query = torch.empty_like(query) if need_query else query.new_empty(0)
-    grad_key = prefix_key.new_empty(prefix_key.shape if need_prefix else (0,))
-    grad_value = prefix_value.new_empty(prefix_value.shape if need_prefix else (0,))
-    grad_gate = gate.new_empty(gate.shape if need_gate else (0,))
-
-    num_rows = batch if by_row else 1
-    num_tiles = triton.cdiv(q_len, shared["BLOCK_M"]) * (1 if by_row else batch)
-    tiles_per_slot = _tiles_per_slot(num_tiles, num_heads, num_kv_heads, by_row)
-    slots_per_row = triton.cdiv(num_tiles, tiles_per_slot)
-    num_slots = num_rows * slots_per_row
-    kv_columns = num_kv_heads * prefix_len * head_dim if need_prefix else 0
-    columns = 2 * kv_columns + (num_heads if need_gate else 0)
-    partial = query.new_empty((num_slots, columns), dtype=torch.float32)
-    # shift, normaliser and delta of every query position, handed from the first launch to the second
-    in_two = need_prefix and not shared["ONE_BLOCK"]
-    stats = query.new_empty((3, batch, num_heads, q_len) if in_two else 0, dtype=torch.float32)
-
-    def launch(num_blocks: int, query_now: bool, prefix_now: bool, gate_now: bool, save_stats=False) -> None:
-        _gated_prefix_bwd_kernel[(num_slots * num_kv_heads * num_blocks,)](
-            grad_query_ptr=grad_query, partial_ptr=partial, stats_ptr=stats, grad_out_ptr=grad_out,
-            GRAD_QUERY_STRIDES=grad_query.stride() if need_query else query.stride(),
-            GRAD_OUT_STRIDES=grad_out.stride(),
-            num_tiles=num_tiles, tiles_per_slot=tiles_per_slot, slots_per_row=slots_per_row,
-            kv_columns=kv_columns, columns=columns, stats_plane=stats.numel() // 3,
-            WIDE="ieee" if torch.version.hip else "tf32",  # AMD's matrix units take fp32 as it is
-            NEED_QUERY=query_now, NEED_PREFIX=prefix_now, NEED_GATE=gate_now, SAVE_STATS=save_stats, **shared,
-        )  # fmt: skip
-
-    with torch.cuda.device_of(query):
-        if num_slots * num_kv_heads and (need_query or columns):
-            if in_two:
-                launch(1, need_query, False, need_gate, save_stats=True)
-                *_, num_warps, num_stages = config(head_dim, prefix_len, query.dtype, prefix_key.dtype, True)
-                shared |= {"num_warps": num_warps, "num_stages": num_stages}
-                launch(triton.cdiv(prefix_len, shared["BLOCK_P"]), False, True, False)
-            else:
-                launch(1, need_query, need_prefix, need_gate)
-        if columns:
-            _gated_prefix_reduce_kernel[(num_prefixes * triton.cdiv(columns, REDUCE_COLUMNS),)](
-                grad_key_ptr=grad_key, grad_value_ptr=grad_value, grad_gate_ptr=grad_gate,
-                partial_ptr=partial, row_ids_ptr=row_ids,
-                # without ids, the slots of the whole batch are the rows of a bank of one
-                num_rows=num_rows if by_row else num_slots, slots_per_row=slots_per_row if by_row else 1,
-                kv_columns=kv_columns, columns=columns,
-                BLOCK_R=REDUCE_ROWS, BLOCK_E=REDUCE_COLUMNS, HAS_ROW_IDS=by_row, num_warps=4,
-            )  # fmt: skip
-    return grad_query, grad_key, grad_value, grad_gate
+    if isinstance(_allocation._allocator.get(), _allocation.NullAllocator):
+        triton.set_allocator(_scratch)
 
 
-def _shared_arguments(query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn) -> dict:
-    """What the forward and backward kernels have in common."""
-    num_prefixes, num_kv_heads, prefix_len, head_dim = prefix_key.shape
-    block_m, block_p, num_warps, num_stages = config(head_dim, prefix_len, query.dtype, prefix_key.dtype)
-    return {
-        "query_ptr": query, "key_ptr": prefix_key, "value_ptr": prefix_value, "gate_ptr": gate, "row_ids_ptr": row_ids,
-        "QUERY_STRIDES": query.stride(), "KEY_STRIDES": prefix_key.stride(), "VALUE_STRIDES": prefix_value.stride(),
-        "GATE_STRIDES": gate.stride(), "softmax_scale": softmax_scale, "num_prefixes": num_prefixes,
-        "num_heads": query.shape[1], "num_kv_heads": num_kv_heads, "q_len": query.shape[2], "prefix_len": prefix_len,
-        "HEAD_DIM": head_dim, "BLOCK_M": block_m, "BLOCK_P": block_p, "BLOCK_D": block_d(head_dim),
-        "HAS_ROW_IDS": row_ids is not None, "TANH": gate_fn == "tanh", "ONE_BLOCK": prefix_len <= block_p,
-        "num_warps": num_warps, "num_stages": num_stages,
-    }  # fmt: skip
-
-
-def _tiles_per_slot(num_tiles: int, num_heads: int, num_kv_heads: int, by_row: bool) -> int:
-    """How many query tiles one backward program sums before it writes its partial.
-
-    At least 16 visits (tiles times query heads), so that partials are a small part of the traffic. For a shared
-    prefix at most about 384 programs, three for every multiprocessor of an H100, so that partials do not grow with
-    the batch; with row ids the number must not depend on the batch.
-    """
-    tiles = triton.cdiv(16 * num_kv_heads, num_heads)
-    return tiles if by_row else max(tiles, triton.cdiv(num_tiles * num_kv_heads, 384))
-
-
-def block_d(head_dim: int) -> int:
-    """head_dim padded to what ``tl.dot`` takes."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
-def _check(query: Tensor, gate_fn: str) -> None:
-    op = "gated_prefix (Triton)"
-    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"{op}: query must be fp32, bf16 or fp16, got {query.dtype}")
-    interpreted = not isinstance(_gated_prefix_fwd_kernel, triton.JITFunction)
-    if interpreted and query.dtype == torch.bfloat16:
-        raise TypeError(
-            f"{op}: query must be fp32 or fp16 under TRITON_INTERPRET=1 (bf16 is wrong there), got bf16"
-        )
-    if not interpreted and query.device.type == "cpu":
-        raise ValueError(f"{op}: query must be on a GPU (or set TRITON_INTERPRET=1), got cpu")
-    if query.shape[-1] > 256:
-        raise ValueError(f"{op}: head_dim must be at most 256, got {query.shape[-1]}")
-    if gate_fn not in ("tanh", "identity"):
-        raise ValueError(f"{op}: gate_fn must be 'tanh' or 'identity', got {gate_fn!r}")
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """On the current device, which is the one that is launched on."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")

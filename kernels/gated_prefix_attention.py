@@ -17,7 +17,8 @@ head_dim)``; prefix_key, prefix_value ``(num_prefixes, num_kv_heads, prefix_len,
 num_heads)``; any strides. lse, prefix_lse ``(batch, num_heads, q_len)``, contiguous.
 """
 
-from fastadapter.kernels import attention, attention_backward
+import torch
+from fastadapter.kernels import attention, attention_backward, decode
 from torch import Tensor
 
 
@@ -37,6 +38,12 @@ def gated_prefix_attention_forward(
         ValueError: tensors on a device Triton cannot reach, ``head_dim`` above 256, an unknown ``gate_fn``.
     """
     _check_gate_fn(gate_fn)
+    if not save and decode.takes(query, key, cu_seqlens, is_causal):
+        out = decode.gated_prefix_attention_decode(
+            query, key, value, prefix_key, prefix_value, gate, attn_mask, row_ids, softmax_scale, gate_fn, is_causal,
+            window, softcap,
+        )  # fmt: skip
+        return out, query.new_empty(0), *(query.new_empty(0, dtype=torch.float32) for _ in range(2))
     return attention.attention_forward(
         "gated_prefix_attention", query, key, value, prefix_key, prefix_value, gate, attn_mask, cu_seqlens, row_ids,
         softmax_scale, gate_fn, is_causal, window, softcap, save,

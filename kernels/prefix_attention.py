@@ -22,7 +22,7 @@ num_heads, q_len)``, contiguous.
 import torch
 import triton
 import triton.language as tl
-from fastadapter.kernels import attention, attention_backward, target
+from fastadapter.kernels import attention, attention_backward, decode, target
 from fastadapter.kernels.attention import LENGTHS, _adapter_of, _attend_prefix, _load, _locate, _rows
 from torch import Tensor
 
@@ -88,6 +88,21 @@ def prefix_attention_forward(
         TypeError: fp64, or bf16 under the interpreter.
         ValueError: tensors on a device Triton cannot reach, or ``head_dim`` above 256.
     """
+    if not save and decode.takes(query, key, cu_seqlens, is_causal):
+        out = decode.prefix_attention_decode(
+            query,
+            key,
+            value,
+            prefix_key,
+            prefix_value,
+            attn_mask,
+            row_ids,
+            softmax_scale,
+            is_causal,
+            window,
+            softcap,
+        )
+        return out, query.new_empty(0, dtype=torch.float32)
     out, _, lse, _ = attention.attention_forward(
         "prefix_attention", query, key, value, prefix_key, prefix_value, None, attn_mask, cu_seqlens, row_ids,
         softmax_scale, None, is_causal, window, softcap, save,

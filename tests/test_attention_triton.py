@@ -30,6 +30,15 @@ BOTH = pytest.mark.parametrize("op", [GATED, SHARED])
 # Tests whose subject both ops share: the second one is for the long run.
 EITHER = pytest.mark.parametrize("op", [GATED, pytest.param(SHARED, marks=pytest.mark.slow)])
 RATHER_SHARED = pytest.mark.parametrize("op", [SHARED, pytest.param(GATED, marks=pytest.mark.slow)])
+# One block of prefix and several, each with one op; the other two for the long run.
+CROSSED = pytest.mark.parametrize(
+    ("op", "prefix_len"),
+    [
+        (GATED, 17),
+        (SHARED, 5),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in [(GATED, 5), (SHARED, 17)]),
+    ],
+)
 ACTIVATIONS = ("query", "key", "value")
 SMALL = attention.Tiles(block_m=16, block_n=16, block_p=16, num_warps=4, num_stages=1)
 SHAPES = [
@@ -122,7 +131,7 @@ def test_grid(op, shape, dtype):
     check(op, inputs, launch(op, inputs))
 
 
-@BOTH
+@EITHER
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_shipped_tiles(op, dtype, monkeypatch):
     """Not the small ones of the other tests, and for one architecture each those of every route."""
@@ -198,8 +207,7 @@ def strided(x):
     return wide.transpose(1, 2).contiguous().transpose(1, 2)[..., ::2].copy_(x)
 
 
-@BOTH
-@pytest.mark.parametrize("prefix_len", [5, 17])
+@CROSSED
 def test_rows_and_entries_are_isolated(op, prefix_len):
     """NaN in a row and its bank entry leaves all others the bits that they have without it, alone or not."""
     inputs = make_inputs(BANK._replace(prefix_len=prefix_len), torch.float32)
@@ -220,8 +228,7 @@ def test_rows_and_entries_are_isolated(op, prefix_len):
         assert actual[name][0].isnan().all() and not actual[name][1].any(), name
 
 
-@BOTH
-@pytest.mark.parametrize("prefix_len", [5, 17])
+@CROSSED
 def test_packed_sequences_are_isolated(op, prefix_len):
     """As for rows: a sequence has the bits that it has alone, its entry's gradients too, beside NaN."""
     inputs = make_inputs(PACKED._replace(prefix_len=prefix_len), torch.float32)
@@ -269,7 +276,7 @@ def test_positions_behind_the_last_sequence_are_zero():
         assert all(actual[name].isfinite().all() for name in banks(op))
 
 
-@BOTH
+@EITHER
 def test_no_adapter_is_plain_attention(op):
     """Id -1 has the bits of an attention without prefix, whatever the bank holds, and zero gradients for the bank."""
     inputs = make_inputs(BANK, torch.float32)._replace(row_ids=torch.full((3,), -1, dtype=torch.int32))
@@ -290,7 +297,7 @@ def test_no_adapter_is_plain_attention(op):
         assert not zero["prefix_key"].any() and not zero["prefix_value"].any()
 
 
-@BOTH
+@RATHER_SHARED
 def test_ids_outside_the_bank_show_as_nan(op):
     """A device cannot raise; it must neither read past the bank nor return something that looks right."""
     inputs = make_inputs(BANK, torch.float32)
@@ -302,18 +309,21 @@ def test_ids_outside_the_bank_show_as_nan(op):
     assert all(actual[name].isfinite().all() for name in banks(op))
 
 
-@pytest.mark.parametrize(
-    "needs", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 1, 1)], ids=str
-)
-@pytest.mark.parametrize("prefix_len", [5, 17])
-def test_only_needed_gradients_are_computed(needs, prefix_len):
+@pytest.mark.parametrize("prefix_len", [17, pytest.param(5, marks=pytest.mark.slow)])
+def test_only_needed_gradients_are_computed(prefix_len):
     inputs = make_inputs(BANK._replace(prefix_len=prefix_len, batch=1, num_prefixes=1), torch.float32)
-    full, needs = launch(GATED, inputs), tuple(map(bool, needs))
-    actual = launch(GATED, inputs, needs=needs)
-    query, key_value, prefix, gate = needs
-    wanted = dict(zip(OPERANDS[GATED], (query, key_value, key_value, prefix, prefix, gate)))
-    for name, want in wanted.items():
-        assert same_bits(actual[name], full[name]) if want else actual[name].shape == (0,), name
+    full = launch(GATED, inputs)
+    for query, key_value, prefix, gate in (
+        (1, 0, 0, 0),
+        (0, 1, 0, 0),
+        (0, 0, 1, 0),
+        (0, 0, 0, 1),
+        (1, 0, 1, 1),
+    ):
+        actual = launch(GATED, inputs, needs=(bool(query), bool(key_value), bool(prefix), bool(gate)))
+        wanted = dict(zip(OPERANDS[GATED], (query, key_value, key_value, prefix, prefix, gate)))
+        for name, want in wanted.items():
+            assert same_bits(actual[name], full[name]) if want else actual[name].shape == (0,), name
 
 
 @EITHER
@@ -325,8 +335,8 @@ def test_nothing_is_saved_unless_asked(op):
 
 
 def test_runs_are_equal_bit_for_bit():
-    """Several rows, sequences and tiles meet in one slot and one bank entry."""
-    shape = Shape(batch=9, num_heads=4, num_kv_heads=1, q_len=17, kv_len=1, head_dim=8)
+    """Several rows and tiles meet in one slot, and several slots in one bank entry."""
+    shape = Shape(batch=3, num_heads=4, num_kv_heads=1, q_len=17, kv_len=3, head_dim=8)
     inputs = make_inputs(shape, torch.float32)
     first, second = launch(GATED, inputs), launch(GATED, inputs)
     check(GATED, inputs, first)

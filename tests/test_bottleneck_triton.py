@@ -20,7 +20,7 @@ from fastadapter.kernels.activation import ACTIVATIONS
 from fastadapter.kernels.bottleneck_backward import _tiles_per_slot
 from fastadapter.kernels.bottleneck_config import backward_config, config
 
-from tests.support.bottleneck import Shape, eager, make_inputs
+from tests.support.bottleneck import Shape, eager, make_inputs, run
 from tests.support.budget import assert_within_budget, same_bits
 from tests.support.gated_prefix import device_of, on_device
 
@@ -123,6 +123,17 @@ def test_fp32_masters_beside_half_activations(shape):
     check(inputs, launch(inputs, norm="layer_norm"), torch.float32, norm="layer_norm")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [Shape(2, 33, 70, 33), Shape(3, 5, 96, 140, 2)], ids=str)
+@pytest.mark.parametrize("norm", ["none", "layer_norm", "rms_norm"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_activation_with_every_norm(dtype, activation, norm, shape):
+    inputs = make_inputs(shape, dtype, norm=norm, residual="x")
+    options = {"activation": activation, "norm": norm, "scale": 0.8}
+    check(inputs, launch(inputs, **options), **options)
+
+
 def test_the_statistics_do_not_cancel():
     """A mean a thousand times the deviation: E[x^2] - E[x]^2 would keep no digit of the variance."""
     inputs = make_inputs(Shape(1, 3, 300, 4), torch.float32, norm="layer_norm")
@@ -189,8 +200,7 @@ def test_ids_outside_the_bank_show_as_nan(size):
     assert not forward(inputs._replace(residual=None), norm="rms_norm")[4].any()
 
 
-@pytest.mark.parametrize("shape", [ONE, TWO], ids=str)
-@pytest.mark.parametrize("tied", [False, True], ids=["other", "x"])
+@pytest.mark.parametrize(("shape", "tied"), [(ONE, False), (ONE, True), (TWO, True)], ids=str)
 def test_rows_without_an_adapter(shape, tied):
     """-1 gives the residual, and grad_out to it, whatever the bank and x hold; an unused entry gets zeros."""
     inputs = make_inputs(shape, torch.float32, norm="layer_norm", residual="x" if tied else "other")
@@ -243,7 +253,9 @@ def test_positions_of_a_shared_adapter_are_isolated():
         assert actual[name][1, 2].isnan().all(), name
 
 
-@pytest.mark.parametrize(("by_row", "size"), [(True, 3), (True, 70), (False, 3)])
+@pytest.mark.parametrize(
+    ("by_row", "size"), [(True, 3), (False, 3), pytest.param(True, 70, marks=pytest.mark.slow)]
+)
 def test_a_row_in_a_batch_has_the_bits_it_has_alone(by_row, size):
     """With ids also its gradients: how a row is cut into tiles and slots does not depend on the batch.
 
@@ -277,7 +289,7 @@ def spread(x, offset=1):
     return storage[offset:].view(shape).transpose(-1, -2)[..., ::2, :].copy_(x)
 
 
-@pytest.mark.parametrize("shape", [ONE, TWO], ids=str)
+@pytest.mark.parametrize("shape", [ONE, pytest.param(TWO, marks=pytest.mark.slow)], ids=str)
 def test_strided_and_unaligned_inputs(shape):
     """Same bits as from contiguous tensors; out and grad_x like ``torch.empty_like(x)``."""
     inputs = make_inputs(shape, torch.float32, norm="layer_norm")
@@ -317,6 +329,15 @@ def test_only_needed_gradients_are_computed(shape):
         for name, needed in zip(GRADS, (x, weights, weights, biases, biases, norm, norm), strict=True):
             expected = full[name] if needed else torch.empty(0, dtype=full[name].dtype)
             assert same_bits(actual[name], expected), (needs, name)
+
+
+@pytest.mark.parametrize("residual", ["x", "other"])
+def test_the_public_op_runs_these_kernels(residual):
+    """Output and every gradient of ``backend="triton"`` have the bits of the launchers."""
+    inputs = make_inputs(ONE, torch.float32, norm="layer_norm", residual=residual)
+    results = run(inputs, "triton", activation="silu", norm="layer_norm", scale=0.5)
+    for name, value in launch(inputs, activation="silu", norm="layer_norm", scale=0.5).items():
+        assert same_bits(results[name], value), name
 
 
 def test_absent_arguments_have_empty_gradients():
@@ -374,9 +395,9 @@ def test_activations_over_their_range(activation):
 def test_what_the_kernels_cannot_do_is_an_error(change, error, message):
     change = dict(change)
     inputs = make_inputs(ONE, change.pop("dtype", torch.float32), norm="layer_norm")
-    for run in (forward, backward):
+    for launcher in (forward, backward):
         with pytest.raises(error, match=message):
-            run(inputs, **{"norm": "layer_norm", **change})
+            launcher(inputs, **{"norm": "layer_norm", **change})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes bf16")

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from fastadapter.kernels import decode as kernels
-from fastadapter.kernels import target
+from fastadapter.kernels import gated_prefix_attention, prefix_attention, target
 
 from fastadapter import reference
 from tests.support.budget import assert_within_budget, same_bits
@@ -319,6 +319,28 @@ def test_strides_beyond_32_bits():
 def test_empty_batches(op, shape):
     inputs = make_inputs(shape, torch.float32)
     assert launch(op, inputs, shape).shape == inputs.query.shape
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize("op", OPS)
+def test_the_op_takes_this_route_without_backward(op):
+    """Few queries, keys worth two splits, nothing to save; with something to save, the single pass."""
+    shape = Shape(batch=1, mask="bool", softcap=3.0)
+    inputs = make_inputs(shape, torch.float32)
+    *tensors, gate, mask, row_ids = (on_device(x, DEVICE) for x in inputs)
+    module, gates, names = prefix_attention, (), ()
+    if op == "gated_prefix_attention":
+        module, gates, names = gated_prefix_attention, (gate,), ("tanh",)
+    run = getattr(module, f"{op}_forward")
+    arguments = (*tensors, *gates, mask, None, row_ids, 0.3, *names, False, 0, shape.softcap)
+    results, saved = run(*arguments, False), run(*arguments, True)
+    assert same_bits(results[0].cpu(), launch(op, inputs, shape, softmax_scale=0.3))
+    assert [x.shape for x in results[1:]] == [(0,)] * len(results[1:])
+    assert [x.dtype for x in results] == [x.dtype for x in saved]
+    check(op, inputs, shape, saved[0].cpu(), softmax_scale=0.3)
+    assert kernels.takes(inputs.query, inputs.key, None, False)
+    assert not kernels.takes(inputs.query, inputs.key, row_ids, False)
+    assert not kernels.takes(inputs.query, inputs.key, None, True)
 
 
 def test_the_table_knows_when_to_split():

@@ -4,6 +4,7 @@ Without a GPU the kernels run in Triton's interpreter, which multiplies bf16 wro
 on a GPU. Gates are random and non-zero unless a test says so.
 """
 
+import contextvars
 import os
 
 import pytest
@@ -15,6 +16,8 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from fastadapter.kernels import gated_prefix as kernels
+from fastadapter.kernels import target
+from triton.runtime import _allocation
 
 from tests.support.budget import assert_within_budget, same_bits
 from tests.support.gated_prefix import Inputs, Shape, device_of, eager, make_inputs, on_device
@@ -91,6 +94,77 @@ def test_tiny_gates_keep_half_precision_gradients():
     for name in ("prefix_key", "prefix_value"):
         error = (actual[name].double() - exact[name]).abs().max()
         assert error <= exact[name].abs().max() * 2**-8, name
+
+
+@pytest.mark.parametrize("prefix_len", [10, 40, 150])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_every_route_has_the_same_results(arch, prefix_len, monkeypatch):
+    """TMA descriptors clip a tile at the end of q_len and head_dim; a run walks over tiles and heads."""
+    monkeypatch.setattr(kernels, "MIN_TMA_VISITS", 1)
+    routes = []
+    monkeypatch.setattr(kernels, "_provide_scratch", lambda: routes.append("tma"))
+    shape = Shape(batch=1, num_heads=4, num_kv_heads=2, q_len=37, head_dim=40, prefix_len=prefix_len)
+    inputs = make_inputs(shape, torch.float16)
+    with target.assume(arch):
+        out = kernels.gated_prefix_forward(*(on_device(x, DEVICE) for x in inputs[:6]), 0.2, "tanh").cpu()
+        assert routes == (["tma"] if arch == "sm_90" else [])
+        bshd = inputs._replace(base=inputs.base.transpose(1, 2).contiguous().transpose(1, 2))
+        again = kernels.gated_prefix_forward(*(on_device(x, DEVICE) for x in bshd[:6]), 0.2, "tanh").cpu()
+    assert same_bits(again, out) and again.stride() == bshd.base.stride()
+    plain, exact = (eager(inputs, dtype, softmax_scale=0.2) for dtype in (torch.float16, torch.float64))
+    assert_within_budget(out, plain["out"], exact["out"], "out")
+
+
+def test_tma_reads_only_what_the_hardware_can_address():
+    """16-byte steps between rows, heads and batch, from a 16-byte address; no broadcast axes."""
+    x = torch.zeros(2, 3, 8, 64, dtype=torch.float16)
+    assert kernels._reached_by_tma(x) and kernels._reached_by_tma(x.transpose(1, 2))
+    assert kernels._reached_by_tma(x[..., 8:48])
+    assert not kernels._reached_by_tma(x[..., 4:48])
+    assert not kernels._reached_by_tma(x[..., ::2])
+    assert not kernels._reached_by_tma(x[:, :1].expand(2, 3, 8, 64))
+    assert not kernels._reached_by_tma(torch.zeros(2, 3, 8, 60, dtype=torch.float16))
+    inputs = make_inputs(Shape(batch=1, num_heads=4, num_kv_heads=1, q_len=33), torch.float16)
+    wide = torch.zeros(1, 4, 33, 17, dtype=torch.float16)
+    odd = inputs._replace(base=wide[..., 1:].copy_(inputs.base))
+    with target.assume("sm_90"):
+        actual, expected = (
+            kernels.gated_prefix_forward(*(on_device(x, DEVICE) for x in case[:6]), 0.2, "tanh").cpu()
+            for case in (odd, inputs)
+        )
+    assert same_bits(actual, expected)
+
+
+def test_scratch_memory_of_others_is_kept():
+    def check_in_a_fresh_context():
+        kernels._provide_scratch()
+        assert _allocation._allocator.get() is kernels._scratch
+        other = lambda size, alignment, stream: None  # noqa: E731
+        _allocation.set_allocator(other)
+        kernels._provide_scratch()
+        assert _allocation._allocator.get() is other
+
+    contextvars.Context().run(check_in_a_fresh_context)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"])
+def test_tiles_stay_clear_of_wgmma(arch):
+    """Fewer than 64 rows in every product whose left operand comes from registers."""
+    for dtypes in [
+        (torch.float16, torch.float16),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+    ]:
+        for head_dim in (1, 64, 96, 128, 256):
+            for prefix_len in (1, 16, 17, 64, 128, 1000):
+                forward, query, *backward = (
+                    kernels.config(arch, head_dim, prefix_len, *dtypes, launch)
+                    for launch in ("forward", "backward-query", "backward", "backward-prefix")
+                )
+                assert forward.block_m < 64 and not any(x.tma for x in backward)
+                assert forward.tma <= (arch in ("sm_90", "sm_100", "sm_120"))
+                assert all(x.block_m < 64 and x.block_p < 64 for x in backward)
+                assert query.block_m == backward[0].block_m == backward[1].block_m < 64
 
 
 def test_identity_gate_and_scale():

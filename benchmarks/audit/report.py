@@ -127,9 +127,7 @@ def store(path: Path, rows: Iterable[Row]) -> None:
 
 def load(path: Path = TABLE) -> list[Row]:
     """Raises: ValueError: columns that are missing or unknown, or a value of the wrong type, with its line."""
-    kinds = {
-        field.name: {int: int, float: float, bool: _truth}.get(field.type, str) for field in fields(Row)
-    }
+    kinds = {field.name: {int: int, float: float, bool: _truth}.get(field.type, str) for field in fields(Row)}
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         if odd := kinds.keys() ^ set(reader.fieldnames or ()):

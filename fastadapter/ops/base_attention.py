@@ -13,7 +13,8 @@ from torch import Tensor
 from fastadapter.ops.attention import Options
 
 FORMS = ("auto", "single", "merge")
-# What form="auto" takes, by device. No GPU figures yet: single, until `make gpu` says otherwise.
+# What form="auto" takes, by device. On a CPU the single pass took 0.64 to 0.94 of the merge's time, forward and
+# training step, in all shapes tried (fp32, q_len 1 to 1024). On a GPU the two have not been compared.
 PREFERRED = {"cpu": "single", "cuda": "single"}
 # The bases of a device, by priority: the first that can run a call does.
 PRIORITY = {"cpu": ("flash_cpu",), "cuda": ("cudnn", "flash")}
