@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -201,14 +202,16 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, help="store the summary as JSON")
     options = parser.parse_args()
-    chosen = [m for m in MUTATIONS if options.k in f"{m.name} {m.file}"]
-    for mutation in chosen:
-        plant((ROOT / mutation.file).read_text(encoding="utf-8"), mutation)
+    seen = Counter()
+    order = {m.name: (m.file.startswith("csrc/"), seen.update([m.file]) or seen[m.file]) for m in MUTATIONS}
+    # every file in turn, C++ last: an interrupted run has looked everywhere
+    chosen = sorted((m for m in MUTATIONS if options.k in f"{m.name} {m.file}"), key=lambda m: order[m.name])
+    digests = {mutation.name: digest(mutation) for mutation in chosen}
     if options.list:
         print("\n".join(f"{m.name:44} {m.file}" for m in chosen))
         return 0
 
-    rows = kept_rows(options.output, chosen) if options.resume else {}
+    rows = kept_rows(options.output) if options.resume else {}
     broken = set()  # selections that fail without any mutation prove nothing
     with tempfile.TemporaryDirectory() as folder:
         tree = Tree(folder)
@@ -230,24 +233,26 @@ def main() -> int:
             rows[mutation.name] = {
                 "name": mutation.name,
                 "file": mutation.file,
-                "digest": digest(mutation),
+                "digest": digests[mutation.name],
                 "noticed_by": None if survived else outcome,
             }
             verdict = "SURVIVED" if survived else "killed"
             print(f"{verdict:8} {mutation.name:60} {time.monotonic() - start:5.0f} s  {outcome}", flush=True)
             if options.output:
                 options.output.write_text(json.dumps(summary_of(rows), indent=1) + "\n", encoding="utf-8")
-    killed = sum(row["noticed_by"] is not None for row in rows.values())
+    killed = sum(bool(rows.get(mutation.name, {}).get("noticed_by")) for mutation in chosen)
     print(f"{killed} of {len(chosen)} mutations killed ({100 * killed / len(chosen):.0f} %)")
     return 0 if killed == len(chosen) else 1
 
 
-def kept_rows(output, chosen):
+def kept_rows(output):
     """What an earlier run killed, of files that did not change since."""
-    rows = {row["name"]: row for row in json.loads(output.read_text(encoding="utf-8"))["rows"]}
+    rows = {}
+    if output.exists():
+        rows = {row["name"]: row for row in json.loads(output.read_text(encoding="utf-8"))["rows"]}
     return {
         mutation.name: row
-        for mutation in chosen
+        for mutation in MUTATIONS
         if (row := rows.get(mutation.name)) and row["noticed_by"] and row["digest"] == digest(mutation)
     }
 

@@ -190,10 +190,23 @@ CPP += [
             "p == 0 ? Vec<C>{} : p * (load(grad + j) - delta) * slope",
             "p * (load(grad + j) - delta) * slope",
         ),
-        gate_factor_missing=("load(s + j) * (factor * inverse);", "load(s + j) * inverse;"),
+        gate_factor_missing=("const Vec<C> p = load(s + j) * factor;", "const Vec<C> p = load(s + j);"),
         query_gradient_without_scale=(
             "                 s.grad_query, static_cast<C>(op.scale), s.rows);",
             "                 s.grad_query, C(1), s.rows);",
         ),
     ),
 ]
+
+CPP += of_file(
+    "csrc/bottleneck_kernel.cpp",
+    "tests/test_bottleneck.py tests/test_bottleneck_cpp.py -k 'cpp and not threads'",
+    zero_term_is_added=("const Vec<C> o = term == 0 ? kept : kept + term;", "const Vec<C> o = kept + term;"),
+    scale_missing=(
+        "(sum[i][v] + bias[v]) * scale;\n        const Vec<C> kept",
+        "(sum[i][v] + bias[v]);\n        const Vec<C> kept",
+    ),
+    residual_twice=("term == 0 ? kept : kept + term;", "term == 0 ? kept : kept * C(2) + term;"),
+    zero_rows_of_up_not_looked_for=("  if (!any(bad)) return;\n", "  return;\n"),
+    bias_alone_counts_as_nothing=("if (zero && bias.data) zero =", "if (!zero && bias.data) zero ="),
+)
