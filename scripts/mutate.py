@@ -38,7 +38,7 @@ from mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("fastadapter", "kernels", "csrc", "tests", "benchmarks", "setup.py", "pyproject.toml")
-ISA_FOLDERS = {"DEFAULT": "isa_default", "AVX2": "isa_avx2", "AVX512": "isa_avx512"}
+AVX2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def run(command, cwd, **options):
@@ -67,7 +67,17 @@ class Tree:
         self.compiles, self.link, self.saved = [], [], {}
 
     def build(self):
-        """The whole extension once; its commands are kept, so that flags are written in setup.py alone."""
+        """The extension once, for one instruction set; the commands are kept: flags stay in setup.py."""
+        setup = self.folder / "setup.py"
+        text = setup.read_text(encoding="utf-8")
+        native = re.search(r'ISAS\["isa_avx2"\] = (\[.*?\])', text)[1] if AVX2 else "[]"
+        for old, new in (
+            (re.search("^X86 = .*$", text, re.MULTILINE)[0], "X86 = False"),
+            ('ISAS = {"isa_default": []}', f'ISAS = {{"isa_default": {native}}}'),
+            ('"-O3"', '"-O1"'),
+        ):
+            text = text.replace(old, new)
+        setup.write_text(text, encoding="utf-8")
         command = [sys.executable, "setup.py", "--verbose", "build_ext", "--inplace"]
         done = run(command, self.folder, env=self.environment)
         if done.returncode:
@@ -78,21 +88,14 @@ class Tree:
         self.compiles = [words for words in commands if "-c" in words]
         self.link = next(words for words in commands if "-shared" in words)
         self.link[self.link.index("-o") + 1] = "fastadapter/_C.abi3.so"  # setup.py copies it there
-        # what the tests will run on: only its kernels are rebuilt
-        self.isa = ISA_FOLDERS[torch.backends.cpu.get_cpu_capability()]
 
     def rebuild(self, changed):
-        """What ``changed`` touches, of the instruction set in use, without the optimiser's longer passes."""
+        """What ``changed`` touches."""
         if not changed.startswith("csrc/"):
             return
-        if not self.compiles:
-            raise RuntimeError("build() comes first")
         for words in self.compiles:
-            source, output = words[words.index("-c") + 1], words[words.index("-o") + 1]
-            other_isa = "/isa_" in output and f"/{self.isa}/" not in output
-            if other_isa or changed not in self.inputs(source):
-                continue
-            self.must([("-O1" if word == "-O3" else word) for word in words])
+            if changed in self.inputs(words[words.index("-c") + 1]):
+                self.must(words)
         self.must(self.link)
 
     def outcome_of(self, mutation, timeout):
@@ -195,6 +198,7 @@ def versions():
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-k", default="", metavar="WORD", help="only mutations whose name or file has it")
+    parser.add_argument("--sound", action="store_true", help="the tests have just passed: only run mutations")
     parser.add_argument("--list", action="store_true", help="check the texts, print the names, run nothing")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one selection of tests")
     parser.add_argument(
@@ -219,7 +223,7 @@ def main() -> int:
         for mutation in (m for m in chosen if m.name not in rows):
             if mutation.file.startswith("csrc/") and not tree.compiles:
                 tree.build()
-            if mutation.tests not in sound | broken:
+            if not options.sound and mutation.tests not in sound | broken:
                 outcome = tree.test(mutation.tests, options.timeout)
                 (sound if outcome == "passed" else broken).add(mutation.tests)
             if mutation.tests in broken:

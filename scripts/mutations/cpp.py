@@ -3,7 +3,8 @@
 from .record import of_file
 
 GATED_PREFIX_CPP = (
-    "tests/test_gated_prefix.py tests/test_gated_prefix_cpp.py -k 'not triton and not reference'"
+    "tests/test_gated_prefix.py tests/test_gated_prefix_cpp.py "
+    "-k 'not triton and not reference and not instruction_set'"
 )
 
 CPP = [
@@ -200,7 +201,7 @@ CPP += [
 
 CPP += of_file(
     "csrc/bottleneck_kernel.cpp",
-    "tests/test_bottleneck.py tests/test_bottleneck_cpp.py -k 'cpp and not threads'",
+    "tests/test_bottleneck.py tests/test_bottleneck_cpp.py -k 'cpp and not threads and not instruction_set'",
     zero_term_is_added=("const Vec<C> o = term == 0 ? kept : kept + term;", "const Vec<C> o = kept + term;"),
     scale_missing=(
         "(sum[i][v] + bias[v]) * scale;\n        const Vec<C> kept",
