@@ -266,7 +266,8 @@ def summary_of(rows):
     return {
         "date": datetime.date.today().isoformat(),
         "versions": versions(),
-        "mutations": len(rows),
+        "listed": len(MUTATIONS),
+        "run": len(rows),
         "killed": killed,
         "kill_rate": killed / len(rows),
         "rows": list(rows.values()),
