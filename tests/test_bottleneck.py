@@ -365,7 +365,7 @@ def test_gradcheck(backend, norm, activation):
 
 
 def test_opcheck():
-    """Schema, fake and dispatch of both registered ops."""
+    """Schema, fake and dispatch of the registered ops."""
     namespace = torch.ops.fastadapter
     for shape, dtype, norm in (
         (Shape(), torch.float32, "none"),
@@ -376,7 +376,7 @@ def test_opcheck():
         constants = ("gelu", norm, 1e-5, 0.5)
         torch.library.opcheck(namespace.bottleneck.default, (x, *inputs[1:9], *constants))
         for needs in ((True,) * 4, (False, True, False, True)):
-            arguments = (inputs.grad_out, x, *inputs[1:4], *inputs[6:9], *constants, True, *needs)
+            arguments = (inputs.grad_out, x, *inputs[1:4], *inputs[6:9], None, *constants, True, *needs)
             torch.library.opcheck(namespace.bottleneck_backward.default, arguments)
 
 
