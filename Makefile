@@ -9,7 +9,7 @@ SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV)
 BIN = $(VENV)/bin
 CSRC = $(wildcard csrc/*.cpp csrc/*.h csrc/*.hpp)
 
-.PHONY: help setup setup-bench demo test check format bench gpu clean
+.PHONY: help setup setup-bench demo test check format bench gpu audit clean
 
 help:
 	@echo "make demo     fine-tune LLaMA-Adapter on movie reviews with a real model, then use it"
@@ -17,7 +17,8 @@ help:
 	@echo "make check    lint, formatting, types  (changes nothing)"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make bench    benchmarks on this machine's CPU"
-	@echo "make gpu      GPU correctness and timings"
+	@echo "make gpu      GPU correctness, then timings against peers (ARGS='--part 1', then 2: ten minutes each)"
+	@echo "make audit    what the GPU kernels compile to, without a GPU"
 	@echo "make clean    remove .venv, build outputs and caches"
 
 setup:
@@ -49,6 +50,9 @@ bench: setup-bench
 
 gpu: setup-bench
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+audit: setup
+	$(BIN)/python -m benchmarks.audit $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis

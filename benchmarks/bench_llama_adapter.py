@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -44,11 +45,19 @@ def backend_of(name: str, device: str) -> str:
     return "reference" if name.endswith("reference op") else ("triton" if device == "cuda" else "cpp")
 
 
-def training_cases(settings: Settings, batch: int, length: int, dtype: torch.dtype) -> Iterator[Case]:
-    model = models.build(small=settings.quick, dtype=dtype, device=settings.device)
+def training_cases(
+    settings: Settings,
+    batch: int,
+    length: int,
+    dtype: torch.dtype,
+    entry: str = "training-step",
+    shape: Mapping[str, Any] | None = None,
+) -> Iterator[Case]:
+    """All layers adapted, then the top third; all only where another ``shape`` of model is asked for."""
+    model = models.build(small=settings.quick, dtype=dtype, device=settings.device, shape=shape)
     total = len(model.model.layers)
     ids = models.tokens(model, batch, length)
-    for layers in (total, total // 3):
+    for layers in (total, total // 3) if shape is None else (total,):
         built = {name: make(model, layers).train() for name, make in MAKERS.items()}
         adapted = {name: (built[name], name != "PEFT") for name in built if name != FLOOR}
         models.require_equal_losses(adapted, ids, 1e-4 if dtype == torch.float32 else 0.05)
@@ -61,10 +70,10 @@ def training_cases(settings: Settings, batch: int, length: int, dtype: torch.dty
             for name in built
         ]
         where = "all" if layers == total else "top"
-        shape = f"{where} {layers} layers, {batch}x{length} tokens"
+        label = f"{where} {layers} layers, {batch}x{length} tokens"
         yield Case(
-            "training-step",
-            shape,
+            entry,
+            label,
             floor=FLOOR,
             variants=variants,
             dtype=str(dtype).removeprefix("torch."),

@@ -10,6 +10,8 @@ import contextlib
 import copy
 import importlib
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from peft import AdaptionPromptConfig, get_peft_model
@@ -63,11 +65,16 @@ def on_backend(backend: str):
 
 
 def build(
-    *, small: bool = False, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    *,
+    small: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    shape: Mapping[str, Any] | None = None,
 ) -> LlamaForCausalLM:
-    """The frozen base model."""
+    """The frozen base model; ``shape`` changes fields of its configuration."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**(SMALL if small else SMOLLM2_135M)))
+    config = {**(SMALL if small else SMOLLM2_135M), **(shape or {})}
+    model = LlamaForCausalLM(LlamaConfig(**config))
     return model.to(device, dtype).requires_grad_(False)
 
 

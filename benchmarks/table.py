@@ -15,7 +15,12 @@ from . import rows
 from .rows import Row
 
 MARKED = re.compile(r"(<!-- benchmark: ([\w, -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
-EXTRA = {"gb_per_s": "GB/s", "percent_of_copy": "% of copy", "total_mib": "total, MiB"}
+EXTRA = {
+    "gb_per_s": "GB/s",
+    "percent_of_copy": "% of copy",
+    "percent_of_floor": "% of floor",
+    "total_mib": "total, MiB",
+}
 
 
 def number(value: float) -> str:

@@ -6,6 +6,7 @@ from fastadapter.explain import explain
 from fastadapter.integrations.transformers import attach, detach, set_active, trainable_parameters
 from fastadapter.methods import LlamaAdapterConfig
 from fastadapter.verify import VerificationError, verify
+from fastadapter.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -24,4 +25,5 @@ __all__ = [
     "set_active",
     "trainable_parameters",
     "verify",
+    "warmup",
 ]

@@ -365,7 +365,7 @@ def test_gradcheck(backend, norm, activation):
 
 
 def test_opcheck():
-    """Schema, fake and dispatch of both registered ops."""
+    """Schema, fake and dispatch of the registered ops."""
     namespace = torch.ops.fastadapter
     for shape, dtype, norm in (
         (Shape(), torch.float32, "none"),
@@ -376,14 +376,14 @@ def test_opcheck():
         constants = ("gelu", norm, 1e-5, 0.5)
         torch.library.opcheck(namespace.bottleneck.default, (x, *inputs[1:9], *constants))
         for needs in ((True,) * 4, (False, True, False, True)):
-            arguments = (inputs.grad_out, x, *inputs[1:4], *inputs[6:9], *constants, True, *needs)
+            arguments = (inputs.grad_out, x, *inputs[1:4], *inputs[6:9], None, *constants, True, *needs)
             torch.library.opcheck(namespace.bottleneck_backward.default, arguments)
 
 
 @pytest.mark.parametrize("residual", ["x", "other", None])
 def test_compiles_into_one_graph(residual):
     """``torch.compile(fullgraph=True)``, forward and backward, with other lengths after the first."""
-    compiles = 0
+    compiles = of_first = 0
 
     def counting(graph, example_inputs):
         nonlocal compiles
@@ -409,7 +409,8 @@ def test_compiles_into_one_graph(residual):
             )
         for plain_result, traced in zip(*results, strict=True):
             torch.testing.assert_close(traced, plain_result)
-    assert compiles == 1
+        of_first = of_first or compiles
+    assert compiles == of_first
 
 
 def test_second_backward_is_refused():

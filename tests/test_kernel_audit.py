@@ -11,11 +11,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+
+# Kernels that still have a fault in some case, kept in sight: none, and never to grow.
+OPEN: set[tuple[str, str]] = set()
 
 
 def audit(*options, **environment):
@@ -24,7 +29,7 @@ def audit(*options, **environment):
 
     command = [sys.executable, "-m", "fastadapter.cli", "bench", "audit", "--json", *options]
     result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode in (0, 1), result.stderr  # 1: there are faults, judged below
     return [report.Row(**row) for row in json.loads(result.stdout)]
 
 
@@ -35,7 +40,7 @@ def assert_sound(rows):
     assert rows
     stored = {row.key: row for row in report.load()}
     for row in rows:
-        assert not report.faults(row), row
+        assert not report.faults(row) or (row.kernel, row.arch) in OPEN, row
         if row.op == "gated_prefix" and row.arch == "sm_90":
             # ptxas before 13.3 may corrupt wgmma operands; the tiles are small to stay clear of it
             assert row.matrix != "wgmma", row
@@ -54,11 +59,11 @@ def test_every_kernel_is_sound(arch):
 
 
 def test_the_stored_table_is_sound():
-    """Its rows are of cases that exist, none of them faulty."""
+    """Its rows are of cases that exist, none of them faulty but the known ones."""
     from fastadapter.benchmarks.audit import cases, command, report
 
     stored = report.load()
-    assert not [(row.key, fault) for row in stored for fault in report.faults(row)]
+    assert {(row.kernel, row.arch) for row in stored if report.faults(row)} <= OPEN
     present = {row.key[:-1] for row in stored}
     wanted = {
         (case.op, case.direction, case.dtype, str(case), arch)
@@ -67,6 +72,15 @@ def test_the_stored_table_is_sound():
     }
     assert present <= wanted
     assert len({row.key for row in stored}) == len(stored)
+
+
+def test_the_document_is_that_of_the_stored_tables():
+    from fastadapter.benchmarks.audit import draw, report, traffic
+
+    document = Path(__file__).parents[1] / "docs" / "audit.md"
+    assert document.read_text() == draw.document(report.load(), traffic.load()), (
+        "fastadapter bench audit --draw"
+    )
 
 
 def test_a_table_survives_being_stored(tmp_path):
@@ -170,12 +184,14 @@ def test_occupancy_by_the_makers_tables():
 def test_the_floor_is_the_slower_of_memory_and_arithmetic():
     """G1 of the goals: base, query and out of 8192 tokens of 32 heads of 128, in bf16, at 3.0 TB/s."""
     from fastadapter.benchmarks.audit import cases
+    from fastadapter.benchmarks.audit.case import Case
     from fastadapter.benchmarks.audit.chips import CHIPS
 
     sizes = {"b": 4, "h": 32, "kv": 8, "q": 2048, "d": 128, "p": 10, "n": 0}
-    case = cases.Case("gated_prefix", "forward", "bf16", sizes)
+    case = Case("gated_prefix", "forward", "bf16", sizes)
+    work = (cases.bytes_of(case), cases.flops_of(case), case.matrix)
     chip = CHIPS["sm_90"]
-    assert chip.floor_us(case.bytes, case.flops, case.matrix, reached=True) == pytest.approx(67.5, rel=0.01)
+    assert chip.floor_us(*work, reached=True) == pytest.approx(67.5, rel=0.01)
     assert chip.floor_us(0, 989 * 10**6, True) == pytest.approx(1.0)
 
 

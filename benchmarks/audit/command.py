@@ -36,13 +36,23 @@ def main(argv: list[str] | None = None) -> int:
         "--traffic", action="store_true", help="count the bytes that small calls touch, in the interpreter"
     )
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compile in parallel")
-    parser.add_argument("--out", type=Path, help="store the rows in this file, replacing what it holds")
+    parser.add_argument(
+        "--out", type=Path, help="store the rows in this file: they replace those of the same cases"
+    )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument(
+        "--draw", type=Path, metavar="DOCUMENT", help="write the short document from stored tables"
+    )
     parser.add_argument("--list", action="store_true", help="name the cases and compile nothing")
     arguments = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(arguments)
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
+    if args.draw:
+        from . import draw, report, traffic
+
+        args.draw.write_text(draw.document(report.load(), traffic.load()), encoding="utf-8")
+        return 0
     if args.traffic != (os.environ.get("TRITON_INTERPRET") == "1"):
         # settled when a kernel is decorated: one made for the interpreter cannot be compiled, nor the reverse
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -81,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         work = [item for item in work if item in sample]
     rows = collect(work, args.jobs)
     if args.out:
-        report.store(args.out, rows)
+        report.update(args.out, rows)
     if args.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
     else:
@@ -99,7 +109,7 @@ def traffic_main(args: argparse.Namespace) -> int:
 
     counts = traffic.count_all(args.arch, args.op)
     if args.out:
-        traffic.store(args.out, counts)
+        traffic.update(args.out, counts)
     if args.json:
         print(json.dumps([asdict(count) for count in counts], indent=1))
     else:

@@ -1,8 +1,11 @@
-"""The audit as Markdown: a line per kernel, with the architectures side by side where they agree on the tile."""
+"""The audit as Markdown: every row as a table, and the short document in ``docs/``."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 
-from .report import Row
+from . import cases
+from .chips import CHIPS
+from .report import Row, faults
 from .traffic import Count
 
 HEAD = (
@@ -48,4 +51,106 @@ def traffic_table(counts: Iterable[Count]) -> str:
         ]
         what = [count.op, count.direction, count.dtype, count.case, count.arch]
         lines.append([*what, str(count.bytes), str(count.touched), *sizes])
+    return aligned(lines)
+
+
+INTRODUCTION = """# Kernel audit
+
+What the Triton kernels compile to and move, known without a GPU. Drawn by `fastadapter bench audit --draw
+docs/audit.md` from `benchmarks/results/audit.csv` (a row per launch, case and architecture) and `traffic.csv`; tests
+compile a sample again and compare. Nothing here is a measurement of time on a GPU.
+
+"""
+
+
+def document(rows: Sequence[Row], counts: Sequence[Count]) -> str:
+    """The short document: kernels by architecture, floors by chip, counted bytes."""
+    versions = [f"triton {name}" for name in sorted({row.triton for row in rows})]
+    versions += [f"ptxas {name}" for name in sorted({row.ptxas for row in rows} - {""})]
+    unsound = sorted({(row.kernel, row.arch, fault) for row in rows for fault in faults(row)})
+    found = f"{len(rows)} rows; {', '.join(versions)}. "
+    found += "Faults: " + ("none." if not unsound else f"{len(unsound)}, listed below.")
+    parts = [INTRODUCTION + found, "## Kernels\n\n" + KERNELS + "\n\n" + _kernels(rows)]
+    if unsound:
+        lines = [["kernel", "architecture", "fault"], *map(list, unsound)]
+        parts.append("## Faults\n\n" + aligned(lines))
+    parts.append("## Floors\n\n" + FLOORS + "\n\n" + _floors(rows))
+    parts.append("## Bytes\n\n" + BYTES + "\n\n" + _bytes(counts))
+    return "\n\n".join(parts) + "\n"
+
+
+KERNELS = """Over all cases of an op and pass: the most registers of a thread, spills of all cases together, the most
+shared memory, the range of the share of a multiprocessor's warps that can be resident, the matrix instructions, the
+widest load in bits, and the longest compile in seconds of processor time (the cost of a cold start)."""
+
+FLOORS = """Bytes the call has to move, operations of its matrix products, and the time below which it cannot go by the
+chips' published rates, in microseconds (sources: `benchmarks/audit/chips.py`). In parentheses: by what an H100 was seen
+to reach, 3.0 TB/s and 790 TFLOP/s. First case of each op, pass and dtype."""
+
+BYTES = """Counted in the interpreter, address by address, on small shapes; relative to the formula behind the floor.
+Touched: the caller's tensors, once per call. Moved: everything, scratch memory too, once per launch. Requested: once
+per tile that asks. The spread is over dtypes, cases and architectures."""
+
+
+def _span(values: Iterable[float], form: str) -> str:
+    ordered = sorted(values)
+    low, high = form.format(ordered[0]), form.format(ordered[-1])
+    return low if low == high else f"{low} to {high}"
+
+
+def _kernels(rows: Sequence[Row]) -> str:
+    lines = [
+        ["op", "pass", "kernel", "architecture", "rows", "registers", "spills", "shared, KiB", "occupancy, %",
+         "matrix", "load", "compile, s"]
+    ]  # fmt: skip
+    ordered = sorted(rows, key=_kernel)
+    for (op, direction, kernel, arch), group in itertools.groupby(ordered, key=_kernel):
+        mine = list(group)
+        matrix = ", ".join(sorted({row.matrix for row in mine} - {""})) or "none"
+        lines.append(
+            [
+                op, direction, kernel.removesuffix("_kernel"), arch, str(len(mine)),
+                str(max(row.registers for row in mine)), str(sum(row.spills for row in mine)),
+                f"{max(row.shared for row in mine) / 1024:.3g}", _span((100 * row.occupancy for row in mine), "{:.0f}"),
+                matrix, str(max(row.widest_load for row in mine)), f"{max(row.compile_seconds for row in mine):.1f}",
+            ]
+        )  # fmt: skip
+    return aligned(lines)
+
+
+def _kernel(row: Row) -> tuple[str, str, str, str]:
+    return row.op, row.direction, row.kernel, row.arch
+
+
+def _floors(rows: Sequence[Row]) -> str:
+    lines = [["op", "pass", "dtype", "case", "MB", "GFLOP", *(chip.name for chip in CHIPS.values())]]
+    shown = set()
+    by_case = {(row.op, row.direction, row.dtype, row.case, row.arch): row for row in rows}
+    for case in cases.all_cases():
+        what = (case.op, case.direction, case.dtype)
+        mine = [by_case.get((*what, str(case), arch)) for arch in CHIPS]
+        known = [row for row in mine if row is not None]
+        if what in shown or not known:
+            continue
+        shown.add(what)
+        floors = []
+        for row in mine:
+            reached = f" ({row.reached_floor_us:.3g})" if row and row.reached_floor_us != row.floor_us else ""
+            floors.append(f"{row.floor_us:.3g}{reached}" if row else "")
+        lines.append(
+            [*what, str(case), f"{known[0].bytes / 1e6:.3g}", f"{known[0].flops / 1e9:.3g}", *floors]
+        )
+    return aligned(lines)
+
+
+def _bytes(counts: Sequence[Count]) -> str:
+    lines = [["op", "pass", "counts", "touched", "moved", "requested"]]
+    groups = itertools.groupby(counts, key=lambda count: (count.op, count.direction))
+    for (op, direction), group in groups:
+        mine = list(group)
+        spans = [
+            _span((getattr(count, name) / count.bytes for count in mine), "{:.2f}")
+            for name in ("touched", "moved", "requested")
+        ]
+        lines.append([op, direction, str(len(mine)), *spans])
     return aligned(lines)

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,8 +11,8 @@ import triton
 from fastadapter.kernels import toolchain
 
 from ..rows import RESULTS
-from . import capture, machine
-from .cases import Case, Maker
+from . import capture, cases, machine
+from .case import Case, Maker
 from .chips import CHIPS
 from .offsets import narrow_products
 
@@ -38,6 +39,7 @@ class Row:
     shared: int
     blocks_per_multiprocessor: int
     occupancy: float  # at most
+    products: int  # in the source, on half-precision or tf32 operands: matrix units have to do them
     matrix: str
     matrix_count: int
     widest_load: int
@@ -62,21 +64,26 @@ class Finding:
 
     resources: machine.Resources
     num_warps: int
+    products: int
     narrow_offsets: int
     seconds: float
 
 
 def launches_of(case: Case, arch: str) -> list[capture.Launch]:
-    return capture.launches_of(lambda: case.call(Maker(case)), arch)
+    return capture.launches_of(lambda: cases.run(case, Maker(case)), arch)
 
 
 def inspect(case: Case, arch: str, index: int) -> Finding:
     """Compile launch ``index`` of ``case``."""
     launch = launches_of(case, arch)[index]
     compiled = capture.compile_launch(launch, arch)
-    narrow = narrow_products(compiled.kernel.asm["ttir"], tiles_of(launch).values())
+    ttir = compiled.kernel.asm["ttir"]
+    narrow = narrow_products(ttir, tiles_of(launch).values())
+    products = len(re.findall(r"\btt\.dot\b.*(?:tf32|: tensor<[\dx]+(?:b?f16)>)", ttir))
     found = machine.resources(compiled.kernel)
-    return Finding(found, compiled.kernel.metadata.num_warps, len(narrow), round(compiled.seconds, 2))
+    return Finding(
+        found, compiled.kernel.metadata.num_warps, products, len(narrow), round(compiled.seconds, 2)
+    )
 
 
 def tiles_of(launch: capture.Launch) -> dict[str, int]:
@@ -86,6 +93,7 @@ def tiles_of(launch: capture.Launch) -> dict[str, int]:
 def make_row(case: Case, arch: str, index: int, launch: capture.Launch, finding: Finding) -> Row:
     chip, found = CHIPS[arch], finding.resources
     filled = (found.registers, found.threads, found.shared)
+    work = (cases.bytes_of(case), cases.flops_of(case), case.matrix)
     return Row(
         op=case.op, direction=case.direction, dtype=case.dtype, case=str(case), arch=arch,
         kernel=launch.name, launch=index,
@@ -93,12 +101,12 @@ def make_row(case: Case, arch: str, index: int, launch: capture.Launch, finding:
         num_warps=finding.num_warps, grid=math.prod(launch.grid),
         registers=found.registers, stack=found.stack, spills=found.spills, shared=found.shared,
         blocks_per_multiprocessor=chip.blocks(*filled), occupancy=round(chip.occupancy(*filled), 3),
-        matrix=found.matrix, matrix_count=found.matrix_count,
+        products=finding.products, matrix=found.matrix, matrix_count=found.matrix_count,
         widest_load=found.widest_load, bulk_copies=found.bulk_copies,
         narrow_offsets=finding.narrow_offsets, compile_seconds=finding.seconds,
-        bytes=case.bytes, flops=case.flops,
-        floor_us=round(chip.floor_us(case.bytes, case.flops, case.matrix), 2),
-        reached_floor_us=round(chip.floor_us(case.bytes, case.flops, case.matrix, reached=True), 2),
+        bytes=work[0], flops=work[1],
+        floor_us=round(chip.floor_us(*work), 2),
+        reached_floor_us=round(chip.floor_us(*work, reached=True), 2),
         triton=triton.__version__, ptxas=toolchain.installed(arch).ptxas,
     )  # fmt: skip
 
@@ -110,8 +118,8 @@ def faults(row: Row) -> list[str]:
         found.append(f"{row.spills} spills, {row.stack} bytes of stack")
     if not row.blocks_per_multiprocessor:
         found.append(f"does not fit: {row.registers} registers, {row.shared} bytes of shared memory")
-    if "reduce" not in row.kernel and not row.dtype.endswith("fp32") and not row.matrix:
-        found.append("no matrix instructions")
+    if row.products and not row.matrix:
+        found.append(f"no matrix instructions for {row.products} products")
     if row.narrow_offsets:
         found.append(f"{row.narrow_offsets} products of strides in 32 bits")
     return found
@@ -123,6 +131,19 @@ def store(path: Path, rows: Iterable[Row]) -> None:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in sorted(rows, key=lambda row: row.key))
+
+
+def update(path: Path, rows: Iterable[Row]) -> None:
+    """Replace the stored rows of the audited cases; rows of cases that no longer exist go."""
+    rows = list(rows)
+    known = {(case.op, case.direction, case.dtype, str(case)) for case in cases.all_cases()}
+    audited = {row.key[:-1] for row in rows}
+    kept = (
+        [row for row in load(path) if row.key[:4] in known and row.key[:-1] not in audited]
+        if path.exists()
+        else []
+    )
+    store(path, [*kept, *rows])
 
 
 def load(path: Path = TABLE) -> list[Row]:

@@ -24,7 +24,7 @@ from triton.runtime import interpreter
 
 from ..rows import RESULTS
 from . import cases
-from .cases import Case, Maker
+from .case import Case, Maker
 
 TABLE = RESULTS / "traffic.csv"
 
@@ -142,14 +142,16 @@ def count(case: Case, arch: str) -> Count:
     """
     make = RealMaker(case)
     with logging() as log, target.assume(arch):
-        results = case.call(make)
+        results = cases.run(case, make)
     touched = log.touched([*make.made, *_tensors(results)])
     if not touched:
         raise RuntimeError(
             f"{case.op}: nothing was loaded; set TRITON_INTERPRET=1 before kernels are imported"
         )
     what = {"op": case.op, "direction": case.direction, "dtype": case.dtype, "case": str(case), "arch": arch}
-    return Count(**what, bytes=case.bytes, touched=touched, moved=log.moved(), requested=log.requested)
+    return Count(
+        **what, bytes=cases.bytes_of(case), touched=touched, moved=log.moved(), requested=log.requested
+    )
 
 
 def _tensors(results: Any) -> list[Tensor]:
@@ -168,6 +170,23 @@ def store(path: Path, counts: Iterable[Count]) -> None:
         writer = csv.DictWriter(file, [field.name for field in fields(Count)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(count) for count in counts)
+
+
+def update(path: Path, counts: Iterable[Count]) -> None:
+    """Replace the stored counts of the same calls; those of cases that no longer exist go."""
+    counts = list(counts)
+    order = {
+        (case.op, case.direction, case.dtype, str(case)): place
+        for place, case in enumerate(cases.small_cases())
+    }
+
+    def key(count: Count) -> tuple[str, str, str, str]:
+        return count.op, count.direction, count.dtype, count.case
+
+    new = {(*key(count), count.arch) for count in counts}
+    old = load(path) if path.exists() else []
+    kept = [count for count in old if key(count) in order and (*key(count), count.arch) not in new]
+    store(path, sorted([*kept, *counts], key=lambda count: (order[key(count)], count.arch)))
 
 
 def load(path: Path = TABLE) -> list[Count]:

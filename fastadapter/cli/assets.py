@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastadapter.cli import _pip_stream
+from fastadapter.ops.self_check import cache_dir
 
 # Called as progress(what, done, total) while something long goes on; done == total ends it.
 Progress = Callable[[str, int, int], None]
@@ -70,15 +71,6 @@ REVIEW_INNER_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_20
 REVIEW_MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 REVIEW_COUNT = 10605
 MEMBER_LIMIT = 8 << 20
-
-
-def cache_dir() -> Path:
-    """The cache folder; not created here."""
-    if chosen := os.environ.get("FASTADAPTER_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification says to ignore a relative path.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "fastadapter"
 
 
 def console_progress(what: str, done: int, total: int) -> None:

@@ -157,23 +157,31 @@ def _gpus() -> list[Row]:
             "none" if torch.version.cuda or torch.version.hip else "none that this build of torch can use"
         )
         return [("GPU", "note", reason)]
+    from fastadapter.ops import self_check
+
     rows: list[Row] = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         detail = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
         if torch.version.cuda:
-            detail += f", sm_{properties.major}{properties.minor}, driver {_nvidia_driver()}"
+            detail += f", sm_{properties.major}{properties.minor}, driver {self_check.driver_version() or 'unknown'}"
         rows.append((f"GPU {index}", "ok", detail))
+        rows += _hazards(index)
     return rows
 
 
-def _nvidia_driver() -> str:
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-    except OSError:
-        return "unknown"  # Windows, or a sandbox that hides the file
-    found = re.search(r"\s(\d+\.[\d.]+)\s", text)
-    return found.group(1) if found else "unknown"
+def _hazards(index: int) -> list[Row]:
+    """Known faults of the installed compilers on this GPU, and what is done about them."""
+    if importlib.util.find_spec("triton") is None:
+        return []
+    from fastadapter.kernels import target, toolchain
+
+    arch = target.arch(torch.empty(0, device=f"cuda:{index}"))
+    found = toolchain.hazards(*toolchain.installed(arch), arch)
+    return [
+        (f"GPU {index} compilers", "note", f"{hazard.what} ({hazard.source}); {hazard.action}")
+        for hazard in found
+    ]
 
 
 def _package(name: str, minimum: tuple[int, int], purpose: str) -> Row:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastadapter.ops import self_check
 from fastadapter.ops.backends import automatic_backend, extension_error, lack, library
 
 
@@ -46,7 +47,10 @@ def register(
 
     def cuda(*args):
         backend, _ = automatic_backend("cuda", args[0].dtype, op)
-        return (triton if backend == "triton" else reference)(*args)
+        if backend != "triton":
+            return reference(*args)
+        self_check.ensure(op, args[0])
+        return triton(*args)
 
     error = extension_error(name)
     if error:
