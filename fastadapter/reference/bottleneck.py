@@ -122,7 +122,11 @@ def bottleneck_backward(
         return torch.where(contributes.view(-1, *[1] * (sums.dim() - 1)), sums, zero).to(like.dtype)
 
     scaled = scale * grad
-    grad_up_weight = sum_entries("btc,btr->cr", scaled, hidden) if scale else torch.zeros_like(up_weight)
+    grad_up_weight = (
+        sum_entries("btc,btr->cr", scaled, hidden)
+        if scale
+        else torch.zeros(up_weight.shape, dtype=up_weight.dtype, device=x.device)
+    )
     return (
         torch.empty_like(x).copy_(grad_x),
         below(sum_entries("btr,btc->rc", grad_down, y), down_weight),
