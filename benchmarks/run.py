@@ -30,10 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     import transformers
 
-    from . import bench_gated_prefix, bench_llama_adapter, rows, table
+    from . import bench_bottleneck, bench_gated_prefix, bench_llama_adapter, rows, table
 
     entries = {
         "gated_prefix": bench_gated_prefix.entry,
+        "bottleneck": bench_bottleneck.entry,
         "training-step": bench_llama_adapter.training_step,
         "decode": bench_llama_adapter.decode,
         "peak-memory": bench_llama_adapter.peak_memory,

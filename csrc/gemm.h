@@ -52,6 +52,19 @@ inline void pack(const C* b, int64_t row_stride, int64_t column_stride, int64_t 
   }
 }
 
+// sum[i][v] += the products of a(i, p) and vector v of row p of a panel, over p in order.
+template <class C, int kRows, int kVectors, class A>
+inline void accumulate(int64_t k, A a, const C* panel, Vec<C> (&sum)[kRows][kVectors]) {
+  for (int64_t p = 0; p < k; ++p, panel += kVectors * kLanes<C>) {
+    Vec<C> b[kVectors];
+    for (int v = 0; v < kVectors; ++v) b[v] = load(panel + v * kLanes<C>);
+    for (int i = 0; i < kRows; ++i) {
+      const C value = a(i, p);
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += value * b[v];
+    }
+  }
+}
+
 // kRows rows of C against one panel; `width` columns of it are stored.
 template <class C, int kRows, int kAdd>
 inline void gemm_tile(int64_t k, const C* a, int64_t row_stride, int64_t k_stride, const C* panel, C* c,
@@ -72,14 +85,7 @@ inline void gemm_tile(int64_t k, const C* a, int64_t row_stride, int64_t k_strid
       }
     }
   }
-  for (int64_t p = 0; p < k; ++p, panel += kPanel<C>) {
-    const Vec<C> b0 = load(panel), b1 = load(panel + W);
-    for (int i = 0; i < kRows; ++i) {
-      const C value = a[i * row_stride + p * k_stride];
-      sum[i][0] += value * b0;
-      sum[i][1] += value * b1;
-    }
-  }
+  accumulate<C>(k, [=](int i, int64_t p) { return a[i * row_stride + p * k_stride]; }, panel, sum);
   if (width == kPanel<C>) {
     for (int i = 0; i < kRows; ++i) {
       for (int v = 0; v < 2; ++v) {

@@ -119,21 +119,26 @@ void parallel(int64_t items, int64_t work, const F& f) {
 // torch.empty_like. The common case, dense without overlap, skips the dispatcher's search by name.
 inline Tensor fast_empty_like(const Tensor& x) {
   const auto sizes = x.sizes(), strides = x.strides();
+  const int64_t dims = x.dim();
+  if (dims > 4) return torch::stable::empty_like(x);
+  int64_t size[4] = {1, 1, 1, 1}, stride[4] = {};
+  std::copy(sizes.begin(), sizes.end(), size);
+  std::copy(strides.begin(), strides.end(), stride);
   int order[4] = {0, 1, 2, 3};
-  std::sort(order, order + 4, [&](int a, int b) { return strides[a] < strides[b]; });
+  std::sort(order, order + 4, [&](int a, int b) { return stride[a] < stride[b]; });
   int64_t expected = 1;
   for (int i : order) {
-    if (sizes[i] == 1) continue;
-    if (strides[i] != expected) return torch::stable::empty_like(x);
-    expected *= sizes[i];
+    if (size[i] == 1) continue;
+    if (stride[i] != expected) return torch::stable::empty_like(x);
+    expected *= size[i];
   }
   int32_t dtype, device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(4, sizes.data(), strides.data(), dtype, device_type, device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype,
+                                                         device_type, device_index, &handle));
   return Tensor(handle);
 }
 

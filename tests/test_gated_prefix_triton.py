@@ -226,6 +226,7 @@ def test_a_row_in_a_batch_has_the_bits_it_has_alone():
     inputs = make_inputs(shape, torch.float32)
     inputs = inputs._replace(row_ids=torch.tensor([2, 0], dtype=torch.int32))
     batch = launch(inputs)
+    check(inputs, batch)  # several slots to a row
     alone = launch(
         Inputs(*(x[:1] for x in inputs[:2]), *inputs[2:5], inputs.row_ids[:1], inputs.grad_out[:1])
     )
@@ -287,6 +288,19 @@ def test_minus_inf_score_is_a_zero_probability():
     torch.testing.assert_close(actual["out"].double(), exact["out"], rtol=1e-5, atol=1e-6)
     assert actual["prefix_key"].isfinite().all() and actual["prefix_value"].isfinite().all()
     assert not actual["prefix_value"][:, :, 2].any()
+
+
+def test_strides_beyond_32_bits():
+    """Rows more than 2^31 elements apart; pages that are never touched cost nothing."""
+    inputs = make_inputs(BANK._replace(batch=2, num_prefixes=1), torch.float16)
+    expected = launch(inputs)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    far = torch.empty(2**31 + 2**16, dtype=torch.float16)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    query = far.as_strided(inputs.query.shape, (2**31, *inputs.query.stride()[1:])).copy_(inputs.query)
+    actual = launch(inputs._replace(query=query))
+    for name in ("out", "prefix_key"):
+        assert same_bits(actual[name], expected[name]), name
 
 
 @pytest.mark.parametrize("shape", [BANK._replace(batch=0), BANK._replace(q_len=0)], ids=str)

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastadapter import reference
-from fastadapter.ops import checks, self_check
-from fastadapter.ops.backends import automatic_backend, choose_backend, extension_error, library
+from fastadapter.ops import checks
+from fastadapter.ops.backends import choose_backend
+from fastadapter.ops.registration import fake_bank_grad, fake_grad, register
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "identity")
 NORMS = ("layer_norm", "rms_norm")
@@ -229,30 +230,10 @@ class _Bottleneck(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * 7
         if need_x or need_weights or need_biases or need_norm:
             needs = (need_x, need_weights, need_biases, need_norm)
-            computed = _backward(ctx.backend, grad_out, *ctx.saved_tensors, *ctx.constants, *needs)
+            computed = _run_backward(ctx.backend, grad_out, *ctx.saved_tensors, *ctx.constants, *needs)
             wanted = (need_x, *parameters, need_norm_weight, need_norm_bias)
             grads = [grad if want else None for grad, want in zip(computed, wanted, strict=True)]
         return (*grads[:5], grad_out if need_residual else None, *grads[5:], *[None] * 7)
-
-
-def run_forward(backend: str, *args) -> Tensor:
-    """The forward of a resolved ``backend`` on arguments that are known to be right, without autograd.
-
-    Arguments in the order of the registered op.
-    """
-    if backend == "reference":
-        return _reference_forward(*args)
-    if backend == "triton" and args[0].device.type == "cpu":
-        return _triton_forward(*args)
-    return torch.ops.fastadapter.bottleneck.default(*args)
-
-
-def _backward(backend: str, *args) -> tuple[Tensor, ...]:
-    if backend == "reference":
-        return _reference_backward(*args)
-    if backend == "triton" and args[1].device.type == "cpu":
-        return _triton_backward(*args)
-    return torch.ops.fastadapter.bottleneck_backward.default(*args)
 
 
 def _reference_forward(
@@ -326,34 +307,6 @@ def _reference_backward(
     )
 
 
-def _triton_forward(*args):
-    from fastadapter.kernels import bottleneck as kernels
-
-    return kernels.bottleneck_forward(*args)
-
-
-def _triton_backward(*args):
-    from fastadapter.kernels import bottleneck as kernels
-
-    return kernels.bottleneck_backward(*args)
-
-
-def _cuda_forward(*args):
-    backend, _ = automatic_backend("cuda", args[0].dtype)
-    if backend != "triton":
-        return _reference_forward(*args)
-    self_check.ensure("bottleneck", args[0])
-    return _triton_forward(*args)
-
-
-def _cuda_backward(*args):
-    backend, _ = automatic_backend("cuda", args[1].dtype)
-    if backend != "triton":
-        return _reference_backward(*args)
-    self_check.ensure("bottleneck", args[1])
-    return _triton_backward(*args)
-
-
 def _fake_forward(x, *args):
     return torch.empty_like(x)
 
@@ -378,12 +331,10 @@ def _fake_backward(
     need_norm,
 ):
     def gradient(parameter, need):
-        if parameter is None:
-            return x.new_empty(0)
-        return parameter.new_empty(parameter.shape if need else 0)
+        return x.new_empty(0) if parameter is None else fake_bank_grad(parameter, need)
 
     return (
-        torch.empty_like(x) if need_x else x.new_empty(0),
+        fake_grad(x, need_x),
         gradient(down_weight, need_weights),
         gradient(up_weight, need_weights),
         gradient(down_bias, need_biases),
@@ -393,25 +344,25 @@ def _fake_backward(
     )
 
 
-def _register() -> None:
-    norm = "Tensor? norm_weight, Tensor? norm_bias, Tensor? row_ids"
-    constants = "str activation, str norm, float norm_eps, float scale"
-    library.define(
-        "bottleneck(Tensor x, Tensor down_weight, Tensor up_weight, Tensor? down_bias, Tensor? up_bias, "
-        f"Tensor? residual, {norm}, {constants}) -> Tensor"
-    )
-    library.define(
-        "bottleneck_backward(Tensor grad_out, Tensor x, Tensor down_weight, Tensor up_weight, Tensor? down_bias, "
-        f"{norm}, {constants}, bool add_grad_out, bool need_x, bool need_weights, bool need_biases, "
-        "bool need_norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    )
-    if extension_error("bottleneck"):
-        library.impl("bottleneck", _reference_forward, "CPU")
-        library.impl("bottleneck_backward", _reference_backward, "CPU")
-    library.impl("bottleneck", _cuda_forward, "CUDA")
-    library.impl("bottleneck_backward", _cuda_backward, "CUDA")
-    torch.library.register_fake("fastadapter::bottleneck", _fake_forward, lib=library)
-    torch.library.register_fake("fastadapter::bottleneck_backward", _fake_backward, lib=library)
-
-
-_register()
+_NORM = "Tensor? norm_weight, Tensor? norm_bias, Tensor? row_ids"
+_CONSTANTS = "str activation, str norm, float norm_eps, float scale"
+# The forward of a resolved backend on arguments that are known to be right, without autograd.
+run_forward = register(
+    "bottleneck",
+    "bottleneck",
+    "(Tensor x, Tensor down_weight, Tensor up_weight, Tensor? down_bias, Tensor? up_bias, Tensor? residual, "
+    f"{_NORM}, {_CONSTANTS}) -> Tensor",
+    reference=_reference_forward,
+    fake=_fake_forward,
+    launcher="bottleneck_forward",
+)
+_run_backward = register(
+    "bottleneck",
+    "bottleneck_backward",
+    "(Tensor grad_out, Tensor x, Tensor down_weight, Tensor up_weight, Tensor? down_bias, "
+    f"{_NORM}, {_CONSTANTS}, bool add_grad_out, bool need_x, bool need_weights, bool need_biases, "
+    "bool need_norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=_reference_backward,
+    fake=_fake_backward,
+    launcher="bottleneck_backward",
+)

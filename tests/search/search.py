@@ -4,7 +4,7 @@ from collections import Counter
 
 from hypothesis import HealthCheck, given, settings
 
-from tests.search.cases import STRATEGIES
+from tests.search.cases import strategy
 from tests.search.checks import check
 
 CPU = ("reference", "cpp")
@@ -25,7 +25,7 @@ def search(op, backends, examples, *, derandomize=False):
         deadline=None,  # machines differ
         suppress_health_check=list(HealthCheck),
     )
-    @given(STRATEGIES[op](backends))
+    @given(strategy(op, backends))
     def example(case):
         drawn.update(features(case))
         check(case, *backends)
@@ -42,8 +42,12 @@ def features(case):
         yield "strided"
     if case.ids is not None:
         yield "row_ids"
-    if case.batch == 0 or case.q_len == 0:
-        yield "empty"
+    lengths = getattr(case, "lengths", None)
+    if case.q_len == 0 or case.batch == 0 or (lengths is not None and 0 in lengths):
+        yield "empty rows"
+    for name in ("lengths", "mask", "window", "softcap"):
+        if getattr(case, name, None) is not None:
+            yield {"lengths": "packed"}.get(name, name)
     if case.frozen:
         yield "frozen inputs"
     if case.logits > 1:

@@ -1,0 +1,61 @@
+"""The long search: ``python -m tests.search [--examples 2000] [--triton 300] [--output FILE]``, a summary as JSON."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+
+import torch
+
+from fastadapter import __version__
+from tests.search.attention import OPERANDS
+from tests.search.search import CPU, TRITON, search
+from tests.support.attention import runs_here
+
+OPS = (*OPERANDS, "bottleneck")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
+    parser.add_argument("--examples", type=int, default=2000, help="cases per op for the CPU backends")
+    parser.add_argument("--triton", type=int, default=300, help="cases per op for the Triton kernels")
+    parser.add_argument("--output", type=Path, help="store the summary; entries of other ops in it are kept")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    if options.output and options.output.exists():
+        rows = json.loads(options.output.read_text(encoding="utf-8"))["rows"]
+    for op in options.ops:
+        for wanted, examples in ((CPU, options.examples), (TRITON, options.triton)):
+            backends = [backend for backend in wanted if runs_here(op, backend)]
+            if not backends or not examples:
+                continue
+            start = time.process_time()
+            drawn = search(op, backends, examples)
+            row = {"op": op, "backends": backends, "failures": 0, **dict(sorted(drawn.items()))}
+            row["cpu_seconds"] = round(time.process_time() - start)
+            rows = [old for old in rows if (old["op"], old["backends"]) != (op, backends)] + [row]
+            print(json.dumps(row), flush=True)
+            if options.output:
+                summary = {
+                    "date": datetime.date.today().isoformat(),
+                    "versions": {
+                        "python": platform.python_version(),
+                        "fastadapter": __version__,
+                        "torch": torch.__version__,
+                        "triton": version("triton"),
+                    },
+                    "rows": rows,
+                }
+                options.output.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
