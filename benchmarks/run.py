@@ -30,10 +30,20 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     import transformers
 
-    from . import bench_bottleneck, bench_gated_prefix, bench_llama_adapter, rows, table
+    from . import (
+        bench_bottleneck,
+        bench_gated_prefix,
+        bench_gated_prefix_attention,
+        bench_llama_adapter,
+        bench_prefix_attention,
+        rows,
+        table,
+    )
 
     entries = {
         "gated_prefix": bench_gated_prefix.entry,
+        "gated_prefix_attention": bench_gated_prefix_attention.entry,
+        "prefix_attention": bench_prefix_attention.entry,
         "bottleneck": bench_bottleneck.entry,
         "training-step": bench_llama_adapter.training_step,
         "decode": bench_llama_adapter.decode,

@@ -192,7 +192,9 @@ void AttentionCall::split_forward(int64_t query_block) {
     Sequence& sequence = sequences_[i];
     if (sequence.q_len == 0) continue;
     const int64_t rows = sequence.q_len * op.group;
-    sequence.few = rows <= kFewRows;
+    // Not where backward follows: it takes the scores in the order of the other path, and where they are
+    // large, a probability exp(score - lse) of another rounding of the score is off by as much.
+    sequence.few = rows <= kFewRows && !op.save;
     if (sequence.few) {
       op.few_rows = std::max(op.few_rows, rows);
       sequence.parts = std::max<int64_t>(1, ceil_div(sequence.kv_len, kPartKeys));

@@ -90,13 +90,14 @@ inline void softmax_gradient(const Scores<C>& score, C* s, C* grad, int64_t widt
   const int64_t begin = keys.begin / W * W;
   if (score.plain) {
     for (int64_t j = begin; j < keys.end; j += W) {
-      const Vec<C> p = exp(load(s + j) * score.scale - shift);
+      // lse holds the largest score as it was rounded, so at that key the difference has to vanish.
+      const Vec<C> p = exp(rounded(load(s + j) * score.scale) - shift);
       store(s + j, p);
       store(grad + j, p * (load(grad + j) - delta));
     }
   } else {
     for (int64_t j = begin; j < keys.end; j += W) {
-      Vec<C> x = load(s + j) * score.scale, slope = splat(C(1));
+      Vec<C> x = rounded(load(s + j) * score.scale), slope = splat(C(1));
       if (score.softcap != 0) {
         const Vec<C> bounded = tanh(x / score.softcap);
         x = score.softcap * bounded;
@@ -120,7 +121,7 @@ inline C gated_gradient(const Scores<C>& score, C* s, C* grad, int64_t count, in
                         C factor) {
   constexpr int64_t W = kLanes<C>;
   for (int64_t j = 0; j < count; j += W) {
-    const Vec<C> x = load(s + j) * score.scale;
+    const Vec<C> x = rounded(load(s + j) * score.scale);
     store(s + j, exp(x - lse));
   }
   clear_outside(s, fill_edges(s, {0, count}, C(0)), width);

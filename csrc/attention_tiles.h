@@ -213,7 +213,7 @@ inline C softmax_step(const Scores<C>& score, C* s, int64_t width, Range keys, c
   C scale = score.scale;
   if (!score.plain) {
     for (int64_t j = keys.begin / W * W; j < keys.end; j += W) {
-      Vec<C> x = load(s + j) * scale;
+      Vec<C> x = rounded(load(s + j) * scale);
       if (score.softcap != 0) x = score.softcap * tanh(x / score.softcap);
       if (mask) x += load(mask + j);
       store(s + j, x);
@@ -232,7 +232,7 @@ inline C softmax_step(const Scores<C>& score, C* s, int64_t width, Range keys, c
   const C shift = top == kNever ? C(0) : top;  // nothing visible yet: no -inf - -inf
   Vec<C> sums = {};
   for (int64_t j = whole.begin; j < whole.end; j += W) {
-    const Vec<C> e = exp(load(s + j) * scale - shift);
+    const Vec<C> e = exp(rounded(load(s + j) * scale) - shift);
     store(s + j, e);
     sums += e;
   }

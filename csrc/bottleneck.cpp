@@ -188,6 +188,7 @@ class Call {
   int64_t rows() const { return (batch_of_rows() - entries_.unadapted()) * op.q_len; }
   int64_t product_work() const { return rows() * op.hidden * op.padded_size; }
   int64_t item() const { return in_double ? 8 : 4; }
+  ScalarType compute_type() const { return in_double ? ScalarType::Double : ScalarType::Float; }
 
  private:
   static int64_t round_up(int64_t x, int64_t of) { return (x + of - 1) / of * of; }
@@ -253,18 +254,20 @@ class Call {
   Buffer packed_;
 };
 
-Tensor bottleneck(const Tensor& x, const Tensor& down_weight, const Tensor& up_weight,
-                  const OptionalTensor& down_bias, const OptionalTensor& up_bias,
-                  const OptionalTensor& residual, const OptionalTensor& norm_weight,
-                  const OptionalTensor& norm_bias, const OptionalTensor& row_ids,
-                  const std::string& activation, const std::string& norm, double norm_eps, double scale) {
-  Call call({x, down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias, row_ids}, activation,
-            norm, norm_eps, scale);
+// z goes to `kept_z` if that is there.
+Tensor run_forward(const Operands& args, const OptionalTensor& residual, const std::string& activation,
+                   const std::string& norm, double norm_eps, double scale, Tensor* kept_z) {
+  Call call(args, activation, norm, norm_eps, scale);
   Bottleneck& op = call.op;
+  const Tensor& x = args.x;
   op.residual = view_of("residual", residual, {x.size(0), x.size(1), x.size(2)});
   STD_TORCH_CHECK(!residual || op.residual.dtype == op.x.dtype, kOp, ": residual must have the dtype of x");
   Tensor out = fast_empty_like(x);
   op.out = view_of("out", out, 3);
+  if (kept_z) {
+    *kept_z = torch::stable::new_empty(x, {x.size(0), x.size(1), op.size}, call.compute_type());
+    op.kept_z = view_of("z", *kept_z, 3);
+  }
   op.needs[kDownByHidden] = op.needs[kUpBySize] = true;
   call.pack();
   call.run(call.kernel.common.forward, call.blocks(), 2 * call.product_work());
@@ -272,20 +275,47 @@ Tensor bottleneck(const Tensor& x, const Tensor& down_weight, const Tensor& up_w
   return out;
 }
 
+Tensor bottleneck(const Tensor& x, const Tensor& down_weight, const Tensor& up_weight,
+                  const OptionalTensor& down_bias, const OptionalTensor& up_bias,
+                  const OptionalTensor& residual, const OptionalTensor& norm_weight,
+                  const OptionalTensor& norm_bias, const OptionalTensor& row_ids,
+                  const std::string& activation, const std::string& norm, double norm_eps, double scale) {
+  return run_forward({x, down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias, row_ids},
+                     residual, activation, norm, norm_eps, scale, nullptr);
+}
+
+std::tuple<Tensor, Tensor> bottleneck_saving(const Tensor& x, const Tensor& down_weight,
+                                             const Tensor& up_weight, const OptionalTensor& down_bias,
+                                             const OptionalTensor& up_bias, const OptionalTensor& residual,
+                                             const OptionalTensor& norm_weight,
+                                             const OptionalTensor& norm_bias, const OptionalTensor& row_ids,
+                                             const std::string& activation, const std::string& norm,
+                                             double norm_eps, double scale) {
+  Tensor z;
+  Tensor out = run_forward({x, down_weight, up_weight, down_bias, up_bias, norm_weight, norm_bias, row_ids},
+                           residual, activation, norm, norm_eps, scale, &z);
+  return {out, z};
+}
+
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients bottleneck_backward(const Tensor& grad_out, const Tensor& x, const Tensor& down_weight,
                               const Tensor& up_weight, const OptionalTensor& down_bias,
                               const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                              const OptionalTensor& row_ids, const std::string& activation,
-                              const std::string& norm, double norm_eps, double scale, bool add_grad_out,
-                              bool need_x, bool need_weights, bool need_biases, bool need_norm) {
+                              const OptionalTensor& row_ids, const OptionalTensor& z,
+                              const std::string& activation, const std::string& norm, double norm_eps,
+                              double scale, bool add_grad_out, bool need_x, bool need_weights,
+                              bool need_biases, bool need_norm) {
   const OptionalTensor none;
   Call call({x, down_weight, up_weight, down_bias, none, norm_weight, norm_bias, row_ids}, activation, norm,
             norm_eps, scale);
   Bottleneck& op = call.op;
   op.grad_out = view_of("grad_out", OptionalTensor(grad_out), {x.size(0), x.size(1), x.size(2)});
   STD_TORCH_CHECK(op.grad_out.dtype == op.x.dtype, kOp, ": grad_out must have the dtype of x");
+  op.given_z = view_of("z", z, {x.size(0), x.size(1), op.size});
+  STD_TORCH_CHECK(!z || (z->scalar_type() == call.compute_type() && z->is_contiguous()), kOp,
+                  ": z must be what bottleneck_saving returned for x: contiguous, in float32 (float64 with "
+                  "float64)");
   call.find_contributing();
 
   // Entries that no row uses have zero gradients; those of the others are written in full.
@@ -329,7 +359,8 @@ Gradients bottleneck_backward(const Tensor& grad_out, const Tensor& x, const Ten
   if (op.norm != Norm::kNone) op.statistics = statistics.get();
   if (op.need_norm) op.partial_norm = partial.get();
   if (below) {
-    op.needs[kDownByHidden] = need_weights || op.activation != Activation::kIdentity;
+    op.need_hidden = need_weights || op.activation != Activation::kIdentity;
+    op.needs[kDownByHidden] = op.need_hidden && !z;
     op.needs[kUpByHidden] = true;
     op.needs[kDownBySize] = need_x || op.need_norm;
     call.pack();
@@ -348,6 +379,7 @@ Gradients bottleneck_backward(const Tensor& grad_out, const Tensor& x, const Ten
 
 STABLE_TORCH_LIBRARY_IMPL(fastadapter, CPU, m) {
   m.impl("bottleneck", TORCH_BOX(&bottleneck));
+  m.impl("bottleneck_saving", TORCH_BOX(&bottleneck_saving));
   m.impl("bottleneck_backward", TORCH_BOX(&bottleneck_backward));
 }
 

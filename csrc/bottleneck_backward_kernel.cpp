@@ -1,9 +1,10 @@
 // Backward of bottleneck on CPUs, see docs/maths.md.
 //
-// The first pass computes the hidden layer again, its gradient and that of x, a block of rows at a time; it
-// keeps act(z) and the gradient of z, (rows, size) each. The second sums the gradients of the parameters over
-// all rows of an entry, a strip of columns at a time: there are no partial results that would have to be
-// added up, so nothing depends on how the strips are spread over threads.
+// The first pass computes the hidden layer again (from z where that is given, else from x), its gradient and
+// that of x, a block of rows at a time; it keeps act(z) and the gradient of z, (rows, size) each. The second
+// sums the gradients of the parameters over all rows of an entry, a strip of columns at a time: there are no
+// partial results that would have to be added up, so nothing depends on how the strips are spread over
+// threads.
 #include "bottleneck_rows.h"
 
 namespace fastadapter {
@@ -145,12 +146,11 @@ void backward(const Bottleneck& op, int64_t begin, int64_t end, char* memory) {
     const C *x[kBottleneckRows], *y[kBottleneckRows], *grad[kBottleneckRows];
     C own[2 * kBottleneckRows];
     C* statistics = op.statistics ? kept_rows<C>(op, op.statistics, entry, block.begin, 2) : own;
-    read_inputs<C>(op, s, block, statistics, x, y);
+    if (op.norm != Norm::kNone || op.needs[kDownByHidden]) read_inputs<C>(op, s, block, statistics, x, y);
     C* hidden = op.hidden_rows ? kept_rows<C>(op, op.hidden_rows, entry, block.begin, op.padded_size) : s.z;
-    if (op.needs[kDownByHidden]) {
+    if (op.needs[kDownByHidden])
       project(n, op.hidden, y, packed_weights(op, s, kDownByHidden, entry), hidden, op.padded_size);
-      activate_rows<C>(op, s, entry, n, hidden, s.slope);
-    }
+    if (op.need_hidden) activate_rows<C>(op, s, block, hidden, s.slope);
     if (!through) continue;
 
     Rows rows(op, entry, block.begin);

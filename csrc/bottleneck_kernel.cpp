@@ -127,7 +127,7 @@ void forward(const Bottleneck& op, int64_t begin, int64_t end, char* memory) {
     const C *x[kBottleneckRows], *y[kBottleneckRows];
     read_inputs<C>(op, s, block, nullptr, x, y);
     project(n, op.hidden, y, packed_weights(op, s, kDownByHidden, entry), s.z, op.padded_size);
-    activate_rows<C>(op, s, entry, n, s.z, nullptr);
+    activate_rows<C>(op, s, block, s.z, nullptr);
     const C* up = packed_weights(op, s, kUpBySize, entry);
     with_element<C>(op.out.dtype, [&](auto* element) {
       using E = std::remove_pointer_t<decltype(element)>;
@@ -155,11 +155,13 @@ void forward(const Bottleneck& op, int64_t begin, int64_t end, char* memory) {
   }
 }
 
-// Items: (row without an adapter, t). The residual's bits, or zeros.
+// Items: (row without an adapter, t). The residual's bits, or zeros; zeros for z.
 void keep(const Bottleneck& op, int64_t begin, int64_t end, char*) {
   const int64_t item = op.out.dtype == DType::kDouble ? 8 : op.out.dtype == DType::kFloat ? 4 : 2;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t b = op.batch_rows[i / op.q_len], t = i % op.q_len;
+    if (op.kept_z.data)
+      std::memset(op.kept_z.data + b * op.kept_z.stride[0] + t * op.kept_z.stride[2], 0, op.kept_z.stride[2]);
     char* out = op.out.data + b * op.out.stride[0] + t * op.out.stride[2];
     if (op.residual.data) {
       const char* from = op.residual.data + b * op.residual.stride[0] + t * op.residual.stride[2];

@@ -40,6 +40,9 @@ struct Bottleneck {
       grad_out;   // (batch, -, q_len, hidden); `out` is grad_x in backward; data may be null
   View down, up;  // (n, -, size, hidden), (n, -, hidden, size)
   View down_bias, up_bias, norm_weight, norm_bias;  // (n, -, -, columns); data may be null
+  // (batch, -, q_len, size), contiguous, in the compute type: z as forward keeps it and as backward is given
+  // it; data may be null. Backward does not read the rows without an adapter.
+  View kept_z, given_z;
 
   // The bank entries that this batch uses, as in Entries of host.h.
   int64_t num_entries;
@@ -66,6 +69,7 @@ struct Bottleneck {
   char* partial_norm;    // (blocks, 2, padded_hidden)
   View grad_down, grad_up, grad_down_bias, grad_up_bias, grad_norm_weight, grad_norm_bias;
   bool add_grad_out, need_x, need_weights, need_biases, need_norm;
+  bool need_hidden;  // backward needs act(z) or its derivative
 };
 
 // Each function does work items [begin, end); `scratch` holds scratch_bytes() bytes aligned to 64.

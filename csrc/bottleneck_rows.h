@@ -121,12 +121,13 @@ inline void normalize(const Bottleneck& op, const Scratch<C>& s, const C* x, C* 
   }
   for (int64_t j = op.hidden; j < op.padded_hidden; ++j) y[j] = 0;
   const C inverse = C(1) / std::sqrt(sum_row(y, op.padded_hidden) / count + static_cast<C>(op.norm_eps));
+  statistics[0] = mean;
+  statistics[1] = inverse;
+  if (!op.needs[kDownByHidden]) return;  // nothing is projected
   for (int64_t j = 0; j < op.padded_hidden; j += W) {
     const Vec<C> normed = (load(x + j) - mean) * inverse;
     store(y + j, normed * load(s.norm_weight + j) + load(s.norm_bias + j));
   }
-  statistics[0] = mean;
-  statistics[1] = inverse;
 }
 
 // The inputs of a block's down projection; with a norm, x holds the padded rows it was computed from.
@@ -147,22 +148,6 @@ void read_inputs(const Bottleneck& op, const Scratch<C>& s, const Block& block, 
     x[k] = buffer;
     y[k] = normed;
   }
-}
-
-// z + bias becomes act(z + bias), and its derivative goes to `slope` if that is there.
-template <class C>
-void activate_rows(const Bottleneck& op, const Scratch<C>& s, int64_t entry, int64_t n, C* z, C* slope) {
-  constexpr int W = kLanes<C>;
-  load_parameter(op, op.down_bias, entry, op.size, op.padded_size, s.down_bias);
-  with_activation(op.activation, [&](auto activation) {
-    for (int64_t i = 0; i < n; ++i, z += op.padded_size) {
-      for (int64_t j = 0; j < op.padded_size; j += W) {
-        const ValueSlope<C> result = activate<C, activation.value>(load(z + j) + load(s.down_bias + j));
-        store(z + j, result.value);
-        if (slope) store(slope + i * op.padded_size + j, result.slope);
-      }
-    }
-  });
 }
 
 // Elements of a row next to each other, the bits as they are.
@@ -189,6 +174,31 @@ inline void store_width(E* p, int64_t width, Vec<C> v) {
   } else if (width > 0) {
     store_some<C, E>(reinterpret_cast<char*>(p), sizeof(E), width, v);
   }
+}
+
+// Rows of products of a block become act(products + bias), and its derivative goes to `slope` if that is
+// there. Where z is given it is read instead: the bits that forward had.
+template <class C>
+void activate_rows(const Bottleneck& op, const Scratch<C>& s, const Block& block, C* hidden, C* slope) {
+  constexpr int W = kLanes<C>;
+  load_parameter(op, op.down_bias, block.entry, op.size, op.padded_size, s.down_bias);
+  Rows rows(op, block.entry, block.begin);
+  with_activation(op.activation, [&](auto activation) {
+    for (int64_t i = block.begin; i < block.end; ++i, rows.next()) {
+      const C* given = op.given_z.data ? reinterpret_cast<const C*>(rows.in(op.given_z)) : nullptr;
+      C* kept = op.kept_z.data ? reinterpret_cast<C*>(rows.in(op.kept_z)) : nullptr;
+      for (int64_t j = 0; j < op.padded_size; j += W) {
+        const Vec<C> z =
+            given ? load_width<C, C>(given + j, op.size - j) : load(hidden + j) + load(s.down_bias + j);
+        if (kept) store_width<C, C>(kept + j, op.size - j, z);
+        const ValueSlope<C> result = activate<C, activation.value>(z);
+        store(hidden + j, result.value);
+        if (slope) store(slope + j, result.slope);
+      }
+      hidden += op.padded_size;
+      if (slope) slope += op.padded_size;
+    }
+  });
 }
 
 }  // namespace

@@ -139,6 +139,19 @@ static inline void store(Half* p, Vec<float> v) {
 }
 #endif
 
+// A product as it was rounded: the compiler must not fuse it into a sum that follows.
+template <class V>
+static inline V rounded(V v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 // ---- sums across lanes ----
 
 // Lane `i` of the low half of the result comes from `a`, of the high half from `b`, within every scope of

@@ -28,6 +28,7 @@ import triton.language as tl
 from fastadapter.kernels import target
 from fastadapter.kernels.attention_tiles import Tiles, config
 from fastadapter.kernels.gated_prefix import _gate_factor, _rescale, _row_entry, _tanh, block_d
+from fastadapter.kernels.gated_prefix_tiles import ALL_REGISTERS
 from torch import Tensor
 
 LENGTHS = [
@@ -452,6 +453,7 @@ def launch(kernel, num_programs: int, shared: dict, tiles: Tiles, head_dim: int,
         **{name: arguments[name] for name in kernel.arg_names},
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        **(ALL_REGISTERS if tiles.all_registers else {}),
     )
 
 

@@ -1,6 +1,8 @@
 """Tiles of the single-pass attention kernels: one small table, filled by what they compile to, no autotuning.
 
-``fastadapter bench audit`` shows registers, spills and matrix instructions of every entry. Nothing here depends on
+``fastadapter bench audit`` shows registers, spills and matrix instructions of its cases, none of which spills. Outside
+them, fp32 prefixes with head_dim over 128 still do: the forward on NVIDIA (125 to 262 instructions), the fp32 keys
+launch on gfx942 (7) and the fp32 prefix launch on sm_100 (3). Nothing here depends on
 batch or sequence lengths: a row or a packed sequence has the same bits alone and in any batch.
 """
 
@@ -10,7 +12,11 @@ import torch
 
 
 class Tiles(NamedTuple):
-    """What one launch is compiled with; ``precision`` is that of fp32 products."""
+    """What one launch is compiled with; ``precision`` is that of fp32 products.
+
+    ``all_registers`` gives every thread what it asks for: ptxas by itself holds a kernel to a round number of programs
+    per multiprocessor, even where a few values have to go to memory and back for it.
+    """
 
     block_m: int
     block_n: int
@@ -18,17 +24,19 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
     precision: str = "ieee"
+    all_registers: bool = False
 
 
 # (block_m, block_n, num_warps, num_stages) of half-precision kernels, for head_dim up to 64, 128 and 256
 _FORWARD = ((64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 8, 1))
 _FORWARD_ON = {
+    "sm_80": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
     "sm_90": ((32, 64, 2, 2), (32, 64, 4, 2), (32, 32, 8, 1)),
     "sm_100": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
 }
 _SMALL = {
     "merge": ((32, 0, 4, 2), (32, 0, 4, 2), (32, 0, 8, 1)),
-    "prefix": ((32, 0, 8, 1), (32, 0, 8, 2), (32, 0, 8, 2)),
+    "prefix": ((32, 0, 8, 1), (32, 0, 8, 1), (32, 0, 8, 1)),
     "keys": ((32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 8, 1)),
     "query": ((32, 64, 4, 2), (32, 64, 4, 2), (32, 32, 8, 1)),
 }
@@ -41,11 +49,19 @@ def config(kernel: str, arch: str, activation, prefix, head_dim: int, prefix_len
     All of Hopper stays on ``mma.sync``: fewer than 64 rows or four warps (:mod:`.attention` says why).
     """
     size = (head_dim > 64) + (head_dim > 128)
+    nvidia = arch.startswith("sm_")
     if activation == torch.float32:  # exact products, on vector units, a row of head_dim per thread
-        return Tiles(16, 16, 16, 4 if size == 0 or kernel in ("keys", "merge") else 8, 1)
+        num_warps = 4 if size == 0 or kernel in ("keys", "merge") else 8
+        if size == 2:  # by what did not spill
+            num_warps = {"prefix": 4, "keys": 8 if nvidia else 4, "query": 8 if nvidia else 4}.get(
+                kernel, num_warps
+            )
+        return Tiles(16, 16, 16, num_warps, 1, all_registers=nvidia and kernel == "keys" and not size)
     if prefix == torch.float32 and kernel != "keys":  # the prefix likewise, beside matrix units
+        if not nvidia and size == 2 and kernel in ("prefix", "query"):
+            return Tiles(16, 16, 16, 4, 1)
         block_m = 16 if kernel != "query" and (size or kernel != "forward") else 32
-        return Tiles(block_m, 32, 16, 8, 1)
+        return Tiles(block_m, 32, 16, 8, 1, all_registers=nvidia and kernel == "query")
     if kernel == "forward":
         rows = _FORWARD_ON.get(arch, _FORWARD)
     elif kernel == "query" and arch != "sm_90":
@@ -53,7 +69,9 @@ def config(kernel: str, arch: str, activation, prefix, head_dim: int, prefix_len
     else:
         rows = _SMALL[kernel]
     block_m, block_n, num_warps, num_stages = rows[size]
-    if arch.startswith("gfx"):  # 64 KiB of shared memory, and 512 registers for up to four wavefronts of 64
+    if not nvidia:  # 64 KiB of shared memory, and 512 registers for up to four wavefronts of 64
         num_warps, num_stages = min(num_warps, 4), 1
+        block_m = 16 if kernel == "keys" and size == 2 else block_m
     block_p = 16 if prefix_len <= 16 or head_dim > 128 else 32
-    return Tiles(block_m, block_n, block_p, num_warps, num_stages)
+    all_registers = (nvidia and kernel == "prefix") or (kernel, arch, size) == ("query", "sm_100", 1)
+    return Tiles(block_m, block_n, block_p, num_warps, num_stages, all_registers=all_registers)

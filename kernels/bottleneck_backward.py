@@ -343,7 +343,7 @@ def _bottleneck_reduce_kernel(
 
 def bottleneck_backward(
     grad_out: Tensor, x: Tensor, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor | None,
-    norm_weight: Tensor | None, norm_bias: Tensor | None, row_ids: Tensor | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, row_ids: Tensor | None, z: Tensor | None,
     activation: str, norm: str, norm_eps: float, scale: float, add_grad_out: bool,
     need_x: bool, need_weights: bool, need_biases: bool, need_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -352,9 +352,12 @@ def bottleneck_backward(
     Each in its argument's dtype, that of up_bias in up_weight's; those not needed, and those of arguments that are
     absent, have shape ``(0,)``. With ``add_grad_out`` x was the residual too, and grad_out is a part of its
     gradient. A row whose id is outside ``[-1, n)`` gets NaN in its gradient of x and adds nothing to the others.
-    Errors as in :func:`~fastadapter.kernels.bottleneck.bottleneck_forward`.
+    ``z`` must be None: it is computed from x. Errors as in
+    :func:`~fastadapter.kernels.bottleneck.bottleneck_forward`.
     """
     check(x, activation, norm, norm_weight, norm_bias)
+    if z is not None:
+        raise ValueError("bottleneck: z must be None for the Triton backend, which computes it from x")
     batch, seq_len, hidden_size = x.shape
     num_adapters, bottleneck_size, _ = down_weight.shape
     need_down_bias = need_biases and down_bias is not None

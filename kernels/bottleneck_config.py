@@ -47,7 +47,10 @@ def backward_config(arch: str, weight: torch.dtype, bottleneck_size: int) -> dic
         blocks = {"BLOCK_M": block_m, "BLOCK_R": block_r, "BLOCK_C": block_c}
         return blocks | {"num_warps": num_warps, "num_stages": num_stages}
 
-    return {"rows": options(*rows), "channels": options(*channels)}
+    found = {"rows": options(*rows), "channels": options(*channels)}
+    if wide and nvidia:  # ptxas would rather spill than give up a program per multiprocessor
+        found["rows"]["maxnreg"] = 255
+    return found
 
 
 def prefers_gemm_pair(

@@ -11,6 +11,9 @@ LENGTHS = ["num_prefixes", "num_heads", "num_kv_heads", "q_len", "prefix_len"]
 # Multiprocessors (compute units on AMD) of the chips in the tables.
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
+# An option that only NVIDIA's compiler has, at the most that a thread can address.
+ALL_REGISTERS = {"maxnreg": 255}
+
 
 @triton.jit
 def _tanh(x):
@@ -87,13 +90,18 @@ def _rescale(m_i, s):
 
 
 class Tiles(NamedTuple):
-    """``BLOCK_M`` query positions by ``BLOCK_P`` prefix positions per step, and how a launch runs them."""
+    """``BLOCK_M`` query positions by ``BLOCK_P`` prefix positions per step, and how a launch runs them.
+
+    ``all_registers`` gives every thread what it asks for: ptxas by itself holds a kernel to a round number of programs
+    per multiprocessor, even where a few values have to go to memory and back for it.
+    """
 
     block_m: int
     block_p: int
     num_warps: int
     num_stages: int
     tma: bool = False
+    all_registers: bool = False
 
 
 def config(
@@ -107,6 +115,8 @@ def config(
     run on vector units with a whole row of head_dim per thread, so their tiles are smaller.
     """
     nvidia = arch.startswith("sm_")
+    # four wavefronts of AMD's have 512 registers per lane, which rows of 256 fill
+    four = not nvidia and head_dim > 128 and launch != "forward"
     if prefix == torch.float32:
         block_p = 8 if head_dim > 128 and nvidia else 16  # AMD's matrix units take fp32, 16 at a time
         if prefix_len <= block_p:
@@ -115,7 +125,9 @@ def config(
             num_stages = 2 if head_dim > 128 and launch != "backward-prefix" else 1
         if launch == "forward" and head_dim <= 64:
             num_stages = max(num_stages, 2)
-        return Tiles(16, block_p, 4 if head_dim <= 64 else 8, num_stages)
+        # 128 scores, a thread each
+        four |= nvidia and head_dim > 128 and launch == "backward-query"
+        return Tiles(16, block_p, 4 if head_dim <= 64 or four else 8, num_stages)
     if launch == "forward":
         # keys and values of the whole prefix stay in shared memory over a program's run of tiles
         largest = 32 if not nvidia else 64 if head_dim > 128 else 128
@@ -126,9 +138,13 @@ def config(
     if launch == "backward-query":
         # dS is the left operand of its only product, so its columns may be 64
         wide = head_dim <= 128 and nvidia
-        return Tiles(32, 64 if wide else 16, 8 if head_dim > 64 or prefix_len > 64 else 4, 2)
-    num_warps = 8 if head_dim > 128 else 4
-    return Tiles(32, block_p, num_warps, 1 if launch == "backward-prefix" else 2)
+        num_warps = 8 if (head_dim > 64 or prefix_len > 64) and not four else 4
+        crowded = arch == "sm_100" and head_dim > 128
+        return Tiles(32, 64 if wide else 16, num_warps, 1 if crowded else 2, all_registers=crowded)
+    num_warps = 8 if head_dim > 128 and not four else 4
+    if launch == "backward":
+        return Tiles(32, block_p, num_warps, 2)
+    return Tiles(32, block_p, num_warps, 1, all_registers=nvidia and (head_dim <= 32 or head_dim > 128))
 
 
 def operands(query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn, tiles: Tiles) -> dict:
@@ -142,6 +158,7 @@ def operands(query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate
         "HEAD_DIM": head_dim, "BLOCK_M": tiles.block_m, "BLOCK_P": tiles.block_p, "BLOCK_D": block_d(head_dim),
         "HAS_ROW_IDS": row_ids is not None, "TANH": gate_fn == "tanh", "ONE_BLOCK": prefix_len <= tiles.block_p,
         "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
+        **(ALL_REGISTERS if tiles.all_registers else {}),
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from tests.support.bottleneck import Shape, eager, make_inputs, run
+from tests.support.bottleneck import Shape, call, eager, make_inputs, run
 from tests.support.budget import assert_within_budget, same_bits
 from tests.support.gated_prefix import needs_extension
 
@@ -160,6 +160,92 @@ def test_ids_out_of_range_never_reach_memory(row):
     ids = torch.tensor([0, row], dtype=torch.int32)
     with pytest.raises(RuntimeError, match=rf"bottleneck: row_ids must be in \[-1, 3\), got {row}"):
         torch.ops.fastadapter.bottleneck(*inputs[:8], ids, "gelu", "none", 0.0, 1.0)
+
+
+OPTIONS_OF_Z = [
+    {"activation": "gelu", "norm": "none"},
+    {"activation": "relu", "norm": "layer_norm"},
+    {"activation": "identity", "norm": "rms_norm"},
+]
+
+
+def direct(inputs, z, *, activation, norm, needs=(True,) * 4):
+    """The registered backward."""
+    constants = (activation, norm, 1e-5, 0.7, False)
+    return torch.ops.fastadapter.bottleneck_backward(
+        inputs.grad_out, *inputs[:4], *inputs[6:9], z, *constants, *needs
+    )
+
+
+def kept(inputs, *, activation, norm):
+    """Output and z of the registered forward that keeps it."""
+    return torch.ops.fastadapter.bottleneck_saving(*inputs[:9], activation, norm, 1e-5, 0.7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", OPTIONS_OF_Z, ids=str)
+@pytest.mark.parametrize("shape", [MIXED, Shape(batch=1, q_len=51, hidden=40, size=9)], ids=str)
+def test_kept_z_changes_no_bit(shape, options, dtype, poisoned_memory):
+    """Gradients with z from forward and with z computed again, and both forwards, whatever else is needed."""
+    inputs = make_inputs(shape, dtype, norm=options["norm"])
+    out, z = kept(inputs, **options)
+    assert z.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert z.shape == (*inputs.x.shape[:2], shape.size) and z.is_contiguous()
+    plain = torch.ops.fastadapter.bottleneck(*inputs[:9], *options.values(), 1e-5, 0.7)
+    assert same_bits(out, plain)
+    if inputs.row_ids is not None:
+        assert not z[inputs.row_ids == -1].any()
+        z[inputs.row_ids == -1] = float("nan")  # is not read
+    for needs in (
+        (True,) * 4,
+        (True, False, False, False),
+        (False, True, False, False),
+        (False, False, True, True),
+    ):
+        with_z, without = (
+            direct(inputs, z, needs=needs, **options),
+            direct(inputs, None, needs=needs, **options),
+        )
+        assert all(same_bits(a, b) for a, b in zip(with_z, without, strict=True))
+        assert not any(grad.isnan().any() for grad in with_z)
+
+
+def test_backward_uses_the_kept_z():
+    """It takes what it is given, and autograd gives it what forward kept."""
+    inputs = make_inputs(Shape(), torch.float32)
+    options = {"activation": "gelu", "norm": "none"}
+    z = kept(inputs, **options)[1]
+    assert not same_bits(direct(inputs, z + 1, **options)[0], direct(inputs, z, **options)[0])
+    x = inputs.x.requires_grad_()
+    out = call(inputs._replace(x=x), "cpp")
+    assert any(s is not None and same_bits(s, z) for s in out.grad_fn.saved_tensors)
+    frozen = call(inputs._replace(x=x), "cpp", activation="identity")  # x alone, and a constant derivative
+    assert frozen.grad_fn.saved_tensors[-1] is None
+
+
+def test_z_of_the_wrong_form_is_named():
+    inputs = make_inputs(Shape(), torch.float32)
+    options = {"activation": "gelu", "norm": "none"}
+    z = kept(inputs, **options)[1]
+    for wrong, message in (
+        (z[0], "z must have 3 dims, got 2"),
+        (z[..., 1:], "z must have size 5 in dim 2, got 4"),
+        (z.half(), "z must be what bottleneck_saving returned"),
+        (z.transpose(0, 1).contiguous().transpose(0, 1), "z must be what bottleneck_saving returned"),
+    ):
+        with pytest.raises(RuntimeError, match=f"bottleneck: {message}"):
+            direct(inputs, wrong, **options)
+
+
+def test_opcheck_of_the_saving_forms():
+    for shape, dtype in ((Shape(), torch.float32), (Shape(batch=4, num_entries=3), torch.bfloat16)):
+        inputs = make_inputs(shape, dtype)
+        torch.library.opcheck(
+            torch.ops.fastadapter.bottleneck_saving.default, (*inputs[:9], "gelu", "none", 0.0, 0.7)
+        )
+        z = kept(inputs, activation="gelu", norm="none")[1]
+        arguments = (inputs.grad_out, *inputs[:4], *inputs[6:9], z, "gelu", "none", 0.0, 0.7, True)
+        torch.library.opcheck(torch.ops.fastadapter.bottleneck_backward.default, (*arguments, *(True,) * 4))
 
 
 def test_wrong_operands_are_named():

@@ -64,7 +64,7 @@ def backward(inputs, *, activation="gelu", norm="none", norm_eps=1e-5, scale=1.0
     x, down, up, down_bias, _, _, norm_weight, norm_bias, row_ids, grad_out = (
         on_device(x, DEVICE) for x in inputs
     )
-    tensors = (grad_out, x, down, up, down_bias, norm_weight, norm_bias, row_ids)
+    tensors = (grad_out, x, down, up, down_bias, norm_weight, norm_bias, row_ids, None)
     options = (activation, norm, norm_eps, scale, inputs.residual is inputs.x)
     grads = kernels.bottleneck_backward(*tensors, *options, *needs)
     return {name: grad.cpu() for name, grad in zip(GRADS, grads, strict=True)}

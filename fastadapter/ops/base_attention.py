@@ -13,8 +13,8 @@ from torch import Tensor
 from fastadapter.ops.attention import Options
 
 FORMS = ("auto", "single", "merge")
-# What form="auto" takes, by device. On a CPU the single pass took 0.64 to 0.94 of the merge's time, forward and
-# training step, in all shapes tried (fp32, q_len 1 to 1024). On a GPU the two have not been compared.
+# What form="auto" takes, by device. On a CPU the single pass took less time than the merge in every shape tried
+# (q_len 1 to 1024, fp32 and bf16): benchmarks/bench_prefix_attention.py. On a GPU the two have not been compared.
 PREFERRED = {"cpu": "single", "cuda": "single"}
 # The bases of a device, by priority: the first that can run a call does.
 PRIORITY = {"cpu": ("flash_cpu",), "cuda": ("cudnn", "flash")}

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fastadapter import reference
 from fastadapter.ops import checks
-from fastadapter.ops.backends import choose_backend
+from fastadapter.ops.backends import choose_backend, extension_error, lack, library
 from fastadapter.ops.registration import fake_bank_grad, fake_grad, register
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "identity")
@@ -56,7 +56,11 @@ def bottleneck(
     Equivalent to ``residual + scale * linear(act(linear(norm(x), down_weight, down_bias)), up_weight, up_bias)``
     (Houlsby et al., arXiv:1902.00751, section 2.1; with a scale, He et al., arXiv:2110.04366, section 3). An output
     channel whose row of ``up_weight`` and whose bias are zero has the bits of ``residual``, whatever the down
-    projection holds. Only ``x`` and the parameters are kept for backward. Deterministic, forward and backward.
+    projection holds. Deterministic, forward and backward.
+
+    Backward computes the hidden layer again from ``x`` and the parameters, except on a CPU: there forward keeps the
+    input of the activation, ``bottleneck_size / hidden`` of ``x`` in fp32 (fp64 with fp64), as that product would be
+    a fifth one of a backward that computes all the time. On a GPU the operation waits for memory.
 
     Args:
         x: ``(..., hidden)`` with at least 2 dims, fp32, bf16, fp16 or fp64; any strides.
@@ -98,10 +102,18 @@ def bottleneck(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if residual_is_x:  # one input, so that its two gradients are one pass
             tensors = (*tensors[:5], None, *tensors[6:])
-        out = _Bottleneck.apply(*tensors, row_ids, *constants, residual_is_x, chosen)
+        keep_z = chosen == "cpp" and _needs_z(activation, *tensors[:4], norm_weight, norm_bias)
+        out = _Bottleneck.apply(*tensors, row_ids, *constants, residual_is_x, chosen, keep_z)
     else:
         out = run_forward(chosen, *tensors, row_ids, *constants)
     return out if x.dim() == 3 else out.view(x.shape)
+
+
+def _needs_z(activation, x, down_weight, up_weight, *others) -> bool:
+    """Whether backward will need the input of the activation; ``others`` have gradients through its derivative."""
+    if down_weight.requires_grad or up_weight.requires_grad:
+        return True
+    return activation != "identity" and any(t is not None and t.requires_grad for t in (x, *others))
 
 
 def _three_dims(x: Tensor, residual: Tensor | None, by_row: bool) -> tuple[Tensor, Tensor | None]:
@@ -178,7 +190,7 @@ def _validate(x, down_weight, up_weight, down_bias, up_bias, residual, activatio
 
 
 class _Bottleneck(torch.autograd.Function):
-    """Saves the inputs only: the hidden activation is computed again from ``x``."""
+    """Saves the inputs, and with ``keep_z`` the input of the activation; else that is computed again from ``x``."""
 
     @staticmethod
     def forward(
@@ -198,12 +210,11 @@ class _Bottleneck(torch.autograd.Function):
         scale,
         residual_is_x,
         backend,
+        keep_z,
     ):
-        ctx.save_for_backward(x, down_weight, up_weight, down_bias, norm_weight, norm_bias, row_ids)
         ctx.constants = (activation, norm, norm_eps, scale, residual_is_x)
         ctx.backend = backend
-        return run_forward(
-            backend,
+        arguments = (
             x,
             down_weight,
             up_weight,
@@ -218,6 +229,9 @@ class _Bottleneck(torch.autograd.Function):
             norm_eps,
             scale,
         )
+        out, z = _run_saving(*arguments) if keep_z else (run_forward(backend, *arguments), None)
+        ctx.save_for_backward(x, down_weight, up_weight, down_bias, norm_weight, norm_bias, row_ids, z)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -233,7 +247,7 @@ class _Bottleneck(torch.autograd.Function):
             computed = _run_backward(ctx.backend, grad_out, *ctx.saved_tensors, *ctx.constants, *needs)
             wanted = (need_x, *parameters, need_norm_weight, need_norm_bias)
             grads = [grad if want else None for grad, want in zip(computed, wanted, strict=True)]
-        return (*grads[:5], grad_out if need_residual else None, *grads[5:], *[None] * 7)
+        return (*grads[:5], grad_out if need_residual else None, *grads[5:], *[None] * 8)
 
 
 def _reference_forward(
@@ -277,6 +291,7 @@ def _reference_backward(
     norm_weight,
     norm_bias,
     row_ids,
+    z,
     activation,
     norm,
     norm_eps,
@@ -284,6 +299,8 @@ def _reference_backward(
     add_grad_out,
     *needs: bool,
 ):
+    if z is not None:
+        raise ValueError("bottleneck: z must be None for the reference backend, which computes it from x")
     grads = reference.bottleneck_backward(
         grad_out,
         x,
@@ -311,6 +328,11 @@ def _fake_forward(x, *args):
     return torch.empty_like(x)
 
 
+def _fake_saving(x, down_weight, *args):
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.empty_like(x), x.new_empty((*x.shape[:2], down_weight.shape[1]), dtype=dtype)
+
+
 def _fake_backward(
     grad_out,
     x,
@@ -320,6 +342,7 @@ def _fake_backward(
     norm_weight,
     norm_bias,
     row_ids,
+    z,
     activation,
     norm,
     norm_eps,
@@ -346,12 +369,15 @@ def _fake_backward(
 
 _NORM = "Tensor? norm_weight, Tensor? norm_bias, Tensor? row_ids"
 _CONSTANTS = "str activation, str norm, float norm_eps, float scale"
+_FORWARD = (
+    "(Tensor x, Tensor down_weight, Tensor up_weight, Tensor? down_bias, Tensor? up_bias, Tensor? residual, "
+    f"{_NORM}, {_CONSTANTS})"
+)
 # The forward of a resolved backend on arguments that are known to be right, without autograd.
 run_forward = register(
     "bottleneck",
     "bottleneck",
-    "(Tensor x, Tensor down_weight, Tensor up_weight, Tensor? down_bias, Tensor? up_bias, Tensor? residual, "
-    f"{_NORM}, {_CONSTANTS}) -> Tensor",
+    f"{_FORWARD} -> Tensor",
     reference=_reference_forward,
     fake=_fake_forward,
     launcher="bottleneck_forward",
@@ -360,9 +386,19 @@ _run_backward = register(
     "bottleneck",
     "bottleneck_backward",
     "(Tensor grad_out, Tensor x, Tensor down_weight, Tensor up_weight, Tensor? down_bias, "
-    f"{_NORM}, {_CONSTANTS}, bool add_grad_out, bool need_x, bool need_weights, bool need_biases, "
+    f"{_NORM}, Tensor? z, {_CONSTANTS}, bool add_grad_out, bool need_x, bool need_weights, bool need_biases, "
     "bool need_norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_reference_backward,
     fake=_fake_backward,
     launcher="bottleneck_backward",
 )
+
+# (out, z) with z (batch, seq, bottleneck_size), the input of the activation in fp32 (fp64 with fp64), for backward: it
+# has the same bits with and without it. Only the C++ backend has this form, as `bottleneck` explains; rows without an
+# adapter have zeros in z.
+library.define(f"bottleneck_saving{_FORWARD} -> (Tensor, Tensor)")
+torch.library.register_fake("fastadapter::bottleneck_saving", _fake_saving, lib=library)
+_run_saving = torch.ops.fastadapter.bottleneck_saving.default
+_saving_error = extension_error("bottleneck_saving")
+if _saving_error:
+    lack("bottleneck", "cpp", _saving_error)

@@ -146,7 +146,7 @@ def gated_prefix_attention_backward(
             for whole, part in zip(grads[3:], parts[3:]):
                 whole += part
     activations = [torch.empty_like(x).copy_(grad) for x, grad in zip(inputs[:3], grads[:3])]
-    banks = [grad.to(x.dtype) for x, grad in zip(inputs[3:], grads[3:])]
+    banks = [grad.to(x.dtype).contiguous() for x, grad in zip(inputs[3:], grads[3:])]
     return (*activations, *banks)
 
 

@@ -121,7 +121,8 @@ def prefix_attention_backward(
             for whole, part in zip(grads[3:], parts[3:]):
                 whole += part
     activations = [torch.empty_like(x).copy_(grad) for x, grad in zip(inputs[:3], grads[:3])]
-    return (*activations, grads[3].to(prefix_key.dtype), grads[4].to(prefix_value.dtype))
+    banks = [grad.to(x.dtype).contiguous() for x, grad in zip(inputs[3:], grads[3:])]
+    return (*activations, *banks)
 
 
 def prefix_merge(
