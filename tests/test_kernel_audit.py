@@ -245,4 +245,4 @@ def test_the_counter_sees_every_kind_of_access():
 def test_unknown_names_are_refused():
     command = [sys.executable, "-m", "fastadapter.cli", "bench", "audit", "--op", "nothing"]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and "--op: unknown nothing; there is gated_prefix" in result.stderr
+    assert result.returncode == 2 and "--op: unknown nothing; there is bottleneck" in result.stderr

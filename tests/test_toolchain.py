@@ -120,12 +120,18 @@ def test_a_capture_before_the_check_says_what_to_do(device):
 
 
 def test_the_check_may_call_the_op_it_checks(device, monkeypatch):
+    calls = []
+
     def compare(op, *rest):
-        self_check.ensure(op, device.tensor)
+        calls.append(op)
+        # and one whose backward is that of another op, before and after
+        for name in (op, "prefix_attention", op):
+            self_check.ensure(name, device.tensor)
         return []
 
     monkeypatch.setattr(self_check, "compare", compare)
     self_check.ensure("bottleneck", device.tensor)
+    assert calls == ["bottleneck", "prefix_attention"]
     assert self_check.check("bottleneck", device.tensor.device, torch.float32) is False
 
 

@@ -24,7 +24,9 @@ def _run(case: Case, make: Maker) -> Any:
         return run(x, down, up, *biases, x, norm_weight, norm_bias, row_ids, *constants)
     grad_out = make.activations(s["b"], s["q"], s["c"])
     needs = (True, not options.get("frozen"), bool(options.get("bias")), norm != "none")
-    return run(grad_out, x, down, up, biases[0], norm_weight, norm_bias, row_ids, *constants, True, *needs)
+    return run(
+        grad_out, x, down, up, biases[0], norm_weight, norm_bias, row_ids, None, *constants, True, *needs
+    )
 
 
 def _weights(case: Case) -> int:

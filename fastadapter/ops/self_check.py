@@ -43,7 +43,7 @@ def ensure(op: str, tensor: Tensor) -> None:
             a CUDA graph.
     """
     key = (op, str(tensor.device), tensor.dtype)
-    if key in _passed or getattr(_running, "op", None) == op:
+    if key in _passed or op in getattr(_running, "ops", ()):
         return
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -198,12 +198,16 @@ PROBES: dict[str, list[_Probe]] = {
 
 @contextlib.contextmanager
 def _running_op(op: str) -> Iterator[None]:
-    """The probes call the op themselves: inside the block :func:`ensure` lets it through."""
-    _running.op = op
+    """The probes call the op themselves: inside the block :func:`ensure` lets it through.
+
+    They may nest: the backward of one op can be the first use of another.
+    """
+    outer = getattr(_running, "ops", ())
+    _running.ops = (*outer, op)
     try:
         yield
     finally:
-        _running.op = None
+        _running.ops = outer
 
 
 def describe(device: torch.device) -> dict[str, str]:
