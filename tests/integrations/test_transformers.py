@@ -1,13 +1,13 @@
 """Attaching and what lives around it: names, copies, casts, caches, compilers, hosts."""
 
 import copy
-import gc
 import pickle
 
 import pytest
 import torch
 
 import fastadapter as fa
+from fastadapter.integrations import attention
 from fastadapter.integrations.transformers import attachments, hosts
 from tests.support.budget import same_bits
 from tests.support.models import FAMILIES, build, output_of, set_gates, token_ids
@@ -145,10 +145,12 @@ def test_copies_keep_working(model, inputs):
         fa.detach(twin)
 
 
-def test_hook_is_gone_after_the_last_detach(model):
+def test_hook_is_gone_after_the_last_detach(model, monkeypatch):
     """Also after a refused attach, and kept while another model needs it."""
-    gc.collect()
-    original, other = lookup(), build(LLAMA)
+    # models of earlier tests may still be alive, and must not be what holds the hook here
+    original, other = attention._original_lookup or lookup(), build(LLAMA)
+    monkeypatch.setattr(attention, "_hosts", type(attention._hosts)())
+    monkeypatch.setattr("transformers.modeling_utils.AttentionInterface.get_interface", original)
     with pytest.raises(ValueError, match="layers must be at most"):
         fa.attach(model, fa.LlamaAdapterConfig(layers=99))
     assert lookup() is original
