@@ -32,7 +32,7 @@ import triton.language as tl
 from fastadapter.kernels import target
 from fastadapter.kernels.activation import _activate
 from fastadapter.kernels.bottleneck_backward import bottleneck_backward
-from fastadapter.kernels.bottleneck_config import config, prefers_gemm_pair, products
+from fastadapter.kernels.bottleneck_config import config, products
 from fastadapter.kernels.bottleneck_tiles import (
     LENGTHS,
     _normed_tile,
@@ -48,7 +48,7 @@ from fastadapter.kernels.bottleneck_tiles import (
 )
 from torch import Tensor
 
-__all__ = ["bottleneck_backward", "bottleneck_forward", "config", "prefers_gemm_pair"]
+__all__ = ["bottleneck_backward", "bottleneck_forward", "config"]
 
 
 @triton.jit

@@ -53,18 +53,6 @@ def backward_config(arch: str, weight: torch.dtype, bottleneck_size: int) -> dic
     return found
 
 
-def prefers_gemm_pair(
-    arch: str, dtype: torch.dtype, rows: int, hidden_size: int, bottleneck_size: int
-) -> bool:
-    """Whether two library products are expected to be faster than the kernels here.
-
-    Not measured: below 256 hidden columns the op is bound by reading and writing the activations once, which only
-    the one-kernel form does; from there on it is bound by products, where a library's are better, once there are
-    rows enough to fill its tiles.
-    """
-    return bottleneck_size >= 256 and rows >= 256 and dtype in (torch.bfloat16, torch.float16)
-
-
 def products(arch: str, weight: torch.dtype) -> str:
     """``input_precision`` of products with weights of this dtype; half operands ignore it."""
     # AMD's matrix units take fp32 as it is

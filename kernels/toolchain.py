@@ -1,8 +1,8 @@
 """Which known faults of Triton and ptxas touch this installation, and what is done about each.
 
-A wrong product is silent, so the tables of tiles ask :func:`allows_wgmma` before they pick a tile that Hopper
-multiplies with ``wgmma``: tiles below 64 rows are compiled to ``mma.sync``, which none of the faults touches. What
-remains is caught by the self-check that runs before the first real launch (``fastadapter.ops.self_check``).
+A wrong product is silent, so the tables of tiles keep products with an operand in registers below 64 rows, whatever
+is installed: Hopper compiles those to ``mma.sync``, which none of the faults touches. What remains is caught by the
+self-check that runs before the first real launch (``fastadapter.ops.self_check``).
 
 >>> [hazard.name for hazard in hazards("3.6.0", "12.8", "sm_90")]
 ['wgmma-register-reuse', 'transposed-dot']
@@ -10,10 +10,8 @@ remains is caught by the self-check that runs before the first real launch (``fa
 []
 """
 
-import contextlib
 import functools
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 
@@ -32,7 +30,6 @@ class Toolchain(NamedTuple):
 
 
 MMA_SYNC = "products with an operand in registers run on mma.sync: their tiles have fewer than 64 rows"
-_assumed: list[Toolchain] = []
 
 
 def hazards(triton_version: str, ptxas_version: str, arch: str) -> list[Hazard]:
@@ -75,31 +72,12 @@ def hazards(triton_version: str, ptxas_version: str, arch: str) -> list[Hazard]:
     return found
 
 
-@contextlib.contextmanager
-def assume(triton_version: str, ptxas_version: str) -> Iterator[None]:
-    """Choose tiles for these versions inside the block, whatever is installed (audit, tests).
-
-    >>> with assume("3.6.0", "12.8"):
-    ...     allows_wgmma("sm_90"), allows_wgmma("sm_80")
-    (False, True)
-    """
-    _assumed.append(Toolchain(triton_version, ptxas_version))
-    try:
-        yield
-    finally:
-        _assumed.pop()
-
-
+@functools.cache
 def installed(arch: str) -> Toolchain:
     """The Triton that is installed and the ptxas it takes for ``arch``.
 
     Raises: ImportError: no Triton.
     """
-    return _assumed[-1] if _assumed else _installed(arch)
-
-
-@functools.cache
-def _installed(arch: str) -> Toolchain:
     import triton
 
     if not arch.startswith("sm_"):
@@ -107,14 +85,6 @@ def _installed(arch: str) -> Toolchain:
     from triton.backends.nvidia.compiler import get_ptxas
 
     return Toolchain(triton.__version__, get_ptxas(int(arch.removeprefix("sm_"))).version)
-
-
-def allows_wgmma(arch: str) -> bool:
-    """Whether a product whose operand comes from registers may be compiled to ``wgmma`` here.
-
-    True on architectures that have none: their tiles are nobody's concern.
-    """
-    return arch != "sm_90" or not hazards(*installed(arch), arch)
 
 
 def _parse(name: str, version: str) -> tuple[int, ...]:

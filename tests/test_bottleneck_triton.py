@@ -404,9 +404,3 @@ def test_what_the_kernels_cannot_do_is_an_error(change, error, message):
 def test_bf16_in_the_interpreter_is_refused():
     with pytest.raises(TypeError, match="under TRITON_INTERPRET=1"):
         forward(make_inputs(ONE, torch.bfloat16))
-
-
-def test_a_library_pair_is_preferred_where_products_bind():
-    assert kernels.prefers_gemm_pair("sm_90", torch.bfloat16, 8192, 4096, 256)
-    assert not kernels.prefers_gemm_pair("sm_90", torch.bfloat16, 8192, 4096, 64)
-    assert not kernels.prefers_gemm_pair("sm_90", torch.bfloat16, 1, 4096, 256)

@@ -5,7 +5,7 @@ The kernels sit behind one registered boundary, ``torch.ops.fastadapter.bottlene
 parameter a bank.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +14,10 @@ from torch.autograd.function import once_differentiable
 from fastadapter import reference
 from fastadapter.ops import checks
 from fastadapter.ops.backends import choose_backend, extension_error, lack, library
-from fastadapter.ops.registration import fake_bank_grad, fake_grad, register
+from fastadapter.ops.registration import fake_bank_grad, fake_grad, only_needed, register
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "identity")
 NORMS = ("layer_norm", "rms_norm")
-_OPERANDS = 8  # tensors that come first in every call, row_ids after them
 
 
 class Norm(NamedTuple):
@@ -103,7 +102,7 @@ def bottleneck(
         if residual_is_x:  # one input, so that its two gradients are one pass
             tensors = (*tensors[:5], None, *tensors[6:])
         keep_z = chosen == "cpp" and _needs_z(activation, *tensors[:4], norm_weight, norm_bias)
-        out = _Bottleneck.apply(*tensors, row_ids, *constants, residual_is_x, chosen, keep_z)
+        out = _Bottleneck.apply(residual_is_x, chosen, keep_z, *tensors, row_ids, *constants)
     else:
         out = run_forward(chosen, *tensors, row_ids, *constants)
     return out if x.dim() == 3 else out.view(x.shape)
@@ -193,52 +192,20 @@ class _Bottleneck(torch.autograd.Function):
     """Saves the inputs, and with ``keep_z`` the input of the activation; else that is computed again from ``x``."""
 
     @staticmethod
-    def forward(
-        ctx,
-        x,
-        down_weight,
-        up_weight,
-        down_bias,
-        up_bias,
-        residual,
-        norm_weight,
-        norm_bias,
-        row_ids,
-        activation,
-        norm,
-        norm_eps,
-        scale,
-        residual_is_x,
-        backend,
-        keep_z,
-    ):
-        ctx.constants = (activation, norm, norm_eps, scale, residual_is_x)
+    def forward(ctx, residual_is_x, backend, keep_z, *args):
+        """``args`` in the order of the registered op; ``residual`` is ``None`` where it is ``x``."""
+        x, down_weight, up_weight, down_bias, _, residual, norm_weight, norm_bias, row_ids, *constants = args
+        ctx.constants = (*constants, residual_is_x)
         ctx.backend = backend
-        arguments = (
-            x,
-            down_weight,
-            up_weight,
-            down_bias,
-            up_bias,
-            x if residual_is_x else residual,
-            norm_weight,
-            norm_bias,
-            row_ids,
-            activation,
-            norm,
-            norm_eps,
-            scale,
-        )
-        out, z = _run_saving(*arguments) if keep_z else (run_forward(backend, *arguments), None)
+        given = (*args[:5], x if residual_is_x else residual, *args[6:])
+        out, z = _run_saving(*given) if keep_z else (run_forward(backend, *given), None)
         ctx.save_for_backward(x, down_weight, up_weight, down_bias, norm_weight, norm_bias, row_ids, z)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        need_x, *parameters, need_residual, need_norm_weight, need_norm_bias = ctx.needs_input_grad[
-            :_OPERANDS
-        ]
+        need_x, *parameters, need_residual, need_norm_weight, need_norm_bias = ctx.needs_input_grad[3:11]
         need_weights, need_biases = parameters[0] or parameters[1], parameters[2] or parameters[3]
         need_norm = need_norm_weight or need_norm_bias
         grads: list[Tensor | None] = [None] * 7
@@ -247,80 +214,38 @@ class _Bottleneck(torch.autograd.Function):
             computed = _run_backward(ctx.backend, grad_out, *ctx.saved_tensors, *ctx.constants, *needs)
             wanted = (need_x, *parameters, need_norm_weight, need_norm_bias)
             grads = [grad if want else None for grad, want in zip(computed, wanted, strict=True)]
-        return (*grads[:5], grad_out if need_residual else None, *grads[5:], *[None] * 8)
+        return (*[None] * 3, *grads[:5], grad_out if need_residual else None, *grads[5:], *[None] * 5)
 
 
-def _reference_forward(
-    x,
-    down_weight,
-    up_weight,
-    down_bias,
-    up_bias,
-    residual,
-    norm_weight,
-    norm_bias,
-    row_ids,
-    activation,
-    norm,
-    norm_eps,
-    scale,
-):
-    return reference.bottleneck(
-        x,
-        down_weight,
-        up_weight,
-        down_bias,
-        up_bias,
-        residual=residual,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        row_ids=row_ids,
-        activation=activation,
-        norm=norm,
-        norm_eps=norm_eps,
-        scale=scale,
-    )
+def _reference_options(norm_weight, norm_bias, row_ids, activation, norm, norm_eps, scale) -> dict[str, Any]:
+    """The tail of the schemas as keywords of a reference."""
+    return {
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+        "row_ids": row_ids,
+        "activation": activation,
+        "norm": norm,
+        "norm_eps": norm_eps,
+        "scale": scale,
+    }
 
 
-def _reference_backward(
-    grad_out,
-    x,
-    down_weight,
-    up_weight,
-    down_bias,
-    norm_weight,
-    norm_bias,
-    row_ids,
-    z,
-    activation,
-    norm,
-    norm_eps,
-    scale,
-    add_grad_out,
-    *needs: bool,
-):
+def _reference_forward(*args):
+    *operands, residual = args[:6]
+    return reference.bottleneck(*operands, residual=residual, **_reference_options(*args[6:]))
+
+
+def _reference_backward(*args):
+    *operands, norm_weight, norm_bias, row_ids, z = args[:9]
+    *constants, add_grad_out, need_x, need_weights, need_biases, need_norm = args[9:]
     if z is not None:
         raise ValueError("bottleneck: z must be None for the reference backend, which computes it from x")
-    grads = reference.bottleneck_backward(
-        grad_out,
-        x,
-        down_weight,
-        up_weight,
-        down_bias,
-        norm_weight,
-        norm_bias,
-        row_ids=row_ids,
-        activation=activation,
-        norm=norm,
-        norm_eps=norm_eps,
-        scale=scale,
-        add_grad_out=add_grad_out,
-    )
-    need_x, need_weights, need_biases, need_norm = needs
-    wanted = (need_x, need_weights, need_weights, need_biases, need_biases, need_norm, need_norm)
-    return tuple(
-        x.new_empty(0) if grad is None else grad if want else grad.new_empty(0)
-        for grad, want in zip(grads, wanted, strict=True)
+    options = _reference_options(norm_weight, norm_bias, row_ids, *constants)
+    grads = reference.bottleneck_backward(*operands, add_grad_out=add_grad_out, **options)
+    # an absent input has no gradient, which the schema writes as one of no elements
+    present = tuple(args[1].new_empty(0) if grad is None else grad for grad in grads)
+    return only_needed(
+        present, (need_x, need_weights, need_weights, need_biases, need_biases, need_norm, need_norm)
     )
 
 
@@ -333,26 +258,9 @@ def _fake_saving(x, down_weight, *args):
     return torch.empty_like(x), x.new_empty((*x.shape[:2], down_weight.shape[1]), dtype=dtype)
 
 
-def _fake_backward(
-    grad_out,
-    x,
-    down_weight,
-    up_weight,
-    down_bias,
-    norm_weight,
-    norm_bias,
-    row_ids,
-    z,
-    activation,
-    norm,
-    norm_eps,
-    scale,
-    add_grad_out,
-    need_x,
-    need_weights,
-    need_biases,
-    need_norm,
-):
+def _fake_backward(grad_out, x, down_weight, up_weight, down_bias, norm_weight, norm_bias, *rest):
+    need_x, need_weights, need_biases, need_norm = rest[-4:]
+
     def gradient(parameter, need):
         return x.new_empty(0) if parameter is None else fake_bank_grad(parameter, need)
 

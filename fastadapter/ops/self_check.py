@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastadapter import reference
 
-Key = tuple[str, str, torch.dtype]
+Key = tuple[str, torch.device, torch.dtype]
 # Units in the last place of the largest value, granted on top of twice the reference's error; as in the tests.
 FLOOR_ULP = {torch.float32: 4, torch.bfloat16: 1, torch.float16: 1}
 
@@ -42,7 +42,7 @@ def ensure(op: str, tensor: Tensor) -> None:
         RuntimeError: they are not (with what was off, and the versions), or the check would fall into the capture of
             a CUDA graph.
     """
-    key = (op, str(tensor.device), tensor.dtype)
+    key = (op, tensor.device, tensor.dtype)
     if key in _passed or op in getattr(_running, "ops", ()):
         return
     if torch.cuda.is_current_stream_capturing():
@@ -55,7 +55,7 @@ def ensure(op: str, tensor: Tensor) -> None:
 
 def check(op: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Check unless a pass is noted; whether it had to run. Raises as :func:`ensure`."""
-    key = (op, str(device), dtype)
+    key = (op, device, dtype)
     with _lock:
         if key in _passed:
             return False
