@@ -1,6 +1,8 @@
 """Settings that every test needs before torch, triton or transformers are imported."""
 
+import inspect
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -34,3 +36,30 @@ def default_threads():
     threads = torch.get_num_threads()
     yield threads
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def quick_interpreter(monkeypatch):
+    """Triton's interpreter replaces ``triton.language`` at every call of a device function; here once per launch.
+
+    It is the same replacement every time, and half of the time of a launch.
+    """
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None:
+        return
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    done = set()
+
+    def patch_lang(function):
+        languages = frozenset(id(value) for value in function.__globals__.values() if inspect.ismodule(value))
+        if languages in done:
+            return None
+        done.add(languages)
+        return patch(function)
+
+    def call(self, *args, **kwargs):
+        done.clear()
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", call)

@@ -21,7 +21,6 @@ from fastadapter import reference
 from tests.support.attention import GATED, OPERANDS, SAVED, SHARED, Shape, check, eager, make_inputs, packed
 from tests.support.budget import assert_within_budget, same_bits
 from tests.support.gated_prefix import device_of, on_device
-from tests.support.interpreter import patched_once  # noqa: F401 a fixture
 
 DEVICE = device_of("triton")
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
@@ -74,7 +73,7 @@ BANK = Shape(batch=3, num_heads=2, num_kv_heads=1, q_len=5, kv_len=18, num_prefi
 PACKED = packed(18, 3, 0, 4, num_heads=2, num_kv_heads=1, mask="causal", num_prefixes=3)
 SHIPPED = attention.config
 pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory", "patched_once"),
+    pytest.mark.usefixtures("poisoned_memory"),
     # numpy's, from the interpreter, where a test multiplies Inf and NaN on purpose
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
 ]

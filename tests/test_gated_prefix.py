@@ -210,9 +210,11 @@ def test_properties_of_the_softmax(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_deterministic(backend):
     """Bitwise equal from run to run, forward and backward."""
-    inputs = make_inputs(Shape(batch=8, q_len=33, num_prefixes=3), torch.float32)
+    interpreted = backend == "triton" and device_of(backend) == "cpu"  # nothing runs side by side there
+    shape = Shape(batch=4 if interpreted else 8, q_len=33, num_prefixes=3)
+    inputs = make_inputs(shape, torch.float32)
     first = run(inputs, backend)
-    for _ in range(5 if backend == "triton" else 50):
+    for _ in range(2 if interpreted else 50):
         again = run(inputs, backend)
         assert all(same_bits(again[name], first[name]) for name in first)
 
