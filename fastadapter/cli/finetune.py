@@ -6,23 +6,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastadapter.cli.loading import add_model_arguments, load_model
+from fastadapter.cli.loading import add_model_arguments, load_classifier, load_model
+from fastadapter.cli.method_options import add_method_arguments, method_config
 from fastadapter.integrations.transformers import attach
-from fastadapter.methods import LlamaAdapterConfig
+from fastadapter.methods import METHODS
 from fastadapter.training import (
     Example,
     FinetuneResult,
     TrainingConfig,
     TrainingInterrupted,
     UserError,
+    class_names,
     finetune,
     read_examples,
     split_examples,
     without_prompts_of,
     write_json,
 )
+from fastadapter.training.classification import LABELS_FILE, TEXT_TEMPLATE
 from fastadapter.training.data import COMPLETION_TEMPLATE, TEMPLATE
-from fastadapter.training.loop import require_fresh_or_resume
+from fastadapter.training.loop import TASKS, require_fresh_or_resume
 from fastadapter.training.report import require_writable
 
 _DEFAULTS = TrainingConfig()
@@ -30,6 +33,12 @@ _DEFAULTS = TrainingConfig()
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    parser.add_argument(
+        "--task",
+        choices=TASKS,
+        default="generation",
+        help="write completions, or name the class of a text with a classification head",
+    )
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data", required=True, help=".jsonl or .csv of prompt and completion, or text and label"
@@ -41,16 +50,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     held_out.add_argument("--eval-count", type=int, help="hold out this many records, drawn by --seed")
     held_out.add_argument("--eval-fraction", type=float, help="hold out this share of the records")
     data.add_argument(
-        "--template", type=unescape, default=TEMPLATE, help=r"prompt of text/label records; \n is a new line"
+        "--template",
+        type=unescape,
+        default=argparse.SUPPRESS,
+        help=rf"prompt of text/label records; \n is a new line; default {escape(TEMPLATE)!r}, "
+        "the text alone for classification",
     )
     data.add_argument(
-        "--completion-template", type=unescape, default=COMPLETION_TEMPLATE, help="their completion"
+        "--completion-template",
+        type=unescape,
+        default=argparse.SUPPRESS,
+        help=f"their completion; default {COMPLETION_TEMPLATE!r}; not for classification",
     )
     data.add_argument(
         "--max-length", type=int, help="most tokens of a record; the model's context if not given"
     )
     data.add_argument(
-        "--truncate-prompt", action="store_true", help="cut the start of prompts that are too long"
+        "--truncate-prompt",
+        action="store_true",
+        help="cut the start of prompts that are too long; the end of texts to classify",
     )
     data.add_argument(
         "--append-eos",
@@ -58,15 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train on an end token after completions; if not given: after completions, not after labels",
     )
     adapter = parser.add_argument_group("adapter")
-    adapter.add_argument("--adapter", choices=("llama-adapter",), default="llama-adapter", help="method")
-    adapter.add_argument("--prefix-len", type=int, default=10, help="learned positions per layer")
-    adapter.add_argument("--layers", type=int, help="adapt the top so many layers; all if not given")
-    adapter.add_argument(
-        "--gate", choices=("tanh", "identity"), default="tanh", help="what the gates go through"
-    )
-    adapter.add_argument(
-        "--gate-per-head", action=argparse.BooleanOptionalAction, default=True, help="or one gate per layer"
-    )
+    adapter.add_argument("--adapter", choices=METHODS, default="llama-adapter", help="method")
+    add_method_arguments(adapter)
     train = parser.add_argument_group("training")
     add = train.add_argument
     add("--learning-rate", type=float, default=_DEFAULTS.learning_rate, help="at the end of the warm-up")
@@ -92,6 +103,11 @@ def unescape(text: str) -> str:
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
+def escape(text: str) -> str:
+    """What :func:`unescape` makes the text of."""
+    return text.replace("\n", "\\n").replace("\t", "\\t")
+
+
 def run(args: argparse.Namespace) -> int:
     from accelerate import Accelerator
 
@@ -111,13 +127,17 @@ def run(args: argparse.Namespace) -> int:
         truncate_prompt=args.truncate_prompt,
         append_eos=args.append_eos,
     )
-    adapter = LlamaAdapterConfig(args.prefix_len, args.layers, args.gate, args.gate_per_head)
+    adapter = method_config(args, args.adapter)
     # What can be wrong is found out before the minutes that loading a model may take.
     require_fresh_or_resume(args.output_dir, args.resume)
     train, held_out = _read(args, accelerator.is_main_process)
     if accelerator.is_main_process and args.json:
         require_writable(Path(args.json).parent)
-    model, tokenizer = load_model(args.model, args.gguf_file, args.dtype)
+    labels = class_names(train, held_out or ()) if args.task == "classification" else []
+    if labels:
+        model, tokenizer = load_classifier(args.model, args.gguf_file, args.dtype, labels, args.seed)
+    else:
+        model, tokenizer = load_model(args.model, args.gguf_file, args.dtype)
     _seed(args.seed)
     attach(model, adapter)
     try:
@@ -128,6 +148,7 @@ def run(args: argparse.Namespace) -> int:
             held_out,
             config,
             output_dir=args.output_dir,
+            task=args.task,
             resume=args.resume,
             save_steps=args.save_steps,
             accelerator=accelerator,
@@ -141,12 +162,21 @@ def run(args: argparse.Namespace) -> int:
             asked = {key: getattr(args, key) for key in ("model", "dtype", "data", "eval_data")}
             record = result.to_dict()
             write_json(args.json, {**record, "config": {**asked, **record["config"]}})
-        print(_summary(args, result, train[0].label is not None))
+        print(_summary(args, result, train[0].label is not None, labels))
     return 0
 
 
+def _templates(args: argparse.Namespace) -> dict[str, str]:
+    given = {key: getattr(args, key) for key in ("template", "completion_template") if hasattr(args, key)}
+    if args.task == "generation":
+        return {"template": TEMPLATE, "completion_template": COMPLETION_TEMPLATE, **given}
+    if "completion_template" in given:
+        raise UserError("--completion-template: a classification has no completions")
+    return {"template": TEXT_TEMPLATE, "completion_template": "{label}", **given}
+
+
 def _read(args: argparse.Namespace, tell: bool) -> tuple[list[Example], list[Example] | None]:
-    templates: dict[str, Any] = {"template": args.template, "completion_template": args.completion_template}
+    templates: dict[str, Any] = _templates(args)
     train = read_examples(args.data, **templates)
     if args.eval_data is not None:
         held_out = read_examples(args.eval_data, **templates)
@@ -174,7 +204,7 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _summary(args: argparse.Namespace, result: FinetuneResult, labelled: bool) -> str:
+def _summary(args: argparse.Namespace, result: FinetuneResult, labelled: bool, labels: list[str]) -> str:
     share = result.trainable_parameters / result.total_parameters
     seconds = sum(epoch["seconds"] for epoch in result.epochs)
     tokens = sum(epoch["tokens"] for epoch in result.epochs)
@@ -188,10 +218,13 @@ def _summary(args: argparse.Namespace, result: FinetuneResult, labelled: bool) -
             f"held-out accuracy {outcome['accuracy_before']:.2%} -> {outcome['accuracy_after']:.2%} "
             f"on {outcome['rows']:,} records; epoch {outcome['best_epoch']} is in {args.output_dir}/best"
         )
+    if labels:
+        lines.append(f"classes {', '.join(labels)}, in that order in {args.output_dir}/{LABELS_FILE}")
+        return "\n".join(lines)
     use = ["fastadapter", "generate", "--model", args.model, "--adapter", args.output_dir]
     if args.gguf_file:
         use += ["--gguf-file", args.gguf_file]
     if labelled:
-        use += ["--template", args.template.replace("\n", "\\n")]
+        use += ["--template", escape(_templates(args)["template"])]
     lines.append(f"use it: {shlex.join(use)} --prompt ...")
     return "\n".join(lines)

@@ -1,18 +1,24 @@
 """Options and loading of a transformers model, shared by the commands that need one."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastadapter.cli import assets
 from fastadapter.training import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder or hub name of a causal language model")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help=f"folder or hub name of a model, or one that comes as a package: {', '.join(assets.MODELS)}",
+    )
     parser.add_argument("--gguf-file", help="file in the model's folder, if its weights are in GGUF")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="fp32", help="of the frozen model; adapters are fp32"
@@ -23,14 +29,54 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(name: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:
-    """The model and its tokenizer, on the CPU. No code that comes with a model is run.
+    """A causal language model and its tokenizer, on the CPU. No code that comes with a model is run.
 
-    Raises: UserError: it cannot be loaded, or its files lack weights.
+    Args:
+        name: a folder, a hub name, or the name of a model that comes as a package (:data:`assets.MODELS`).
+    Raises:
+        UserError: it cannot be loaded, or its files lack weights.
+        AssetError: a packaged model cannot be had.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer, missing = _load(AutoModelForCausalLM, name, gguf_file, dtype, {})
+    _require_all(name, missing)
+    return model.eval(), tokenizer
+
+
+def load_classifier(
+    name: str, gguf_file: str | None, dtype: str, labels: Sequence[str], seed: int
+) -> tuple[Any, Any]:
+    """A model with a classification head for ``labels``, and its tokenizer, on the CPU.
+
+    A head that the model's files lack is drawn by ``seed``; the rest must be there.
+
+    Raises: as :func:`load_model`; also where the files hold a head for another number of classes.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: number for number, label in enumerate(labels)},
+    }
+    model, tokenizer, missing = _load(AutoModelForSequenceClassification, name, gguf_file, dtype, options)
+    _require_all(name, [key for key in missing if key.startswith(f"{model.base_model_prefix}.")])
+    return model.eval(), tokenizer
+
+
+def _load(
+    kind: Any, name: str, gguf_file: str | None, dtype: str, more: dict[str, Any]
+) -> tuple[Any, Any, list[str]]:
+    from transformers import AutoTokenizer
 
     options: dict[str, Any] = {"trust_remote_code": False}
+    folder = name
     if Path(name).is_dir():
+        options["local_files_only"] = True
+    elif name in assets.MODELS:
+        folder = str(assets.MODELS[name]())
         options["local_files_only"] = True
     elif Path(name).exists() or Path(name).is_absolute() or name.startswith((".", "~")):
         what = "a file" if Path(name).exists() else "a path where nothing is"
@@ -38,19 +84,21 @@ def load_model(name: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:
     if gguf_file is not None:
         options["gguf_file"] = gguf_file
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=DTYPES[dtype], output_loading_info=True, **options
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model, info = kind.from_pretrained(
+            folder, dtype=DTYPES[dtype], output_loading_info=True, **more, **options
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = next(
             (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
         )
         raise UserError(f"--model {name}: cannot be loaded: {reason}") from error
-    missing = sorted(info["missing_keys"])
+    return model, tokenizer, sorted(info["missing_keys"])
+
+
+def _require_all(name: str, missing: Sequence[str]) -> None:
     if missing:
         # transformers fills them with random numbers and goes on.
         raise UserError(
             f"--model {name}: its files lack {len(missing)} weights, the first of them {missing[0]}"
         )
-    return model.eval(), tokenizer

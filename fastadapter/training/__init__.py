@@ -1,6 +1,7 @@
 """Train adapters: records to tokens, the supervised-token loss, and a loop that survives being killed."""
 
 from fastadapter.training.batching import Batch, collate, epoch_batches
+from fastadapter.training.classification import class_names, classify, read_labels
 from fastadapter.training.config import NonFiniteError, TrainingConfig, TrainingInterrupted, UserError
 from fastadapter.training.data import (
     Encoded,
@@ -15,6 +16,7 @@ from fastadapter.training.evaluation import predict_labels
 from fastadapter.training.loop import finetune
 from fastadapter.training.loss import supervised_logits, supervised_loss
 from fastadapter.training.report import FinetuneResult, peak_rss_bytes, write_json
+from fastadapter.training.targets import last_layers, load_parameters, training_only
 
 __all__ = [
     "Batch",
@@ -25,17 +27,23 @@ __all__ = [
     "TrainingConfig",
     "TrainingInterrupted",
     "UserError",
+    "class_names",
+    "classify",
     "collate",
     "encode_examples",
     "epoch_batches",
     "finetune",
     "label_completions",
+    "last_layers",
+    "load_parameters",
     "peak_rss_bytes",
     "predict_labels",
     "read_examples",
+    "read_labels",
     "split_examples",
     "supervised_logits",
     "supervised_loss",
+    "training_only",
     "without_prompts_of",
     "write_json",
 ]

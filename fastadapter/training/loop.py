@@ -3,23 +3,18 @@
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from fastadapter.checkpoints import save as save_adapter
-from fastadapter.integrations.transformers import (
-    Attachments,
-    adapter_modules,
-    attachments,
-    trainable_parameters,
-    unwrap,
-)
-from fastadapter.training import evaluation, report, state
-from fastadapter.training.batching import collate, epoch_batches, share
+from fastadapter.integrations.transformers import unwrap
+from fastadapter.training import report, state
+from fastadapter.training.batching import epoch_batches, share
+from fastadapter.training.classification import ClassificationTask
 from fastadapter.training.config import (
     STOP_SIGNALS,
     NonFiniteError,
@@ -27,9 +22,12 @@ from fastadapter.training.config import (
     TrainingInterrupted,
     UserError,
 )
-from fastadapter.training.data import Example, context_length, encode_examples, label_completions
-from fastadapter.training.loss import supervised_loss
+from fastadapter.training.data import Example
 from fastadapter.training.step import GradientBuffer, StopSignals
+from fastadapter.training.targets import AdapterTarget, ParameterTarget, Target, training_only
+from fastadapter.training.tasks import GenerationTask, Task
+
+TASKS: dict[str, Callable[..., Task]] = {"generation": GenerationTask, "classification": ClassificationTask}
 
 
 def finetune(
@@ -40,13 +38,15 @@ def finetune(
     config: TrainingConfig | None = None,
     *,
     output_dir: str | Path,
+    task: str = "generation",
     name: str = "default",
+    trainable: Sequence[str] | None = None,
     resume: bool = False,
     save_steps: int = 50,
     progress: bool = True,
     accelerator: Any = None,
 ) -> report.FinetuneResult:
-    """Train the adapter ``name`` of ``model`` on the completions of ``train``.
+    """Train the adapter ``name`` of ``model`` on the completions or the classes of ``train``.
 
     ``output_dir`` gets ``adapter.safetensors`` (the weights at the end), ``best/adapter.safetensors`` (those
     of the epoch with the best held-out accuracy for labels, the lowest held-out loss for other completions)
@@ -54,18 +54,24 @@ def finetune(
     same machine, the result is bit for bit that of a run without interruption, whenever it was killed. SIGINT
     and SIGTERM end the run after the current step and a save.
 
+    A classification run also leaves ``labels.json``, the names of the classes. Without an adapter, ``trainable``
+    names parameters of the model itself; they are saved as ``weights.safetensors``.
+
     Under ``torchrun`` or ``accelerate launch`` every process calls this with the same arguments and a model
     with the same weights; the rows of each step are shared out, the loss and its gradient are those of one
     process, and the first process writes.
 
     Args:
-        model: a transformers causal language model with an adapter attached; moved to the accelerator's
-            device.
+        model: a transformers causal language model, or a model for sequence classification, with an adapter
+            attached; moved to the accelerator's device.
         tokenizer: the model's.
         train: examples, as from :func:`read_examples`.
         evaluation_data: held-out examples, evaluated before the first step and after each epoch.
         config: what decides the numbers.
+        task: ``"generation"``, or ``"classification"`` by the labels of the examples, given their prompts.
         name: the adapter to train; it must be the active one and hold every trainable parameter.
+        trainable: names of the model's own parameters (``*`` matches anything) to train in place of an adapter;
+            the others are frozen for the duration.
         resume: continue the run in ``output_dir``, or start one if there is none. Otherwise a folder with a
             run is refused.
         save_steps: optimiser steps between two saves; the state is also saved at the start and after each
@@ -88,24 +94,21 @@ def finetune(
 
     if not isinstance(save_steps, int) or isinstance(save_steps, bool) or save_steps < 1:
         raise UserError(f"save_steps must be an int, at least 1, got {save_steps!r}")
-    accelerator = accelerator or Accelerator()
-    run = _Run(
-        model,
-        tokenizer,
-        train,
-        evaluation_data,
-        config or TrainingConfig(),
-        name,
-        Path(output_dir),
-        accelerator,
-    )
-    run.begin(resume, save_steps, progress)
-    try:
-        return run.go()
-    finally:
-        run.reporter.close()
-        run.buffer.release()
-        unwrap(model).eval()
+    if task not in TASKS:
+        raise UserError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    accelerator, config = accelerator or Accelerator(), config or TrainingConfig()
+    rows = TASKS[task](unwrap(model), tokenizer, train, evaluation_data, config)
+    model.to(accelerator.device)
+    with nullcontext() if trainable is None else training_only(model, trainable):
+        target = AdapterTarget(model, name) if trainable is None else ParameterTarget(model)
+        run = _Run(model, rows, target, config, Path(output_dir), accelerator)
+        run.begin(resume, save_steps, progress)
+        try:
+            return run.go()
+        finally:
+            run.reporter.close()
+            run.buffer.release()
+            unwrap(model).eval()
 
 
 def require_fresh_or_resume(output_dir: str | Path, resume: bool) -> None:
@@ -113,31 +116,32 @@ def require_fresh_or_resume(output_dir: str | Path, resume: bool) -> None:
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"output_dir {output_dir} is not a folder")
-    holds = [file for file in (state.STATE_FILE, Path("adapter.safetensors")) if (output_dir / file).exists()]
+    files = (state.STATE_FILE, Path(AdapterTarget.file), Path(ParameterTarget.file))
+    holds = [file for file in files if (output_dir / file).exists()]
     if holds and not resume:
         raise UserError(f"{output_dir} holds a run ({holds[0]}); resume it, or choose another output_dir")
     if resume and holds and holds[0] != state.STATE_FILE:
-        raise UserError(f"{output_dir} holds an adapter but no {state.STATE_FILE} to resume from")
+        what = "an adapter" if holds[0] == Path(AdapterTarget.file) else "trained parameters"
+        raise UserError(f"{output_dir} holds {what} but no {state.STATE_FILE} to resume from")
 
 
 class _Run:
     """One call of :func:`finetune`."""
 
-    def __init__(self, model, tokenizer, train, evaluation_data, config, name, output_dir, accelerator):
-        self.config, self.name, self.output_dir, self.accelerator = config, name, output_dir, accelerator
-        encoding = _encoding(model, train, config)
-        self.train = encode_examples(tokenizer, train, **encoding)
-        self.lengths = [len(each.input_ids) for each in self.train]
-        self.held_out: evaluation.EvalData | None = None
-        if evaluation_data:
-            self.held_out = evaluation.prepare(
-                tokenizer, evaluation_data, label_completions(train), **encoding
-            )
-        self.steps_per_epoch = math.ceil(len(self.train) / config.batch_size)
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        target: Target,
+        config: TrainingConfig,
+        output_dir: Path,
+        accelerator: Any,
+    ):
+        self.model, self.task, self.target, self.config = model, task, target, config
+        self.output_dir, self.accelerator = output_dir, accelerator
+        self.steps_per_epoch = math.ceil(len(task.lengths) / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.num_train_epochs
-
-        self.model = model.to(accelerator.device)
-        self.parameters = _adapter_parameters(model, name)
+        self.parameters = target.parameters
         self.buffer = GradientBuffer(self.parameters, 1 + len(STOP_SIGNALS))
         self.optimizer = torch.optim.AdamW(
             [parameter for _, parameter in self.parameters],
@@ -149,17 +153,11 @@ class _Run:
         self.progress = state.Progress()
         self.signals = StopSignals()
         self.batches: tuple[int, list[list[int]]] = (-1, [])
-        adapter = _record(model).configs[name]
         self.identity = {
             "training": config.to_dict(),
-            "adapter": {"method": adapter.method, **adapter.to_dict()},
+            "adapter": target.identity,
             "model": state.identify_model(unwrap(model)),
-            "data": {
-                "train_rows": len(self.train),
-                "train": state.digest_examples([each] for each in self.train),
-                "eval_rows": len(self.held_out.truth) if self.held_out else 0,
-                "eval": state.digest_examples(self.held_out.candidates) if self.held_out else "",
-            },
+            **task.identity(),
             "num_processes": accelerator.num_processes,
         }
 
@@ -202,10 +200,12 @@ class _Run:
     def go(self) -> report.FinetuneResult:
         progress = self.progress
         with self.signals:
+            if self.accelerator.is_main_process:
+                self.task.write(self.output_dir)
             if not self.saved:
                 self.save()  # a disk too full for the state is found out now, not after an hour
-            if self.held_out and progress.before is None:
-                progress.before = self.evaluate(self.held_out, "before the first step")
+            if self.task.held_out_rows and progress.before is None:
+                progress.before = self.evaluate("before the first step")
                 self.save()
             self.model.train()
             while len(progress.epochs) < self.config.num_train_epochs:
@@ -218,7 +218,7 @@ class _Run:
                 if stop:
                     self.interrupt(stop)
         if self.accelerator.is_main_process:
-            save_adapter(self.model, self.output_dir, self.name)
+            self.target.save(self.output_dir)
         self.accelerator.wait_for_everyone()
         return self.result()
 
@@ -227,13 +227,12 @@ class _Run:
         config, progress, buffer, accelerator = self.config, self.progress, self.buffer, self.accelerator
         started = time.perf_counter()
         rows = self.step_rows(progress.step)
-        supervised = sum(self.train[row].num_supervised for row in rows)
+        supervised = sum(self.task.weight(row) for row in rows)
         parts = share(rows, accelerator.num_processes * config.gradient_accumulation_steps)
         buffer.clear()
         for part in parts[accelerator.process_index :: accelerator.num_processes]:
             if part:
-                batch = collate([self.train[row] for row in part], accelerator.device)
-                loss = supervised_loss(self.model, batch) / supervised
+                loss = self.task.loss(self.model, part, accelerator.device) / supervised
                 loss.backward()
                 buffer.sums[0] += loss.detach()
         for index, number in enumerate(STOP_SIGNALS, 1):
@@ -250,7 +249,7 @@ class _Run:
             group["lr"] = config.learning_rate_at(progress.step, self.total_steps)
         self.optimizer.step()
 
-        tokens = sum(self.lengths[row] for row in rows)
+        tokens = sum(self.task.lengths[row] for row in rows)
         progress.step += 1
         progress.losses.append(loss)
         progress.epoch_loss += loss * supervised
@@ -263,7 +262,8 @@ class _Run:
     def step_rows(self, step: int) -> list[int]:
         epoch, index = divmod(step, self.steps_per_epoch)
         if self.batches[0] != epoch:
-            self.batches = epoch, epoch_batches(self.lengths, self.config.batch_size, self.config.seed, epoch)
+            lengths, config = self.task.lengths, self.config
+            self.batches = epoch, epoch_batches(lengths, config.batch_size, config.seed, epoch)
         return self.batches[1][index]
 
     def finish_epoch(self) -> None:
@@ -274,18 +274,18 @@ class _Run:
             "seconds": progress.epoch_seconds,
         }
         line = f"epoch {number} of {self.config.num_train_epochs}: loss {entry['loss']:.4f}"
-        if self.held_out and progress.before:
-            result = self.evaluate(self.held_out, f"after epoch {number}")
+        if self.task.held_out_rows and progress.before:
+            result = self.evaluate(f"after epoch {number}")
             entry |= {f"eval_{key}": value for key, value in result.items()}
             line += (
                 f"; held-out loss {result['loss']:.4f} (before {progress.before['loss']:.4f}), "
                 f"accuracy {result['accuracy']:.2%} (before {progress.before['accuracy']:.2%})"
             )
-            rank = _by_accuracy if self.held_out.labelled else _by_loss
+            rank = _by_accuracy if self.task.by_accuracy else _by_loss
             if progress.best is None or rank(result) > rank(progress.best):
                 # Before the state that says so: after a kill in between, this is run again to the same end.
                 if self.accelerator.is_main_process:
-                    save_adapter(self.model, self.output_dir / "best", self.name)
+                    self.target.save(self.output_dir / "best")
                 progress.best = {"epoch": number, **result}
         progress.epochs.append(entry)
         progress.epoch_loss, progress.epoch_supervised, progress.epoch_tokens, progress.epoch_seconds = (
@@ -297,9 +297,9 @@ class _Run:
         self.save()
         self.reporter.line(line)
 
-    def evaluate(self, data: evaluation.EvalData, when: str) -> dict[str, float]:
+    def evaluate(self, when: str) -> dict[str, float]:
         accelerator = self.accelerator
-        mine = range(accelerator.process_index, len(data.truth), accelerator.num_processes)
+        mine = range(accelerator.process_index, self.task.held_out_rows, accelerator.num_processes)
         with self.reporter.evaluation(len(mine)) as bar:
 
             def tick(fraction: float) -> None:
@@ -308,7 +308,7 @@ class _Run:
                 if self.signals.received and accelerator.num_processes == 1:
                     self.interrupt(self.signals.received)
 
-            sums = evaluation.evaluate(self.model, data, mine, self.config.eval_batch_size, tick)
+            sums = self.task.evaluate(self.model, mine, self.config.eval_batch_size, tick)
         loss, tokens, correct, rows = sums
         if accelerator.num_processes > 1:
             # As float32 the loss would lose the digits that make it comparable; counts stay exact too.
@@ -342,44 +342,31 @@ class _Run:
     def result(self) -> report.FinetuneResult:
         progress = self.progress
         outcome: dict[str, Any] = {"accuracy_before": None, "accuracy_after": None}
-        if self.held_out and progress.before and progress.best:
+        if progress.before and progress.best:
             last = progress.epochs[-1]
             outcome = {
                 "accuracy_before": progress.before["accuracy"],
                 "accuracy_after": last["eval_accuracy"],
                 "loss_before": progress.before["loss"],
                 "loss_after": last["eval_loss"],
-                "rows": len(self.held_out.truth),
+                "rows": self.task.held_out_rows,
                 "best_epoch": progress.best["epoch"],
             }
         return report.FinetuneResult(
-            config={key: self.identity[key] for key in ("training", "adapter", "num_processes")},
+            config={
+                key: self.identity[key]
+                for key in ("training", "adapter", "task", "num_processes")
+                if key in self.identity
+            },
             epochs=progress.epochs,
             eval=outcome,
             losses=progress.losses,
             trainable_parameters=sum(parameter.numel() for _, parameter in self.parameters),
             total_parameters=sum(parameter.numel() for parameter in unwrap(self.model).parameters()),
-            train_rows=len(self.train),
+            train_rows=len(self.task.lengths),
             peak_rss_bytes=report.peak_rss_bytes(),
             peak_cuda_bytes=report.peak_cuda_bytes(self.accelerator.device),
         )
-
-
-def _encoding(model: nn.Module, train: Sequence[Example], config: TrainingConfig) -> dict[str, Any]:
-    """The arguments of ``encode_examples``, after the checks that need the model and the data."""
-    if not train:
-        raise UserError("train holds no examples")
-    labelled = {example.label is not None for example in train}
-    if len(labelled) > 1:
-        raise UserError("train mixes examples with and without labels")
-    context = context_length(unwrap(model))
-    if context is not None and config.max_length is not None and config.max_length > context:
-        raise UserError(f"max_length must be at most {context}, the model's context, got {config.max_length}")
-    return {
-        "append_eos": config.append_eos if config.append_eos is not None else labelled == {False},
-        "max_length": config.max_length or context,
-        "truncate_prompt": config.truncate_prompt,
-    }
 
 
 def _by_accuracy(result: dict[str, Any]) -> tuple[float, float]:
@@ -388,27 +375,3 @@ def _by_accuracy(result: dict[str, Any]) -> tuple[float, float]:
 
 def _by_loss(result: dict[str, Any]) -> tuple[float, float]:
     return -result["loss"], result["accuracy"]
-
-
-def _record(model: nn.Module) -> Attachments:
-    record = attachments(model)
-    if record is None:
-        raise UserError("model: no adapter is attached to it; attach one first")
-    return record
-
-
-def _adapter_parameters(model: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
-    """The trainable parameters, which must be those of the active adapter ``name``: no others are saved."""
-    active = _record(model).active
-    owned = {id(p) for module in adapter_modules(model, name).values() for p in module.parameters()}
-    if active != name:
-        raise UserError(f"name: adapter {name!r} is not the active one, which is {active!r}")
-    parameters = trainable_parameters(model)
-    strays = [key for key, parameter in parameters if id(parameter) not in owned]
-    if strays:
-        raise UserError(
-            f"{strays[0]} is trainable but not part of adapter {name!r}: it would not be saved; freeze it"
-        )
-    if not parameters:
-        raise UserError(f"name: no parameter of adapter {name!r} is trainable")
-    return parameters

@@ -20,7 +20,7 @@ class FinetuneResult:
     """Outcome of a run; ``to_dict`` is what ``--json`` writes.
 
     Attributes:
-        config: ``training``, ``adapter`` and ``num_processes``.
+        config: ``training``, ``adapter``, ``num_processes``, and ``task`` of a classification run.
         epochs: of each epoch the mean loss per supervised token, input tokens and seconds of its steps, and
             ``eval_loss``, ``eval_accuracy`` where there is held-out data.
         eval: ``accuracy_before``, ``accuracy_after``, ``loss_before``, ``loss_after`` of the weights at the

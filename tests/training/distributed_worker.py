@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from fastadapter.training import TrainingInterrupted, UserError, loop, state
+from fastadapter.training import TrainingInterrupted, UserError, state, tasks
 from tests.training.toy import history, run
 
 
@@ -30,7 +30,7 @@ def main() -> None:
         "completions": history(run(folder / "completions", labelled=False, **options)),
         "whole": history(run(folder / "whole", dropout=0.2, **options)),
     }
-    plain, calls = loop.supervised_loss, []
+    plain, calls = tasks.supervised_loss, []
 
     def stopping(model, batch):
         calls.append(1)
@@ -38,7 +38,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(model, batch)
 
-    loop.supervised_loss = stopping
+    tasks.supervised_loss = stopping
     write = state.write_tensors
 
     def slow(path, tensors, metadata):
@@ -51,7 +51,7 @@ def main() -> None:
         run(folder / "stopped", dropout=0.2, **options)
     except TrainingInterrupted as stop:
         results["exit_code"] = stop.exit_code
-    loop.supervised_loss, state.write_tensors = plain, write
+    tasks.supervised_loss, state.write_tensors = plain, write
     results["resumed"] = history(run(folder / "stopped", dropout=0.2, resume=True, **options))
     if accelerator.is_main_process:
         shutil.copytree(folder / "whole" / "last", folder / "private0" / "last")

@@ -1,16 +1,28 @@
 """``fastadapter finetune`` and ``generate`` on a saved toy model: what they print, write and refuse, and exit codes."""
 
+import argparse
 import json
 import os
+import shutil
 import signal
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 import fastadapter as fa
 from fastadapter.cli import main
-from fastadapter.training import loop
-from tests.training.toy import CONTEXT, adapter_bits, make_examples, make_model, make_tokenizer
+from fastadapter.cli.method_options import add_method_arguments, method_config
+from fastadapter.training import read_labels, tasks
+from tests.training.toy import (
+    CONTEXT,
+    adapter_bits,
+    make_classifier,
+    make_examples,
+    make_model,
+    make_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +142,7 @@ def test_fraction_split_bf16_and_resume_after_the_end(finetune, tmp_path, capsys
 
 def test_sigterm_gives_143_and_resumes(finetune, tmp_path, monkeypatch, capsys):
     assert finetune(output_dir=tmp_path / "whole") == 0
-    plain = loop.supervised_loss
+    plain = tasks.supervised_loss
     calls = []
 
     def stopping(model, batch):
@@ -139,7 +151,7 @@ def test_sigterm_gives_143_and_resumes(finetune, tmp_path, monkeypatch, capsys):
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(model, batch)
 
-    monkeypatch.setattr(loop, "supervised_loss", stopping)
+    monkeypatch.setattr(tasks, "supervised_loss", stopping)
     capsys.readouterr()
     assert finetune() == 143
     printed = capsys.readouterr()
@@ -232,3 +244,119 @@ def test_prompt_files_are_checked(model_folder, tmp_path, capsys, text, message)
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert main(["generate", "--model", str(model_folder), "--file", str(path), "--max-new-tokens", "1"]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    """An encoder without a classification head."""
+    folder = tmp_path_factory.mktemp("encoder")
+    make_classifier("bert").bert.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("decoder", [False, True], ids=["encoder", "decoder"])
+def test_classification_names_its_classes(finetune, encoder_folder, model_folder, tmp_path, capsys, decoder):
+    model = model_folder if decoder else encoder_folder
+    report = tmp_path / "run.json"
+    options = {"task": "classification", "model": model, "json": report, "layers": 1}
+    assert finetune(**options) == 0
+    assert "classes bad, good" in capsys.readouterr().out
+    record = json.loads(report.read_text())
+    assert (
+        record["config"]["task"]["labels"] == ["bad", "good"] and record["config"]["adapter"]["layers"] == 1
+    )
+    assert read_labels(tmp_path / "out") == ["bad", "good"]
+    # The same head in the base, by the seed, and the same data order: the same run, bit for bit.
+    assert finetune(**options, output_dir=tmp_path / "again") == 0
+    assert adapter_bits(tmp_path / "again") == adapter_bits(tmp_path / "out")
+    assert finetune(**options, resume=True) == 0
+    assert finetune(**options, output_dir=tmp_path / "other", seed=1) == 0
+    assert adapter_bits(tmp_path / "other") != adapter_bits(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"completion_template": " {label}"}, "--completion-template: a classification has no completions"),
+        ({"template": "no field"}, "template must hold {text}"),
+        ({"reduction": 3}, None),
+        ({"prefix_len": "many"}, "--prefix-len must be int, got 'many'"),
+        ({"gate": "linear"}, "gate must be one of tanh, identity"),
+    ],
+)  # fmt: skip
+def test_classification_refuses_with_one_line(finetune, encoder_folder, tmp_path, capsys, options, message):
+    options = {"task": "classification", "model": encoder_folder, **options}
+    if message is None:
+        with pytest.raises(SystemExit, match="2"):
+            finetune(**options)
+    else:
+        assert finetune(**options) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_constant_label_and_prompts_are_refused(finetune, encoder_folder, tmp_path, capsys):
+    options = {"task": "classification", "model": encoder_folder, "eval_count": None}
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "w1", "label": "good"}\n{"text": "w2", "label": "good"}\n')
+    assert finetune(**options, data=file) == 2
+    assert "every training example has the label 'good'" in capsys.readouterr().err
+    file.write_text('{"prompt": "w1", "completion": "good"}\n')
+    assert finetune(**options, data=file) == 2
+    assert "classification needs text/label records" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_that_lacks_more_than_its_head_is_refused(finetune, encoder_folder, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(encoder_folder, broken)
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["encoder.layer.0.output.dense.weight"]
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    assert finetune(task="classification", model=broken) == 2
+    assert "lack 1 weights, the first of them bert.encoder.layer.0.output" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class _One:
+    """A method.
+
+    Args:
+        size: how large; more words.
+        rate: how fast. Another sentence.
+    """
+
+    size: int | None = 4
+    rate: float | str = 0.5
+    names: tuple[str, ...] | None = None
+    method: ClassVar[str] = "one"
+
+
+@dataclass(frozen=True)
+class _Two:
+    size: int = 8
+    quick: bool = False
+    method: ClassVar[str] = "two"
+
+
+def test_every_field_of_a_method_is_an_option():
+    methods = {"one": _One, "two": _Two}
+    parser = argparse.ArgumentParser()
+    add_method_arguments(parser, methods)
+
+    def read(method, *words):
+        return method_config(parser.parse_args(words), method, methods)
+
+    assert read("one") == _One() and read("two") == _Two()
+    assert read("one", "--size", "none", "--rate", "learned") == _One(None, "learned")
+    assert read("one", "--rate", "2", "--names", "a.b, c") == _One(rate=2.0, names=("a.b", "c"))
+    assert read("two", "--size", "3", "--quick") == _Two(3, True)
+    with pytest.raises(ValueError, match="--quick: one has no such option; it has --size, --rate, --names"):
+        read("one", "--no-quick")
+    with pytest.raises(ValueError, match="--size must be int, got 'none'"):
+        read("two", "--size", "none")
+    help_text = " ".join(parser.format_help().split())
+    assert "how large; default 4, 8" in help_text and "how fast (one); default 0.5" in help_text

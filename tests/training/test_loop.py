@@ -17,7 +17,7 @@ from fastadapter.training import (
     TrainingInterrupted,
     UserError,
     finetune,
-    loop,
+    tasks,
 )
 from tests.training.toy import (
     STATE,
@@ -125,13 +125,13 @@ def test_a_signal_ends_the_run_after_the_step_and_it_resumes_bit_for_bit(tmp_pat
 
 
 def test_a_signal_during_an_evaluation_ends_it(tmp_path, monkeypatch):
-    evaluate = loop.evaluation.evaluate
+    evaluate = tasks.evaluation.evaluate
 
     def interrupted(model, data, rows, batch_size, tick):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(model, data, rows, batch_size, tick)
 
-    monkeypatch.setattr(loop.evaluation, "evaluate", interrupted)
+    monkeypatch.setattr(tasks.evaluation, "evaluate", interrupted)
     with pytest.raises(TrainingInterrupted, match="after step 0"):
         run(tmp_path)
     assert (tmp_path / STATE).exists()
@@ -240,7 +240,7 @@ def test_a_forged_state_is_refused(tmp_path, change, message):
 
 def test_unwritable_folders_are_refused_before_training(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr(loop, "supervised_loss", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr(tasks, "supervised_loss", lambda *_: pytest.fail("training began"))
     with pytest.raises(UserError, match="is not a folder"):
         run(tmp_path / "file")
     with pytest.raises(UserError, match=r"cannot write to .*file/out"):
@@ -323,11 +323,11 @@ def test_configurations_that_make_no_sense_are_refused_naming_the_field(options,
 
 def _call_at(monkeypatch, number, change):
     """Pass the loss of the ``number``-th forward pass of training through ``change``."""
-    plain, calls = loop.supervised_loss, []
+    plain, calls = tasks.supervised_loss, []
 
     def changed(model, batch):
         calls.append(1)
         loss = plain(model, batch)
         return change(loss) if len(calls) == number else loss
 
-    monkeypatch.setattr(loop, "supervised_loss", changed)
+    monkeypatch.setattr(tasks, "supervised_loss", changed)

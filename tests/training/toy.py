@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 import fastadapter as fa
 from fastadapter.checkpoints.files import read_tensors
@@ -97,3 +104,44 @@ def history(result: FinetuneResult) -> dict[str, Any]:
     """Everything a result holds that a repetition must reproduce."""
     epochs = [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in result.epochs]
     return {"losses": result.losses, "epochs": epochs, "eval": result.eval}
+
+
+def make_classifier(kind: str = "bert", seed: int = 0, num_labels: int = 2, dropout: float = 0.0) -> Any:
+    """An encoder or a decoder of two random layers with a classification head."""
+    torch.manual_seed(seed)
+    if kind == "llama":
+        config = LlamaConfig(
+            **_SIZES,
+            num_key_value_heads=2,
+            attention_dropout=dropout,
+            num_labels=num_labels,
+            pad_token_id=None,
+        )
+        return LlamaForSequenceClassification(config).eval()
+    config = BertConfig(
+        **_SIZES,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        num_labels=num_labels,
+        pad_token_id=0,
+    )
+    return BertForSequenceClassification(config).eval()
+
+
+def make_texts(count: int, seed: int = 0) -> list[Example]:
+    """The reviews of :func:`make_examples` as texts to classify."""
+    return [
+        Example(example.prompt, str(example.label), example.label, example.source)
+        for example in make_examples(count, seed)
+    ]
+
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": len(WORDS),
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.15,
+}

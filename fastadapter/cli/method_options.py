@@ -1,0 +1,91 @@
+"""Options of the methods, read off their configuration classes: one option per field, whatever the methods are."""
+
+import argparse
+import dataclasses
+import re
+import types
+from collections.abc import Mapping
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from fastadapter.methods import METHODS
+from fastadapter.training import UserError
+
+
+def add_method_arguments(group: Any, methods: Mapping[str, Any] = METHODS) -> None:
+    """One option per field of the configurations of all methods; the value is read once the method is known."""
+    fields: dict[str, dict[str, dataclasses.Field]] = {}
+    for method, config in methods.items():
+        for field in dataclasses.fields(config):
+            if field.init:
+                fields.setdefault(field.name, {})[method] = field
+    for name, owners in fields.items():
+        option = f"--{name.replace('_', '-')}"
+        flags = [_types(methods[method], name) == {bool} for method in owners]
+        described = next((text for method in owners if (text := _described(methods[method], name))), name)
+        defaults = {method: field.default for method, field in owners.items()}
+        taken = "" if len(owners) == len(methods) else f" ({', '.join(owners)})"
+        shown = ", ".join(dict.fromkeys(str(value) for value in defaults.values()))
+        group.add_argument(
+            option,
+            dest=f"method_{name}",
+            default=argparse.SUPPRESS,
+            help=f"{described}{taken}; default {shown}".replace("%", "%%"),
+            **({"action": argparse.BooleanOptionalAction} if all(flags) else {"metavar": "VALUE"}),
+        )
+
+
+def method_config(args: argparse.Namespace, method: str, methods: Mapping[str, Any] = METHODS) -> Any:
+    """The configuration that the options ask for.
+
+    Raises: UserError: an option that ``method`` does not have, or no value of its type; ValueError, TypeError: what
+        the configuration itself refuses.
+    """
+    config = methods[method]
+    known = [field.name for field in dataclasses.fields(config) if field.init]
+    given = {
+        key.removeprefix("method_"): value for key, value in vars(args).items() if key.startswith("method_")
+    }
+    for name in given:
+        if name not in known:
+            raise UserError(
+                f"--{name.replace('_', '-')}: {method} has no such option; it has "
+                f"{', '.join('--' + each.replace('_', '-') for each in known)}"
+            )
+    return config(**{name: _parse(name, value, _types(config, name)) for name, value in given.items()})
+
+
+def _types(config: Any, name: str) -> set[Any]:
+    hint = get_type_hints(config)[name]
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return {get_origin(member) or member for member in members}
+
+
+def _parse(name: str, value: Any, kinds: set[Any]) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value.lower() == "none" and type(None) in kinds:
+        return None
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+    if bool in kinds and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if str in kinds:
+        return value
+    if tuple in kinds or list in kinds:
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    names = sorted("none" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise UserError(f"--{name.replace('_', '-')} must be {' or '.join(names)}, got {value!r}")
+
+
+def _described(config: Any, name: str) -> str:
+    """The first sentence about a field in the ``Args`` of its class."""
+    found = re.search(rf"^\s*{name}(?:, \w+)*: (.+?)(?=^\s*\w+(?:, \w+)*: |^\s*\w+:$|^\s*$|\Z)",
+                      config.__doc__ or "", re.MULTILINE | re.DOTALL)  # fmt: skip
+    if found is None:
+        return ""
+    text = " ".join(found[1].replace("``", "").split())
+    return re.split(r"; |\. ", text.rstrip("."))[0]

@@ -1,0 +1,305 @@
+"""Classes instead of words: a text goes in, the model's classification head names its class.
+
+The classes are the labels of the training data in the order of their names: class 0 is the first of them.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastadapter.checkpoints import CheckpointError
+from fastadapter.training.config import TrainingConfig, UserError
+from fastadapter.training.data import Example
+from fastadapter.training.evaluation import Tick
+from fastadapter.training.report import write_json
+from fastadapter.training.tasks import Sums, require_max_length
+
+TEXT_TEMPLATE = "{text}"
+LABELS_FILE = "labels.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens of a text and the number of its class."""
+
+    input_ids: tuple[int, ...]
+    label: int
+
+
+class ClassificationTask:
+    """Cross-entropy over the classes of a model with a classification head.
+
+    Raises: UserError: records without labels; one class only in training; a held-out class that training
+        lacks; more classes than the head has; a text without tokens, or too long without
+        ``truncate_prompt``; a model without a classification head.
+    """
+
+    by_accuracy = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        train: Sequence[Example],
+        held_out: Sequence[Example] | None,
+        config: TrainingConfig,
+    ):
+        self.labels = class_names(train, held_out or ())
+        require_head(model, self.labels)
+        if config.append_eos:
+            raise UserError(
+                "append_eos is for completions; a text to classify is given as the tokenizer makes it"
+            )
+        limit = text_limit(model, tokenizer, config)
+        encoding: dict[str, Any] = {
+            "max_length": config.max_length or limit,
+            "truncate": config.truncate_prompt,
+        }
+        numbers = {label: number for number, label in enumerate(self.labels)}
+        self.train = encode_texts(tokenizer, train, numbers, **encoding)
+        self.held_out = encode_texts(tokenizer, held_out or (), numbers, **encoding)
+        self.pad_token_id = pad_token(model, tokenizer)
+        self.lengths = [len(row.input_ids) for row in self.train]
+        self.held_out_rows = len(self.held_out)
+
+    def weight(self, row: int) -> int:
+        return 1
+
+    def loss(self, model: nn.Module, rows: Sequence[int], device: torch.device) -> Tensor:
+        chosen = [self.train[row] for row in rows]
+        truth = torch.tensor([row.label for row in chosen], device=device)
+        return F.cross_entropy(self._logits(model, chosen, device), truth, reduction="sum")
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, rows: Sequence[int], batch_size: int, tick: Tick | None) -> Sums:
+        chosen = [self.held_out[row] for row in rows]
+        scores = class_scores(
+            model, [row.input_ids for row in chosen], len(self.labels), self.pad_token_id, batch_size, tick
+        )
+        truth = torch.tensor([row.label for row in chosen], dtype=torch.int64)
+        loss = F.nll_loss(scores, truth, reduction="sum") if chosen else torch.zeros(())
+        return float(loss), len(chosen), int((scores.argmax(1) == truth).sum()), len(chosen)
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "task": {
+                "kind": "classification",
+                "labels": list(self.labels),
+                "pad_token_id": self.pad_token_id,
+            },
+            "data": {
+                "train_rows": len(self.train),
+                "train": _digest(self.train),
+                "eval_rows": len(self.held_out),
+                "eval": _digest(self.held_out) if self.held_out else "",
+            },
+        }
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / LABELS_FILE, {"task": "classification", "labels": list(self.labels)})
+
+    def _logits(self, model: nn.Module, rows: Sequence[Row], device: torch.device) -> Tensor:
+        return class_logits(
+            model, [row.input_ids for row in rows], len(self.labels), self.pad_token_id, device
+        )
+
+
+def class_names(train: Sequence[Example], held_out: Sequence[Example] = ()) -> list[str]:
+    """The labels of the training data, ordered by name; class ``i`` is the ``i``-th of them.
+
+    Raises: UserError: naming the record: it has no label, or a held-out label that training lacks; or there is
+        nothing to tell apart.
+    """
+    if not train:
+        raise UserError("train holds no examples")
+    for example in (*train, *held_out):
+        if example.label is None:
+            raise UserError(
+                f"{example.source}: classification needs text/label records, this is a prompt/completion record"
+            )
+    names = sorted({str(example.label) for example in train})
+    if len(names) == 1:
+        raise UserError(
+            f"every training example has the label {names[0]!r}; classification needs at least two classes"
+        )
+    for example in held_out:
+        if example.label not in names:
+            raise UserError(
+                f"{example.source}: label {example.label!r} is not among those of the training data: "
+                f"{', '.join(map(repr, names))}"
+            )
+    return names
+
+
+def require_head(model: Any, labels: Sequence[str]) -> None:
+    """Raise UserError unless ``model`` has a classification head with a class for every label."""
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        raise UserError(
+            f"{type(model).__name__} has no classification head; load it with AutoModelForSequenceClassification"
+        )
+    if len(labels) > model.config.num_labels:
+        raise UserError(
+            f"the data has {len(labels)} classes, but the model's head has {model.config.num_labels}; "
+            f"load the model with num_labels={len(labels)}"
+        )
+
+
+def encode_texts(
+    tokenizer: Any,
+    examples: Sequence[Example],
+    numbers: dict[str, int],
+    *,
+    max_length: int | None = None,
+    truncate: bool = False,
+) -> list[Row]:
+    """Tokens, with the tokenizer's special ones, and class numbers.
+
+    Args:
+        max_length: most tokens of a text; ``None``: no limit.
+        truncate: cut a text that is too long, on the side and around the special tokens as the tokenizer does;
+            otherwise it is an error.
+    """
+    if not examples:
+        return []
+    options = {"truncation": True, "max_length": max_length} if truncate and max_length is not None else {}
+    encoded = tokenizer([example.prompt for example in examples], **options)["input_ids"]
+    rows = []
+    for example, ids in zip(examples, encoded, strict=True):
+        if not ids:
+            raise UserError(f"{example.source}: the text has no tokens")
+        if max_length is not None and len(ids) > max_length:
+            raise UserError(
+                f"{example.source}: the text has {len(ids)} tokens, at most {max_length} fit; "
+                "shorten it or set truncate_prompt"
+            )
+        rows.append(Row(tuple(ids), numbers[str(example.label)]))
+    return rows
+
+
+def text_limit(model: Any, tokenizer: Any, config: TrainingConfig | None = None) -> int | None:
+    """Most tokens of a text: what the model's positions and the tokenizer allow."""
+    context = require_max_length(model, config or TrainingConfig())
+    limits = [limit for limit in (context, tokenizer.model_max_length) if limit is not None and limit < 10**9]
+    return min(limits) if limits else None
+
+
+def pad_token(model: Any, tokenizer: Any) -> int:
+    """The token that fills rows up. A model that looks for it to find the last token of a row is told which it is."""
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        config.pad_token_id = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+    return int(config.pad_token_id)
+
+
+def pad(texts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask``, int64 ``(batch, seq)``, padded on the right to the longest."""
+    width = max(map(len, texts))
+    input_ids = torch.full((len(texts), width), pad_token_id, dtype=torch.int64)
+    mask = torch.zeros_like(input_ids)
+    for number, ids in enumerate(texts):
+        input_ids[number, : len(ids)] = torch.tensor(ids)
+        mask[number, : len(ids)] = 1
+    return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
+
+
+def class_logits(
+    model: nn.Module, texts: Sequence[Sequence[int]], classes: int, pad_token_id: int, device: torch.device
+) -> Tensor:
+    """Logits ``(batch, classes)``, fp32, or fp64 of an fp64 model. Classes of the head without a label do not count."""
+    logits = model(**pad(texts, pad_token_id, device)).logits[:, :classes]
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@torch.no_grad()
+def class_scores(
+    model: nn.Module,
+    texts: Sequence[Sequence[int]],
+    classes: int,
+    pad_token_id: int,
+    batch_size: int,
+    tick: Tick | None = None,
+) -> Tensor:
+    """Log-probabilities, fp64 ``(texts, classes)`` on the CPU, computed in eval mode from the shortest to the longest."""
+    scores = torch.zeros(len(texts), classes, dtype=torch.float64)
+    device = next(model.parameters()).device
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            chunk = order[start : start + batch_size]
+            logits = class_logits(model, [texts[index] for index in chunk], classes, pad_token_id, device)
+            scores[chunk] = logits.double().log_softmax(-1).cpu()
+            if tick is not None:
+                tick((start + len(chunk)) / len(order))
+    finally:
+        model.train(training)
+    return scores
+
+
+def classify(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    labels: Sequence[str],
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    truncate: bool = False,
+    tick: Tick | None = None,
+) -> list[str]:
+    """The most likely class of every text, by name.
+
+    Args:
+        model: a transformers model for sequence classification; put in eval mode for the duration.
+        labels: names of its classes, as from :func:`read_labels`.
+        batch_size: rows per forward pass.
+        max_length, truncate: as in training; ``None``: the model's context.
+    Raises: UserError: a text without tokens or too long, or more labels than the head has.
+
+    >>> classify(model, tokenizer, ["A delight."], read_labels("out"))  # doctest: +SKIP
+    ['positive']
+    """
+    require_head(model, labels)
+    examples = [Example(text, "", labels[0], f"text {number}") for number, text in enumerate(texts, 1)]
+    rows = encode_texts(
+        tokenizer,
+        examples,
+        {labels[0]: 0},
+        max_length=max_length or text_limit(model, tokenizer),
+        truncate=truncate,
+    )
+    ids = [row.input_ids for row in rows]
+    scores = class_scores(model, ids, len(labels), pad_token(model, tokenizer), batch_size, tick)
+    return [labels[number] for number in scores.argmax(1).tolist()] if texts else []
+
+
+def read_labels(folder: str | Path) -> list[str]:
+    """Names of the classes of a run, class 0 first.
+
+    Raises: CheckpointError: the folder holds none, or a malformed file.
+    """
+    path = Path(folder) / LABELS_FILE
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8"))["labels"]
+        if not isinstance(labels, list) or not labels or not all(isinstance(name, str) for name in labels):
+            raise ValueError("its labels are not a list of names")
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not the labels of a run: {error}") from error
+    return labels
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    sha = hashlib.sha256()
+    for row in rows:
+        sha.update(repr((row.label, row.input_ids)).encode())
+    return sha.hexdigest()
