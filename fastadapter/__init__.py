@@ -3,24 +3,43 @@
 from fastadapter import nn, ops, reference
 from fastadapter.checkpoints import CheckpointError, load, save
 from fastadapter.explain import explain
-from fastadapter.integrations.transformers import attach, detach, set_active, trainable_parameters
-from fastadapter.methods import LlamaAdapterConfig
+from fastadapter.integrations.transformers import (
+    attach,
+    detach,
+    fold,
+    rows,
+    set_active,
+    trainable_parameters,
+)
+from fastadapter.methods import (
+    BottleneckConfig,
+    LlamaAdapterConfig,
+    LlamaAdapterV2Config,
+    PrefixTuningConfig,
+    SoftPromptConfig,
+)
 from fastadapter.verify import VerificationError, verify
 from fastadapter.warmup import warmup
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BottleneckConfig",
     "CheckpointError",
     "LlamaAdapterConfig",
+    "LlamaAdapterV2Config",
+    "PrefixTuningConfig",
+    "SoftPromptConfig",
     "VerificationError",
     "attach",
     "detach",
     "explain",
+    "fold",
     "load",
     "nn",
     "ops",
     "reference",
+    "rows",
     "save",
     "set_active",
     "trainable_parameters",

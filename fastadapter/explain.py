@@ -2,12 +2,23 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from fastadapter.integrations.prefix import PromptSlot
 from fastadapter.integrations.transformers import attachments, hosts, unwrap
+from fastadapter.nn import Bottleneck, GatedPrefix, PrefixTuning
 from fastadapter.ops.backends import automatic_backend
 
 _COLUMNS = ("module", "adapter", "parameters", "base_attention", "projection", "backend", "reason")
+
+# The op that each kind of adapter runs in.
+_OPS: dict[type, str] = {
+    Bottleneck: "bottleneck",
+    GatedPrefix: "gated_prefix",
+    PrefixTuning: "prefix_attention",
+    PromptSlot: "prefix_attention",
+}
 
 
 @dataclass(frozen=True)
@@ -42,26 +53,36 @@ def explain(model: nn.Module) -> Explanation:
     no adapter is attached
     """
     model = unwrap(model)
-    if attachments(model) is None:
+    record = attachments(model)
+    if record is None:
         return Explanation([])
     rows = []
-    for path, host in hosts(model).items():
-        config = getattr(model.get_submodule(path), "config", None)
-        for name in host.adapters:
-            adapter = host.adapter(name)
-            prompt = adapter.prompt
-            # The op runs in the activations' dtype; the masters are fp32 whatever that is.
-            dtype = getattr(model, "dtype", prompt.dtype)
-            backend, reason = automatic_backend(prompt.device.type, dtype, "gated_prefix")
-            rows.append(
-                {
-                    "module": path,
-                    "adapter": name + ("*" if name == host.active else ""),
-                    "parameters": str(sum(p.numel() for p in adapter.parameters())),
-                    "base_attention": str(getattr(config, "_attn_implementation", "?")),
-                    "projection": "key/value modules" if host.fast_projection else "layer forward",
-                    "backend": backend,
-                    "reason": reason,
-                }
-            )
+    for path, found in hosts(model).items():
+        module = model.get_submodule(path)
+        for host in found:
+            for name, adapter in host.adapters.items():
+                device = next(module.parameters()).device.type
+                # The op runs in the activations' dtype; the masters are fp32 whatever that is.
+                op = _OPS.get(type(adapter))
+                backend, reason = "torch", "no op of its own"
+                if op is not None:
+                    backend, reason = automatic_backend(device, getattr(model, "dtype", torch.float32), op)
+                projection = ""
+                if isinstance(adapter, GatedPrefix):
+                    projection = "key/value modules" if host.fast_projection else "layer forward"
+                elif isinstance(adapter, PromptSlot):
+                    projection = "decoder forward"
+                rows.append(
+                    {
+                        "module": path,
+                        "adapter": name + ("*" if name == record.active else ""),
+                        "parameters": str(sum(p.numel() for p in adapter.parameters())),
+                        "base_attention": str(
+                            getattr(getattr(module, "config", None), "_attn_implementation", "")
+                        ),
+                        "projection": projection,
+                        "backend": backend,
+                        "reason": reason,
+                    }
+                )
     return Explanation(rows)

@@ -1,13 +1,15 @@
 """Does an attached adapter do what it should? Catches the silent no-op."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastadapter.integrations.transformers import adapter_modules, attachments, set_active, unwrap
+from fastadapter.nn import Bottleneck, ChannelScale, GatedPrefix, ModuleCopy
 
 _NEW_TOKENS = 4
 
@@ -32,8 +34,10 @@ class Check:
 def verify(model: nn.Module, batch: dict[str, Any] | None = None) -> list[Check]:
     """Check the active adapter on ``model`` and leave everything as it was.
 
-    1. With every gate at zero the outputs are those of the base model, bit for bit.
-    2. With its gates (at 0.5 where they are all zero) the adapter changes the outputs.
+    1. With what carries its effect switched off (gates, up projections and biases at zero, scales at one, norms and
+       heads as the model's) the outputs are those of the base model, bit for bit. Prefixes and soft prompts have no
+       such state, so they are not checked for it.
+    2. The adapter changes the outputs; an untrained one with these parts moved a little.
     3. For models that generate: greedy generation with a cache gives the logits of one full forward.
 
     Args:
@@ -51,33 +55,43 @@ def verify(model: nn.Module, batch: dict[str, Any] | None = None) -> list[Check]
         raise ValueError("model: no adapter is active on it; attach one or call set_active")
     name = record.active
     batch = batch if batch is not None else _random_batch(model)
-    gates = [module.gate for module in adapter_modules(model, name).values()]
-    kept = [gate.clone() for gate in gates]
+    parts = [
+        part
+        for path, module in adapter_modules(model, name).items()
+        for part in _neutral(model, path, module)
+    ]
+    kept = [part.parameter.clone() for part in parts]
+    trained = any(not torch.equal(part.parameter, part.neutral) for part in parts)
     was_training = {path: module.training for path, module in model.named_modules()}
+    checks = []
     with torch.random.fork_rng(devices=[]):
         try:
             model.eval()
             set_active(model, None)
             base = _output(model, batch)
             set_active(model, name)
-            for gate in gates:
-                gate.zero_()
-            zeroed = _output(model, batch)
-            trained = any(bool(gate.any()) for gate in kept)
-            for gate, value in zip(gates, kept, strict=True):
-                gate.copy_(value if trained else torch.full_like(value, 0.5))
+            if parts:
+                for part in parts:
+                    part.parameter.copy_(part.neutral)
+                neutral = _output(model, batch)
+                checks.append(
+                    Check(
+                        "without its effect it is the base model",
+                        _same_bits(neutral, base),
+                        _difference(neutral, base),
+                    )
+                )
+                for part, value in zip(parts, kept, strict=True):
+                    part.parameter.copy_(value if trained else part.moved)
             adapted = _output(model, batch)
-            checks = [
-                Check("zero gate is the base model", _same_bits(zeroed, base), _difference(zeroed, base)),
-                Check(
-                    "the gate changes the output", not _same_bits(adapted, base), _difference(adapted, base)
-                ),
-            ]
+            checks.append(
+                Check("it changes the output", not _same_bits(adapted, base), _difference(adapted, base))
+            )
             if getattr(model, "can_generate", lambda: False)() and "input_ids" in batch:
                 checks.append(_check_generation(model, batch))
         finally:
-            for gate, value in zip(gates, kept, strict=True):
-                gate.copy_(value)
+            for part, value in zip(parts, kept, strict=True):
+                part.parameter.copy_(value)
             set_active(model, name)
             for path, module in model.named_modules():
                 module.training = was_training[path]
@@ -85,6 +99,30 @@ def verify(model: nn.Module, batch: dict[str, Any] | None = None) -> list[Check]
     if failed:
         raise VerificationError("; ".join(f"{check.name}: {check.detail}" for check in failed))
     return checks
+
+
+class _Part(NamedTuple):
+    """A parameter that carries an adapter's effect: its value without effect, and one with some."""
+
+    parameter: Tensor
+    neutral: Tensor
+    moved: Tensor
+
+
+def _neutral(model: nn.Module, path: str, module: nn.Module) -> Iterator[_Part]:
+    if isinstance(module, GatedPrefix):
+        yield _Part(module.gate, torch.zeros_like(module.gate), torch.full_like(module.gate, 0.5))
+    elif isinstance(module, Bottleneck):
+        for parameter in module.up_proj.parameters():
+            yield _Part(parameter, torch.zeros_like(parameter), torch.full_like(parameter, 0.1))
+    elif isinstance(module, ChannelScale):
+        yield _Part(module.scale, torch.ones_like(module.scale), torch.full_like(module.scale, 1.1))
+        yield _Part(module.bias, torch.full_like(module.bias, -0.0), torch.full_like(module.bias, 0.1))
+    elif isinstance(module, ModuleCopy):
+        base = dict(model.get_submodule(path).named_parameters())
+        for name, parameter in module.own.named_parameters():
+            value = base[name].detach().float()
+            yield _Part(parameter, value, value)
 
 
 def _random_batch(model: nn.Module) -> dict[str, Tensor]:

@@ -87,11 +87,12 @@ def load(
         found["config"] = _read_config(metadata)
         found["base"] = _read_json(metadata, "base")
         _check_base(found["base"], _base_description(model))
-        sizes = {shape for key, (_, shape) in header.items() if key.endswith(".prompt")}
-        if any(len(shape) != 2 or shape[0] != found["config"].prefix_len for shape in sizes):
+        field = "prompt_len" if hasattr(found["config"], "prompt_len") else "prefix_len"
+        length = getattr(found["config"], field, None)
+        sizes = {shape for key, (_, shape) in header.items() if f".{key}".endswith(".prompt")}
+        if any(len(shape) != 2 or shape[0] != length for shape in sizes):
             raise ValueError(
-                f"its prompts have the shapes {sorted(sizes)} where its config says prefix_len "
-                f"{found['config'].prefix_len}"
+                f"its prompts have the shapes {sorted(sizes)} where its config says {field} {length}"
             )
 
     tensors, _ = read_tensors(path, check)
@@ -125,9 +126,9 @@ def load(
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The weights of an adapter by the dotted name of their attention module."""
+    """The weights of an adapter by the dotted name of the module they are in."""
     return {
-        f"{path}.{key}": parameter.detach()
+        f"{path}.{key}" if path else key: parameter.detach()
         for path, module in adapter_modules(model, name).items()
         for key, parameter in module.named_parameters()
     }

@@ -1,22 +1,24 @@
-"""LLaMA-Adapter: gated attention over a learned prompt in the top layers (arXiv:2303.16199)."""
+"""LLaMA-Adapter: gated attention over a learned prompt in the top layers (arXiv:2303.16199), and its second version.
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+Version 2 (arXiv:2304.15010) adds a scale and a bias to every linear layer and trains the norms.
+"""
 
-import torch
+from dataclasses import dataclass
+from typing import ClassVar
 
-from fastadapter.nn import GatedPrefix
+from fastadapter.methods.config import (
+    MAX_PREFIX_LEN,
+    MethodConfig,
+    require_bool,
+    require_choice,
+    require_count,
+)
+from fastadapter.nn.channel_scale import CONVENTIONS
 from fastadapter.ops.gated_prefix import GATE_FUNCTIONS
-
-MAX_PREFIX_LEN = 1024
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
-class LlamaAdapterConfig:
+class LlamaAdapterConfig(MethodConfig):
     """What to attach, and where.
 
     Args:
@@ -40,30 +42,34 @@ class LlamaAdapterConfig:
     method: ClassVar[str] = "llama-adapter"
 
     def __post_init__(self):
-        if not _is_count(self.prefix_len):
-            raise TypeError(f"prefix_len must be an int, got {self.prefix_len!r}")
-        if not 1 <= self.prefix_len <= MAX_PREFIX_LEN:
-            raise ValueError(f"prefix_len must be between 1 and {MAX_PREFIX_LEN}, got {self.prefix_len}")
-        if self.layers is not None and not _is_count(self.layers):
-            raise TypeError(f"layers must be an int or None, got {self.layers!r}")
-        if self.layers is not None and self.layers < 1:
-            raise ValueError(f"layers must be at least 1, or None for all, got {self.layers}")
-        if self.gate not in GATE_FUNCTIONS:
-            raise ValueError(f"gate must be one of {', '.join(GATE_FUNCTIONS)}, got {self.gate!r}")
-        if not isinstance(self.gate_per_head, bool):
-            raise TypeError(f"gate_per_head must be a bool, got {self.gate_per_head!r}")
+        require_count("prefix_len", self.prefix_len, MAX_PREFIX_LEN)
+        require_count("layers", self.layers, optional=", or None for all")
+        require_choice("gate", self.gate, GATE_FUNCTIONS)
+        require_bool("gate_per_head", self.gate_per_head)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dict."""
-        return asdict(self)
 
-    def build(self, hidden_size: int, num_heads: int, device: torch.device) -> GatedPrefix:
-        """A fresh module for one attention layer."""
-        return GatedPrefix(
-            hidden_size,
-            num_heads,
-            self.prefix_len,
-            gate_fn=self.gate,
-            gate_per_head=self.gate_per_head,
-            device=device,
-        )
+@dataclass(frozen=True)
+class LlamaAdapterV2Config(LlamaAdapterConfig):
+    """LLaMA-Adapter V2 for text: the gated prompts of :class:`LlamaAdapterConfig`, and in all blocks more.
+
+    Every linear layer of the blocks gets a scale and a bias per channel, every norm of the blocks and after them
+    parameters of its own.
+
+    Args:
+        prefix_len, layers, gate, gate_per_head: of the gated prompts; scale, bias and norms are in all blocks.
+        scale: ``"input"``: ``W (x * scale) + b0 + bias``, the authors' code; ``"output"``:
+            ``scale * (W x + b0 + bias)``, litgpt; the two are different maps.
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+
+    >>> LlamaAdapterV2Config(scale="output").prefix_len
+    10
+    """
+
+    scale: str = "input"
+
+    method: ClassVar[str] = "llama-adapter-v2"
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_choice("scale", self.scale, CONVENTIONS)

@@ -1,22 +1,26 @@
 """Parameters of one bottleneck adapter and the call that applies it."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from fastadapter.nn.masters import Masters
 from fastadapter.ops import bottleneck
 from fastadapter.ops.bottleneck import ACTIVATIONS, NORMS, Norm
 
+# How the weights of a fresh module are drawn.
+INITS = ("zero", "houlsby")
 
-class Bottleneck(nn.Module):
+
+class Bottleneck(Masters):
     """``residual + scale * up(act(down(norm(x))))``, a bottleneck adapter (Houlsby, arXiv:1902.00751, fig. 2).
 
-    ``down_proj`` starts as ``nn.Linear`` does (Kaiming uniform with ``a = sqrt(5)``), ``up_proj`` and both biases from
-    zero: the initialisation of He et al. (arXiv:2110.04366) that AdapterHub calls ``mam_adapter``. So a fresh module
-    returns the bits of ``residual``, where Houlsby's own, N(0, 1e-2) truncated for both, is only close to it. All
-    parameters are fp32 whatever the dtype of the model.
+    By default ``down_proj`` starts as ``nn.Linear`` does (Kaiming uniform with ``a = sqrt(5)``), ``up_proj`` and both
+    biases from zero: the initialisation of He et al. (arXiv:2110.04366) that AdapterHub calls ``mam_adapter``. So a
+    fresh module returns the bits of ``residual``. Houlsby's own, N(0, 1e-2) cut off at two standard deviations for both
+    projections, is only close to it. All parameters are fp32 whatever the dtype of the model.
 
     Parameters: ``2 * hidden_size * bottleneck_size``, plus ``hidden_size + bottleneck_size`` of biases, plus
     ``2 * hidden_size`` (layer norm) or ``hidden_size`` (RMS norm) of an own norm.
@@ -25,10 +29,12 @@ class Bottleneck(nn.Module):
         hidden_size: width of the input.
         bottleneck_size: width of the hidden layer.
         activation: ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``, ``"tanh"`` or ``"identity"``.
-        scale: factor of the adapter's term.
+        scale: factor of the adapter's term, or ``"learned"``: a parameter that starts from 1.
         bias: whether the projections have biases.
         norm: ``None``, ``"layer_norm"`` or ``"rms_norm"`` of the adapter's own, applied to ``x`` alone.
         norm_eps: added to the variance or mean square.
+        init: ``"zero"`` (no effect at all at the start) or ``"houlsby"`` (nearly none).
+    Raises: ValueError: naming the argument, what was expected and what came.
 
     >>> adapter = Bottleneck(hidden_size=32, bottleneck_size=4)
     >>> x = torch.randn(2, 5, 32)
@@ -42,10 +48,11 @@ class Bottleneck(nn.Module):
         bottleneck_size: int,
         *,
         activation: str = "gelu",
-        scale: float = 1.0,
+        scale: float | str = 1.0,
         bias: bool = True,
         norm: str | None = None,
         norm_eps: float = 1e-5,
+        init: str = "zero",
         device: torch.device | str | None = None,
     ):
         super().__init__()
@@ -57,8 +64,13 @@ class Bottleneck(nn.Module):
             raise ValueError(
                 f"hidden_size and bottleneck_size must be at least 1, got {hidden_size} and {bottleneck_size}"
             )
-        self.activation, self.scale, self.norm_eps = activation, scale, norm_eps
+        if isinstance(scale, str) and scale != "learned":
+            raise ValueError(f"scale must be a number or 'learned', got {scale!r}")
+        if init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+        self.activation, self.norm_eps, self.init = activation, norm_eps, init
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        self.scale = nn.Parameter(torch.ones((), **options)) if isinstance(scale, str) else scale
         self.down_proj = nn.Linear(hidden_size, bottleneck_size, bias=bias, **options)
         self.up_proj = nn.Linear(bottleneck_size, hidden_size, bias=bias, **options)
         self.norm: nn.Module | None = None
@@ -69,9 +81,15 @@ class Bottleneck(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start again from an adapter that changes nothing."""
-        nn.init.kaiming_uniform_(self.down_proj.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.up_proj.weight)
+        """Draw the weights anew."""
+        if self.init == "houlsby":
+            for projection in (self.down_proj, self.up_proj):
+                nn.init.trunc_normal_(projection.weight, std=0.01, a=-0.02, b=0.02)
+        else:
+            nn.init.kaiming_uniform_(self.down_proj.weight, a=math.sqrt(5))
+            nn.init.zeros_(self.up_proj.weight)
+        if isinstance(self.scale, nn.Parameter):
+            nn.init.ones_(self.scale)
         for projection in (self.down_proj, self.up_proj):
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)
@@ -86,32 +104,57 @@ class Bottleneck(nn.Module):
             residual: shape and dtype of ``x``, often ``x`` itself; ``None``: the adapter's term alone.
         Returns: shape and dtype of ``x``.
         """
-        down, up, norm = self.down_proj, self.up_proj, None
-        operands: list[Any] = [down.weight, up.weight, down.bias, up.bias]
-        if self.norm is not None:
-            kind = "layer_norm" if isinstance(self.norm, nn.LayerNorm) else "rms_norm"
-            operands += [getattr(self.norm, name, None) for name in ("weight", "bias")]
-        if x.dtype == torch.float64:
-            operands = [p if p is None else p.double() for p in operands]
-        if self.norm is not None:
-            norm = Norm(kind, operands[4], operands[5], self.norm_eps)
-        return bottleneck(
-            x,
-            *operands[:4],
-            residual=residual,
-            activation=self.activation,
-            scale=self.scale,
-            norm=norm,
-        )
-
-    def _apply(self, fn, recurse=True):
-        """Follow the model to another device, but keep every bit of the fp32 masters when it is cast."""
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(move, recurse)
+        return apply([self], x, residual)
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, scale={self.scale}"
+        scale = "learned" if isinstance(self.scale, nn.Parameter) else self.scale
+        return f"activation={self.activation!r}, scale={scale}"
+
+
+def apply(
+    bank: "list[Bottleneck]", x: Tensor, residual: Tensor | None = None, row_ids: Tensor | None = None
+) -> Tensor:
+    """Apply several adapters of equal sizes and options, one per row, in one call of the op.
+
+    Args:
+        bank: the adapters.
+        x: ``(batch, ..., hidden_size)``.
+        residual: shape and dtype of ``x``.
+        row_ids: int32 ``(batch,)``, positions in ``bank``; -1 for rows that get ``residual`` alone. ``None``: the one
+            adapter there is, for all rows.
+    Returns: shape and dtype of ``x``.
+    """
+    first = bank[0]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def stacked(tensors: list[Tensor]) -> Tensor:
+        tensors = [tensor.to(dtype) for tensor in tensors]
+        return torch.stack(tensors) if row_ids is not None else tensors[0]
+
+    def optional(module: str, name: str) -> Tensor | None:
+        found = [getattr(getattr(each, module), name, None) for each in bank]
+        return None if found[0] is None else stacked(cast("list[Tensor]", found))
+
+    up, up_bias = optional("up_proj", "weight"), optional("up_proj", "bias")
+    scale = first.scale
+    if isinstance(scale, nn.Parameter):
+        factors = stacked([each.scale for each in bank])
+        up = up * factors[..., None, None]
+        up_bias = None if up_bias is None else up_bias * factors[..., None]
+        scale = 1.0
+    norm = None
+    if first.norm is not None:
+        kind = "layer_norm" if isinstance(first.norm, nn.LayerNorm) else "rms_norm"
+        norm = Norm(kind, optional("norm", "weight"), optional("norm", "bias"), first.norm_eps)
+    return bottleneck(
+        x,
+        optional("down_proj", "weight"),
+        up,
+        optional("down_proj", "bias"),
+        up_bias,
+        residual=residual,
+        activation=first.activation,
+        scale=scale,
+        norm=norm,
+        row_ids=row_ids,
+    )

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from fastadapter.nn.masters import Masters
 from fastadapter.ops import gated_prefix
 from fastadapter.ops.gated_prefix import GATE_FUNCTIONS
 
 
-class GatedPrefix(nn.Module):
+class GatedPrefix(Masters):
     """Zero-init gated attention over a learned prompt (LLaMA-Adapter, arXiv:2303.16199, section 3).
 
     ``prompt`` holds ``prefix_len`` rows in the layer's input space. The caller sends them through the layer's own
@@ -74,15 +75,6 @@ class GatedPrefix(nn.Module):
         return gated_prefix(
             base, query, prefix_key, prefix_value, gate, softmax_scale=softmax_scale, gate_fn=self.gate_fn
         )
-
-    def _apply(self, fn, recurse=True):
-        """Follow the model to another device, but keep every bit of the fp32 masters when it is cast."""
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(move, recurse)
 
     def extra_repr(self) -> str:
         prefix_len, hidden_size = self.prompt.shape

@@ -75,7 +75,7 @@ def test_top_layers_are_adapted(model):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"config": CONFIG.to_dict()}, TypeError, "config must be a LlamaAdapterConfig"),
+        ({"config": CONFIG.to_dict()}, TypeError, "config must be a configuration such as"),
         ({"config": fa.LlamaAdapterConfig(layers=4)}, ValueError, "layers must be at most 3"),
         ({"name": "taken"}, ValueError, "'taken' is already attached"),
         ({"name": ""}, ValueError, "name must be"),
@@ -178,7 +178,7 @@ def test_another_attention_implementation_after_attach(model, inputs):
 def test_masters_stay_fp32(model, inputs, dtype):
     """Casting the model keeps every bit of prompt and gate, and the zero gate is still exact."""
     fa.attach(model, CONFIG)
-    prompts = [host.adapters["default"].prompt.detach().clone() for host in hosts(model).values()]
+    prompts = [host.adapters["default"].prompt.detach().clone() for [host] in hosts(model).values()]
     model.to(dtype)
     fa.set_active(model, None)
     base = output_of(model, inputs)
@@ -186,7 +186,7 @@ def test_masters_stay_fp32(model, inputs, dtype):
     assert base.dtype == dtype and same_bits(output_of(model, inputs), base)
     set_gates(model)
     assert not same_bits(output_of(model, inputs), base)
-    for host, prompt in zip(hosts(model).values(), prompts):
+    for [host], prompt in zip(hosts(model).values(), prompts):
         assert same_bits(host.adapters["default"].prompt.detach(), prompt)
         assert host.adapters["default"].gate.dtype == torch.float32
 
@@ -209,7 +209,7 @@ def test_kept_projections_follow_their_sources(model, inputs):
     """In eval the projected prompt is kept, but never past a change of what it came from."""
     fa.attach(model, CONFIG)
     set_gates(model)
-    host = next(iter(hosts(model).values()))
+    [host] = next(iter(hosts(model).values()))
     attention, adapter = model.model.layers[1].self_attn, host.adapters["default"]
     before = output_of(model, inputs)
     kept = host._ready["default"]
@@ -321,7 +321,7 @@ def test_olmo2_whose_key_norm_spans_all_heads():
     )
     model = tf.Olmo2ForCausalLM(config).eval()
     fa.attach(model, fa.LlamaAdapterConfig(prefix_len=3))
-    host = hosts(model)["model.layers.0.self_attn"]
+    [host] = hosts(model)["model.layers.0.self_attn"]
     assert not host.fast_projection
     attention, prompt = model.model.layers[0].self_attn, host.adapters["default"].prompt
     key, value = host._project(attention, prompt, torch.float32)
@@ -334,18 +334,18 @@ def test_olmo2_whose_key_norm_spans_all_heads():
 def test_verify_catches_a_silent_no_op(model, monkeypatch):
     """An adapter whose term is dropped, and a cache that loses it, are named."""
     fa.attach(model, CONFIG)
-    from fastadapter.integrations.attention import PrefixHost
+    from fastadapter.integrations.prefix import PrefixHost
 
-    monkeypatch.setattr(PrefixHost, "adapt", lambda self, name, attention, output, *_: output)
-    with pytest.raises(fa.VerificationError, match="the gate changes the output"):
+    monkeypatch.setattr(PrefixHost, "attend", lambda self, base, *_: base())
+    with pytest.raises(fa.VerificationError, match="it changes the output"):
         fa.verify(model)
     monkeypatch.undo()
-    original = PrefixHost.adapt
+    original = PrefixHost.attend
 
-    def only_prefill(self, name, attention, output, query, scale):
-        return original(self, name, attention, output, query, scale) if query.shape[2] > 1 else output
+    def only_prefill(self, base, attention, query, *rest):
+        return original(self, base, attention, query, *rest) if query.shape[2] > 1 else base()
 
-    monkeypatch.setattr(PrefixHost, "adapt", only_prefill)
+    monkeypatch.setattr(PrefixHost, "attend", only_prefill)
     with pytest.raises(fa.VerificationError, match="cached generation"):
         fa.verify(model)
 

@@ -1,0 +1,116 @@
+"""Bottleneck adapters in a model: hooks on parts of its blocks, and where these parts are in each family."""
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fastadapter.integrations.host import Host, State
+from fastadapter.nn import Bottleneck
+from fastadapter.nn.bottleneck import apply
+
+
+class Points(NamedTuple):
+    """Paths within a block; ``-1`` is the last child of a list.
+
+    ``attention`` and ``ffn``: their output, or its first element, is what is added to the residual stream.
+    ``ffn_input`` and ``residual``: their input is what the feed-forward gets, behind and before the norm.
+    """
+
+    attention: str
+    ffn: str
+    ffn_input: str
+    residual: str
+
+
+_DECODER = Points("self_attn", "mlp", "mlp", "post_attention_layernorm")
+# the parts' outputs go through a norm of their own before the sum
+_GEMMA = Points("post_attention_layernorm", "post_feedforward_layernorm", "mlp", "pre_feedforward_layernorm")
+_BERT = Points("attention.output.dropout", "output.dropout", "intermediate", "intermediate")
+# by the model type of the block's own configuration
+POINTS = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"), _DECODER),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _BERT),
+    "gpt_neox": Points("attention", "mlp", "mlp", "post_attention_layernorm"),
+    "gpt2": Points("attn", "mlp", "mlp", "ln_2"),
+    "distilbert": Points("attention", "ffn", "ffn", "ffn"),
+    "vit": Points("attention", "mlp", "mlp", "layernorm_after"),
+    "t5": Points(
+        "layer.0.SelfAttention", "layer.-1.DenseReluDense", "layer.-1.DenseReluDense", "layer.-1.layer_norm"
+    ),
+}
+
+
+class BottleneckHost(Host):
+    """The adapters of one part of a block."""
+
+    CHILD: ClassVar[str] = "fa_bottleneck"
+
+    def __init__(self, state: State):
+        super().__init__(state)
+        self.inputs: dict[str, str | None] = {}  # None: the part's own output
+        self.seen: dict[str, Tensor] = {}
+
+    def hooks(self, module: nn.Module) -> list[RemovableHandle]:
+        return [module.register_forward_hook(_adapt_output)]
+
+    def add(self, name: str, adapter: nn.Module, source: str | None = None) -> None:
+        super().add(name, adapter)
+        self.inputs[name] = source
+
+    def remove(self, name: str) -> None:
+        super().remove(name)
+        del self.inputs[name]
+
+    def kind(self, adapter: nn.Module) -> Any:
+        assert isinstance(adapter, Bottleneck)
+        name = next(key for key, each in self.adapters.items() if each is adapter)
+        scale = "learned" if isinstance(adapter.scale, nn.Parameter) else adapter.scale
+        shapes = tuple(tuple(parameter.shape) for parameter in adapter.parameters())
+        norm = type(adapter.norm), adapter.norm_eps
+        return shapes, adapter.activation, scale, norm, adapter.down_proj.bias is None, self.inputs[name]
+
+    def adapt(self, output: Tensor) -> Tensor:
+        """What a part's ``output (batch, ..., hidden_size)`` becomes."""
+        adapted = output
+        for group in self.groups(output.shape[0], output.device):
+            source = self.inputs[group.names[0]]
+            x = output if source is None else self.seen[source]
+            bank = [self.adapter(name) for name in group.names]
+            adapted = apply(bank, x, adapted, group.row_ids)
+        self.seen = {}
+        return adapted
+
+
+def _adapt_output(module: nn.Module, args: tuple, output: Any) -> Any:
+    host = module._modules.get(BottleneckHost.CHILD)
+    if host is None or host.idle():
+        return None
+    if torch.is_tensor(output):
+        return host.adapt(output)
+    return (host.adapt(output[0]), *output[1:])
+
+
+def watch_input(module: nn.Module, host: BottleneckHost, source: str) -> RemovableHandle:
+    """Let ``host`` see what ``module`` is given, until its own part ends, under the name ``source``."""
+    # in a list, so that the host does not become a child here too
+    module.__dict__.setdefault("fa_watchers", []).append([host, source])
+    return module.register_forward_pre_hook(_show_input, with_kwargs=True)
+
+
+def _show_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    for host, source in module.__dict__.get("fa_watchers", ()):
+        if not host.idle():
+            host.seen[source] = args[0] if args else next(iter(kwargs.values()))
+
+
+def resolve(block: nn.Module, path: str) -> str:
+    """The path with ``-1`` replaced by the last child's name."""
+    names: list[str] = []
+    for name in path.split("."):
+        if name == "-1":
+            name = list(block.get_submodule(".".join(names)).named_children())[-1][0]
+        names.append(name)
+    return ".".join(names)

@@ -1,0 +1,150 @@
+"""Where in a transformers model adapters can go: its self-attentions, blocks and decoder."""
+
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+_CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
+_NUMBERED = re.compile(r"(.*?)\.?(\d+)(?:\.|$)")
+_LOOKUP = "ALL_ATTENTION_FUNCTIONS"
+# Architectures that the tests hold to every promise; any other that uses the attention interface may work.
+TESTED = (
+    "bert, distilbert, gemma3, gpt2, gpt_neox, llama, mistral, phi3, qwen3, t5 (encoder), vit, whisper"
+).split(", ")
+
+
+def _uses_interface(module: nn.Module) -> bool:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and _LOOKUP in code.co_names
+
+
+def self_attentions(model: nn.Module) -> dict[str, nn.Module]:
+    text_config = getattr(getattr(model, "config", None), "text_config", None)
+    found = {}
+    for path, module in model.named_modules():
+        if not _uses_interface(module) or getattr(module, "is_cross_attention", False):
+            continue
+        if _CROSS.search(path.rpartition(".")[2]) or _CROSS.search(type(module).__name__):
+            continue
+        if text_config is not None and getattr(module, "config", None) is not text_config:
+            continue
+        found[path] = module
+    return found
+
+
+def attentions(model: nn.Module, layers: int | None) -> list[tuple[str, nn.Module]]:
+    """The self-attention modules of the top ``layers`` blocks of each stack, in the model's order.
+
+    Raises:
+        TypeError: the model has none that goes through the attention interface.
+        ValueError: ``layers`` is more than a stack has.
+    """
+    found = self_attentions(model)
+    if not found:
+        raise TypeError(
+            f"{type(model).__name__} has no self-attention that goes through transformers' attention interface, "
+            f"so it cannot be hooked; tested architectures: {', '.join(TESTED)}"
+        )
+    stacks: dict[str, dict[int, list[str]]] = {}
+    for path in found:
+        stack, index = numbered(path)
+        stacks.setdefault(stack, {}).setdefault(index, []).append(path)
+    chosen = []
+    for stack, blocks in stacks.items():
+        if layers is not None and layers > len(blocks):
+            raise ValueError(
+                f"layers must be at most {len(blocks)}, the attention blocks of {stack}, got {layers}"
+            )
+        top = sorted(blocks)[-layers if layers else 0 :]
+        chosen += [path for index in top for path in blocks[index]]
+    return [(path, found[path]) for path in chosen]
+
+
+def numbered(path: str) -> tuple[str, int]:
+    """The list of blocks that a path leads through, and the number of the block.
+
+    Raises: TypeError: it leads through none.
+    """
+    match = _NUMBERED.match(path)
+    if match is None:
+        raise TypeError(f"{path} is not in a numbered block, so the top layers of the model are not defined")
+    return match[1], int(match[2])
+
+
+def block_path(path: str) -> str:
+    stack, index = numbered(path)
+    return f"{stack}.{index}"
+
+
+def hidden_size(module: nn.Module, path: str) -> int:
+    size = getattr(module.config, "hidden_size", None)
+    if size is None:
+        raise TypeError(f"{path}: its config names no hidden_size")
+    return size
+
+
+def floating_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype a module computes in: of its first floating-point parameter, fp32 where it has none (quantised)."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def decoder_of(model: nn.Module, paths: list[str]) -> tuple[str, Any]:
+    """The one decoder that holds the attentions at ``paths``: the module around their list of blocks.
+
+    Raises: TypeError: it is no decoder of texts, or there are several stacks.
+    """
+    stacks = {numbered(path)[0] for path in paths}
+    if len(stacks) > 1 or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise TypeError(
+            f"{type(model).__name__} has an encoder and a decoder: a soft prompt is defined for decoders alone"
+        )
+    path = stacks.pop().rpartition(".")[0]
+    decoder: Any = model.get_submodule(path)
+    parameters = inspect.signature(decoder.forward).parameters
+    causal = all(getattr(model.get_submodule(each), "is_causal", True) for each in paths)
+    if not causal or not {"inputs_embeds", "position_ids"} <= parameters.keys():
+        raise TypeError(
+            f"{type(decoder).__name__} is no causal decoder that takes inputs_embeds and position_ids: a soft prompt "
+            "is defined for decoders alone"
+        )
+    return path, decoder
+
+
+def checkpointed_block(model: nn.Module, path: str) -> nn.Module:
+    """The layer around the attention at ``path`` that activation checkpointing acts on, or the attention itself."""
+    parts = path.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        ancestor = model.get_submodule(".".join(parts[:depth]))
+        if hasattr(type(ancestor), "gradient_checkpointing"):
+            return ancestor
+    return model.get_submodule(path)
+
+
+def let_gradients_in(block: nn.Module, args: tuple):
+    """Re-entrant checkpointing drops every gradient of a block none of whose inputs needs one.
+
+    In a frozen model that is the lowest adapted block, so its input is made to need one.
+    """
+    checkpointing = getattr(block, "gradient_checkpointing", False) and block.training
+    if not (checkpointing and torch.is_grad_enabled()) or torch.compiler.is_compiling() or not args:
+        return None
+    hidden_states = args[0]
+    if not torch.is_tensor(hidden_states) or hidden_states.requires_grad:
+        return None
+    return (hidden_states.detach().requires_grad_(), *args[1:])
+
+
+def rotary_dim(model: nn.Module, path: str) -> int | None:
+    """Width of the rotary embedding the module at ``path`` gets, ``None`` without one."""
+    parts = path.split(".")
+    for depth in range(len(parts), -1, -1):  # the nearest ancestor that owns one
+        ancestor = model.get_submodule(".".join(parts[:depth]))
+        for child in ancestor.children():
+            if "RotaryEmbedding" in type(child).__name__:
+                frequencies = [b for name, b in child.named_buffers() if name.endswith("inv_freq")]
+                if frequencies:
+                    return 2 * frequencies[0].numel()
+    return None

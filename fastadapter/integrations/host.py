@@ -1,0 +1,171 @@
+"""What carries adapters inside a model: one child module per adapted module, and the state they share.
+
+As child modules, adapters move, save, shard and synchronise with the model.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class State:
+    """Which adapter acts: one for all rows, or one per row. Shared by all hosts of a model.
+
+    Attributes:
+        active: the adapter that acts on every row, if ``rows`` is ``None``.
+        rows: an adapter, or ``None``, for every row of the batch.
+        factor: how often beam search repeats every row, from the last call of ``generate``.
+    """
+
+    def __init__(self) -> None:
+        self.active: str | None = None
+        self.rows: tuple[str | None, ...] | None = None
+        self.factor = 1
+
+    @contextlib.contextmanager
+    def only(self, name: str | None) -> Iterator[None]:
+        """Let one adapter act, whatever was chosen."""
+        kept = self.active, self.rows
+        self.active, self.rows = name, None
+        try:
+            yield
+        finally:
+            self.active, self.rows = kept
+
+    def row_names(self, batch: int) -> tuple[str | None, ...] | None:
+        """The adapter of every row of a batch; ``None`` when one acts on all.
+
+        Raises: ValueError: the batch has another number of rows.
+        """
+        if self.rows is None:
+            return None
+        if batch == len(self.rows):
+            return self.rows
+        if batch == len(self.rows) * self.factor:
+            return tuple(name for name in self.rows for _ in range(self.factor))
+        raise ValueError(f"rows: {len(self.rows)} adapters were named for a batch of {batch} rows")
+
+
+class Group(NamedTuple):
+    """Adapters of one kind and size, and the rows of the batch that each acts on.
+
+    ``row_ids`` int32 ``(batch,)`` counts ``names`` from 0, -1 elsewhere; ``members`` int64 are the rows that have an
+    id. Both are ``None`` where ``names`` is one adapter for all rows.
+    """
+
+    names: tuple[str, ...]
+    row_ids: Tensor | None
+    members: Tensor | None
+
+
+class Host(nn.Module):
+    """The adapters of one module of the model, by name; lives in it as the child ``CHILD``."""
+
+    CHILD: ClassVar[str]
+
+    def __init__(self, state: State):
+        super().__init__()
+        self.adapters = nn.ModuleDict()
+        self.state = state
+        self._groups: dict[Any, list[Group]] = {}
+
+    @property
+    def active(self) -> str | None:
+        """The adapter that acts here on every row, if one does."""
+        name = self.state.active
+        return name if self.state.rows is None and name in self.adapters else None
+
+    def idle(self) -> bool:
+        """Whether the module is to run as if nothing were attached."""
+        rows = self.state.rows
+        if rows is None:
+            return self.state.active is None or self.state.active not in self.adapters
+        return not any(name in self.adapters for name in rows)
+
+    def groups(self, batch: int, device: torch.device) -> list[Group]:
+        """The adapters that act on a batch, those that one call of an op can take together in one group."""
+        rows = self.state.row_names(batch)
+        if rows is None:
+            name = self.active
+            return [] if name is None else [Group((name,), None, None)]
+        key = (rows, device)
+        found = self._groups.get(key)
+        if found is None:
+            found = self._grouped(rows, device)
+            if not torch.compiler.is_compiling():
+                self._groups = {key: found}  # the last one: a batch is many calls
+        return found
+
+    def _grouped(self, rows: tuple[str | None, ...], device: torch.device) -> list[Group]:
+        kinds: dict[Any, list[str]] = {}
+        for name in dict.fromkeys(rows):
+            if name is not None and name in self.adapters:
+                kinds.setdefault(self.kind(self.adapters[name]), []).append(name)
+        found = []
+        for names in kinds.values():
+            ids = [names.index(name) if name in names else -1 for name in rows]
+            members = [row for row, each in enumerate(ids) if each >= 0]
+            found.append(
+                Group(
+                    tuple(names),
+                    torch.tensor(ids, dtype=torch.int32, device=device),
+                    torch.tensor(members, device=device),
+                )
+            )
+        return found
+
+    def kind(self, adapter: nn.Module) -> Any:
+        """What two adapters must share to go through one call of an op."""
+        raise NotImplementedError
+
+    def adapter(self, name: str) -> Any:
+        return self.adapters[name]
+
+    def hooks(self, module: nn.Module) -> list[RemovableHandle]:
+        """Register what makes the host act in its ``module``; functions of a module, so that a model can be copied."""
+        return []
+
+    def add(self, name: str, adapter: nn.Module, **options: Any) -> None:
+        self.adapters[name] = adapter
+        self._groups = {}
+
+    def remove(self, name: str) -> None:
+        del self.adapters[name]
+        self._groups = {}
+
+    def train(self, mode: bool = True):
+        self._groups = {}
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self._groups = {}
+        return super()._apply(fn, recurse)
+
+
+class Placement(NamedTuple):
+    """One adapter module, where it goes, and how to make the host where none is yet.
+
+    ``options`` go to the host's ``add``; ``watch`` is the path of a module whose input the host has to see.
+    """
+
+    path: str
+    host: type[Host]
+    adapter: nn.Module
+    make: Callable[[State], Host]
+    options: Any = None
+    watch: str | None = None
+
+
+class ReparamHost(Host):
+    """The networks behind prefixes; they belong to a list of blocks as a whole."""
+
+    CHILD: ClassVar[str] = "fa_reparam"
+
+
+def host_of(module: nn.Module, host: type[Host]) -> Any:
+    """The host of one kind in a module, if it has one."""
+    return cast("Host | None", module._modules.get(host.CHILD))

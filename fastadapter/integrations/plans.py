@@ -1,0 +1,275 @@
+"""What each method puts where in a model: one function per method, tried out before anything is attached."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastadapter.integrations import attention as hook
+from fastadapter.integrations import discovery
+from fastadapter.integrations.bottleneck import POINTS, BottleneckHost, resolve
+from fastadapter.integrations.channel_scale import CopyHost, ScaleHost
+from fastadapter.integrations.host import Placement, ReparamHost, State, host_of
+from fastadapter.integrations.prefix import PrefixHost, PromptSlot
+from fastadapter.integrations.soft_prompt import SoftPromptHost
+from fastadapter.methods import (
+    BottleneckConfig,
+    LlamaAdapterConfig,
+    LlamaAdapterV2Config,
+    MethodConfig,
+    PrefixTuningConfig,
+    SoftPromptConfig,
+)
+from fastadapter.nn import (
+    Bottleneck,
+    ChannelScale,
+    GatedPrefix,
+    ModuleCopy,
+    PrefixReparam,
+    PrefixTuning,
+    SoftPrompt,
+)
+
+_CLASSIFIER = re.compile(r"For\w*Classification")
+
+
+def plan(model: nn.Module, config: MethodConfig, tokenizer: Any) -> list[Placement]:
+    """Everything that attaching ``config`` adds to ``model``; the model is not changed.
+
+    Raises:
+        TypeError: the model cannot be hooked, or the method is not defined for it.
+        ValueError: a size does not fit the model.
+    """
+    method = _PLANS.get(type(config))
+    if method is None:
+        known = ", ".join(each.__name__ for each in _PLANS)
+        raise TypeError(f"config must be one of {known}, got {type(config).__name__}")
+    return [*method(model, config, tokenizer), *_heads(model)]
+
+
+def _llama_adapter(model: nn.Module, config: LlamaAdapterConfig, tokenizer: Any) -> list[Placement]:
+    placements = []
+    for path, module in discovery.attentions(model, config.layers):
+        query, _, make = _try_projection(model, path, module, config.prefix_len)
+        adapter = GatedPrefix(
+            discovery.hidden_size(module, path),
+            query.shape[1],
+            config.prefix_len,
+            gate_fn=config.gate,
+            gate_per_head=config.gate_per_head,
+            device=query.device,
+        )
+        placements.append(Placement(path, PrefixHost, adapter, make))
+    return placements
+
+
+def _llama_adapter_v2(model: nn.Module, config: LlamaAdapterV2Config, tokenizer: Any) -> list[Placement]:
+    placements = _llama_adapter(model, config, tokenizer)
+    everywhere = discovery.attentions(model, None)
+    blocks = list(dict.fromkeys(discovery.block_path(path) for path, _ in everywhere))
+    for path, module in model.named_modules():
+        if ".fa_" in path:
+            continue
+        inside = any(path.startswith(f"{block}.") for block in blocks)
+        # the norm behind a stack is a child of what holds the stack
+        beside = path.rpartition(".")[0] in {
+            block.rsplit(".", 2)[0] for block in blocks if block.count(".") > 1
+        }
+        if (inside or beside) and _is_norm(module):
+            placements.append(Placement(path, CopyHost, ModuleCopy(module), CopyHost))
+        elif inside and (sizes := _linear_sizes(module)):
+            device = next(module.parameters()).device
+            placements.append(
+                Placement(path, ScaleHost, ChannelScale(*sizes, config.scale, device=device), ScaleHost)
+            )
+    return placements
+
+
+def _prefix_tuning(model: nn.Module, config: PrefixTuningConfig, tokenizer: Any) -> list[Placement]:
+    placements = []
+    reparam = None
+    for path, module in discovery.attentions(model, config.layers):
+        _, key, make = _try_projection(model, path, module, config.prefix_len)
+        if config.reparam_size is not None and reparam is None:
+            size = discovery.hidden_size(module, path)
+            reparam = PrefixReparam(config.prefix_len, size, config.reparam_size, device=key.device)
+            placements.append(Placement(discovery.numbered(path)[0], ReparamHost, reparam, ReparamHost))
+        adapter = PrefixTuning(
+            key.shape[1],
+            key.shape[3],
+            config.prefix_len,
+            init=config.init,
+            init_std=config.init_std,
+            reparam=reparam,
+            device=key.device,
+        )
+        placements.append(Placement(path, PrefixHost, adapter, make))
+    return placements
+
+
+def _soft_prompt(model: nn.Module, config: SoftPromptConfig, tokenizer: Any) -> list[Placement]:
+    found = discovery.attentions(model, None)
+    path, decoder = discovery.decoder_of(model, [each for each, _ in found])
+    text_config = found[0][1].config
+    context = getattr(text_config, "max_position_embeddings", None)
+    if context is not None and config.prompt_len >= context:
+        raise ValueError(
+            f"prompt_len must be less than the model's context {context}, got {config.prompt_len}"
+        )
+    learned = discovery.rotary_dim(model, found[0][0]) is None
+    make = functools.partial(SoftPromptHost, learned_positions=learned, context=context)
+    prompt = SoftPrompt(_first_prompt(decoder.get_input_embeddings(), config, tokenizer))
+    placements = [Placement(path, SoftPromptHost, prompt, make)]
+    for each, module in found:
+        _, _, make_host = _try_projection(model, each, module, config.prompt_len)
+        placements.append(Placement(each, PrefixHost, PromptSlot(config.prompt_len), make_host))
+    return placements
+
+
+def _bottleneck(model: nn.Module, config: BottleneckConfig, tokenizer: Any) -> list[Placement]:
+    placements = []
+    blocks: dict[str, nn.Module] = {}
+    for path, module in discovery.attentions(model, config.layers):
+        blocks.setdefault(discovery.block_path(path), module)
+    for path, attention in blocks.items():
+        size = discovery.hidden_size(attention, path)
+        device = next(attention.parameters()).device
+        for point, source in _points(model.get_submodule(path), path, attention, config):
+            adapter = Bottleneck(
+                size,
+                config.size_for(size),
+                activation=config.activation,
+                scale=config.scale,
+                bias=config.bias,
+                norm=config.norm,
+                init=config.init,
+                device=device,
+            )
+            options = {} if source is None else {"source": config.parallel_input}
+            watch = None if source is None else f"{path}.{source}"
+            placements.append(
+                Placement(f"{path}.{point}", BottleneckHost, adapter, BottleneckHost, options, watch)
+            )
+    return placements
+
+
+def _points(
+    block: nn.Module, path: str, attention: nn.Module, config: BottleneckConfig
+) -> list[tuple[str, str | None]]:
+    """Within a block: whose output is adapted, and whose input the adapter gets where it is not that output."""
+    if config.modules is not None:
+        found = [
+            name
+            for name, _ in block.named_modules()
+            if any(name == end or name.endswith(f".{end}") for end in config.modules) and "fa_" not in name
+        ]
+        if not found:
+            raise ValueError(f"modules: {path} has no part named {', '.join(config.modules)}")
+        return [(name, None) for name in found]
+    family = attention.config.model_type
+    if family not in POINTS:
+        raise TypeError(
+            f"no bottleneck points are known for {family!r}, only for {', '.join(POINTS)}; name the modules whose "
+            "output is to be adapted: BottleneckConfig(modules=(...))"
+        )
+    points = POINTS[family]
+    try:
+        named = {field: resolve(block, getattr(points, field)) for field in points._fields}
+        for name in named.values():
+            block.get_submodule(name)
+    except AttributeError as error:
+        raise TypeError(f"{path}: not the block that is known for {family!r}: {error}") from error
+    if config.placement == "parallel":
+        return [(named["ffn"], named["ffn_input" if config.parallel_input == "ffn" else "residual"])]
+    ffn: list[tuple[str, str | None]] = [(named["ffn"], None)]
+    return ffn if config.placement == "pfeiffer" else [(named["attention"], None), *ffn]
+
+
+def _heads(model: nn.Module) -> list[Placement]:
+    """Copies of a classifier's head: the modules outside the base model."""
+    if not _CLASSIFIER.search(type(model).__name__):
+        return []
+    base = getattr(model, "base_model_prefix", "")
+    return [
+        Placement(name, CopyHost, ModuleCopy(child), CopyHost)
+        for name, child in model.named_children()
+        if name != base and any(True for _ in child.parameters())
+    ]
+
+
+def _first_prompt(embeddings: nn.Module, config: SoftPromptConfig, tokenizer: Any) -> Tensor:
+    weight: Any = embeddings.weight
+    if config.init_text is not None:
+        if tokenizer is None:
+            raise ValueError("tokenizer: init_text needs the model's tokenizer, got None")
+        ids = tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ValueError(f"init_text {config.init_text!r} has no tokens")
+        tokens = torch.tensor((ids * config.prompt_len)[: config.prompt_len])
+    else:
+        tokens = torch.randint(weight.shape[0], (config.prompt_len,))
+    with torch.no_grad():
+        drawn = embeddings(tokens.to(weight.device)).float()
+        if config.init_text is None and config.init == "random":
+            # as wide as what the model's embeddings are, in a model that scales them too
+            drawn = torch.randn(drawn.shape, device="cpu").to(drawn.device) * drawn.std()
+    return drawn
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Norm") and any(True for _ in module.parameters(recurse=False))
+
+
+def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's, with the weight transposed
+        return module.nx, module.nf
+    return None
+
+
+def _try_projection(
+    model: nn.Module, path: str, module: nn.Module, prefix_len: int
+) -> tuple[Tensor, Tensor, Callable[[State], PrefixHost]]:
+    """Query and key of a drawn prompt in one attention, and how to make its host.
+
+    Raises: TypeError: the attention cannot be hooked.
+    """
+    if getattr(module, "reorder_and_upcast_attn", False):
+        raise TypeError(
+            f"{path}: reorder_and_upcast_attn=True makes GPT-2 bypass the attention interface; set it to False"
+        )
+    device = next(module.parameters()).device
+    host = host_of(module, PrefixHost)
+    rotary_dim = host.rotary_dim if host is not None else discovery.rotary_dim(model, path)
+    size = discovery.hidden_size(module, path)
+    # Drawn, not zeros: with equal rows a wrong projection could pass for the right one.
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, prefix_len, size, generator=generator).to(device, discovery.floating_dtype(module))
+    try:
+        with torch.no_grad():
+            query, key, value = hook.project_by_forward(module, rows, rotary_dim)
+            fast = host is None and hook.can_project_by_modules(module, rows, key, value)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise TypeError(
+            f"{path} ({type(module).__name__}) cannot project a prompt: {error}; tested architectures: "
+            f"{', '.join(discovery.TESTED)}"
+        ) from error
+    if key.shape != value.shape or query.shape[1] % key.shape[1] or query.shape[3] != key.shape[3]:
+        raise TypeError(
+            f"{path} ({type(module).__name__}): query {tuple(query.shape)}, key {tuple(key.shape)} and value "
+            f"{tuple(value.shape)} of its heads do not fit gated prefix attention"
+        )
+    return query, key, functools.partial(PrefixHost, rotary_dim=rotary_dim, fast_projection=fast)
+
+
+_PLANS: dict[type, Callable[..., list[Placement]]] = {
+    LlamaAdapterConfig: _llama_adapter,
+    LlamaAdapterV2Config: _llama_adapter_v2,
+    PrefixTuningConfig: _prefix_tuning,
+    SoftPromptConfig: _soft_prompt,
+    BottleneckConfig: _bottleneck,
+}

@@ -1,0 +1,271 @@
+"""The adapters of one attention module: gated prompts beside it, prefixes and soft prompts within its softmax."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastadapter.integrations import attention as hook
+from fastadapter.integrations.host import Group, Host, State
+from fastadapter.integrations.shared_softmax import attend_shared
+from fastadapter.nn import GatedPrefix, PrefixTuning
+from fastadapter.ops import gated_prefix
+from fastadapter.ops.backends import choose_backend
+from fastadapter.ops.gated_prefix import run_forward
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+class PromptSlot(nn.Module):
+    """Stands in one attention for a soft prompt, whose keys and values there come from a pass of the whole model."""
+
+    def __init__(self, prefix_len: int):
+        super().__init__()
+        self.prefix_len = prefix_len
+
+
+class PromptRun:
+    """Keys and values of soft prompts in every attention, by adapter: of one forward pass, or being collected.
+
+    ``collecting`` names the prompt whose pass is under way: attention then adds to ``found`` and does nothing else.
+    """
+
+    def __init__(self, collecting: str | None = None):
+        self.collecting = collecting
+        self.found: dict[tuple[str, nn.Module], KeyValue] = {}
+
+
+class PrefixHost(Host):
+    """The adapters of one attention module."""
+
+    CHILD: ClassVar[str] = hook.CHILD
+
+    def __init__(self, state: State, rotary_dim: int | None, fast_projection: bool):
+        super().__init__(state)
+        self.rotary_dim = rotary_dim
+        self.fast_projection = fast_projection
+        self._ready: dict[str, _Ready] = {}
+        self._banks: dict[tuple[str, ...], tuple[Any, ...]] = {}
+        hook.keep_hook_for(self)
+
+    def __setstate__(self, state):
+        """A copied or unpickled model keeps its adapter working, so it keeps the hook too."""
+        super().__setstate__(state)
+        self._forget()
+        hook.keep_hook_for(self)
+        hook.install_hook()
+
+    def kind(self, adapter: nn.Module) -> Any:
+        if isinstance(adapter, GatedPrefix):
+            return GatedPrefix, len(adapter.prompt), adapter.gate_fn
+        return PrefixTuning, adapter.prefix_len
+
+    def attend(
+        self,
+        base: Callable[[], tuple[Tensor, Any]],
+        attention: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        prompts: PromptRun | None,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Any]:
+        """What the attention function returns: output ``(batch, q_len, num_heads, head_dim)`` and weights.
+
+        Args:
+            base: the model's own attention, ready to be called.
+            attention: the module this host is a child of.
+            query: ``(batch, num_heads, q_len, head_dim)``.
+            key, value: ``(batch, num_kv_heads, kv_len, head_dim)``, the cache's included.
+            mask: what the base attention was given.
+            prompts: of this forward pass.
+            options: the keyword arguments of the base attention.
+        """
+        if prompts is not None and prompts.collecting is not None:
+            prompts.found[prompts.collecting, self] = (key, value)
+            return base()
+        if self.idle():
+            return base()
+        groups = self.groups(query.shape[0], query.device)
+        gated = [group for group in groups if isinstance(self.adapters[group.names[0]], GatedPrefix)]
+        shared = [group for group in groups if group not in gated]
+        if len(shared) == 1 and (
+            shared[0].members is None or len(shared[0].members) == query.shape[0]
+        ):  # the model's own attention is not needed for any row
+            bank = self._shared_bank(shared[0], attention, query.dtype, prompts)
+            return attend_shared(attention, query, key, value, mask, *bank, shared[0].row_ids, options), None
+        output, weights = base()
+        for group in shared:
+            bank = self._shared_bank(group, attention, query.dtype, prompts)
+            rows: Any = group.members
+            row_mask = mask[rows] if mask is not None and mask.shape[0] > 1 else mask
+            row_ids = group.row_ids[rows] if len(group.names) > 1 else None
+            part = attend_shared(
+                attention, query[rows], key[rows], value[rows], row_mask, *bank, row_ids, options
+            )
+            output, weights = output.index_copy(0, rows, part.to(output.dtype)), None
+        for group in gated:
+            output = self._add_gated(group, attention, output, query, options.get("scaling"))
+        return output, weights
+
+    def _shared_bank(
+        self, group: Group, attention: nn.Module, dtype: torch.dtype, prompts: PromptRun | None
+    ) -> KeyValue:
+        found = [self._shared(name, attention, prompts) for name in group.names]
+        key, value = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*found, strict=True))
+        if dtype == torch.float64:
+            key, value = key.double(), value.double()
+        return key, value
+
+    def _shared(self, name: str, attention: nn.Module, prompts: PromptRun | None) -> KeyValue:
+        adapter = self.adapters[name]
+        if isinstance(adapter, PrefixTuning):
+            return adapter()
+        if prompts is None or (name, self) not in prompts.found:
+            raise RuntimeError(
+                f"{type(attention).__name__} was called outside its decoder, so soft prompt {name!r} has no keys here"
+            )
+        key, value = prompts.found[name, self]
+        if key.requires_grad and not torch.is_grad_enabled():
+            raise ValueError(
+                "re-entrant gradient checkpointing drops the gradient of a soft prompt; "
+                "enable it with gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        return key, value
+
+    def _add_gated(
+        self,
+        group: Group,
+        attention: nn.Module,
+        output: Tensor,
+        query: Tensor,
+        softmax_scale: float | None,
+    ) -> Tensor:
+        """Add the terms of gated prompts to ``output (batch, q_len, num_heads, head_dim)``."""
+        batch, num_heads, q_len, head_dim = query.shape
+        if output.shape != (batch, q_len, num_heads, head_dim):
+            raise ValueError(
+                f"the base attention {attention.config._attn_implementation!r} returned shape "
+                f"{tuple(output.shape)} for a query of shape {tuple(query.shape)}; expected "
+                "(batch, q_len, num_heads, head_dim): it is not supported under an adapter"
+            )
+        base = output.transpose(1, 2)
+        if query.dtype != output.dtype:  # under autocast
+            query = query.to(output.dtype)
+        scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+        # Inside a compiled graph a version could not be checked again at run time.
+        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            ready = self._ready_bank(group.names, attention, output.dtype)
+            if ready is not None:
+                operands = (ready.key, ready.value, ready.gate, group.row_ids, scale, ready.gate_fn)
+                return run_forward(ready.backend, base, query, *operands).transpose(1, 2)
+        bank = [self._operands(name, attention, output.dtype) for name in group.names]
+        key, value, gate = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*bank, strict=True))
+        gate_fn = self.adapter(group.names[0]).gate_fn
+        return gated_prefix(
+            base, query, key, value, gate, softmax_scale=scale, gate_fn=gate_fn, row_ids=group.row_ids
+        ).transpose(1, 2)
+
+    def _operands(self, name: str, attention: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        adapter = self.adapter(name)
+        key, value = self._project(name, attention, dtype)
+        gate = adapter.gate.expand(1, adapter.num_heads)
+        return key, value, gate.double() if dtype == torch.float64 else gate
+
+    def _ready_bank(
+        self, names: tuple[str, ...], attention: nn.Module, dtype: torch.dtype
+    ) -> "_Ready | None":
+        """Operands of some adapters, kept between calls that cannot need a gradient through them."""
+        found = [self._prepare(name, attention, dtype) for name in names]
+        ready = [each for each in found if each is not None]
+        if len(ready) < len(found):
+            return None
+        if len(ready) == 1:
+            return ready[0]
+        kept = self._banks.get(names)
+        if kept is None or any(old is not new for old, new in zip(kept[0], ready, strict=True)):
+            with torch.inference_mode(False), torch.no_grad():
+                fields = ("key", "value", "gate")
+                joined = {field: torch.cat([getattr(each, field) for each in ready]) for field in fields}
+            kept = (tuple(ready), ready[0]._replace(**joined))
+            self._banks = {names: kept}
+        return kept[1]
+
+    def _prepare(self, name: str, attention: nn.Module, dtype: torch.dtype) -> "_Ready | None":
+        """Operands of adapter ``name``.
+
+        Valid while every tensor they came from is the same version of the same storage, and the projections are
+        the same modules. ``None`` where versions are not counted, in tensors made under inference mode.
+        """
+        ready = self._ready.get(name)
+        if ready is not None and ready.is_current(attention, dtype):
+            return ready
+        adapter = self.adapter(name)
+        modules = hook.projection_modules(attention)
+        sources: tuple[Tensor, ...] = (adapter.prompt, adapter.gate, *_tensors_of(modules.values()))
+        if any(tensor.is_inference() for tensor in sources):
+            return None
+        # Made outside inference mode, the tensors stay usable wherever the model is called from next.
+        with torch.inference_mode(False), torch.no_grad():
+            key, value, gate = self._operands(name, attention, dtype)
+        backend = choose_backend("auto", key.device.type, dtype, "gated_prefix")
+        ready = _Ready(key, value, gate, adapter.gate_fn, backend, dtype, modules, sources, stamp(sources))
+        self._ready[name] = ready
+        return ready
+
+    def _project(self, name: str, attention: nn.Module, dtype: torch.dtype) -> KeyValue:
+        rows = self.adapter(name).prompt.to(dtype)[None]
+        # whatever acts on the rows of the batch, in the projections its own adapter acts on a prompt
+        with self.state.only(name):
+            if self.fast_projection:
+                return hook.project_by_modules(attention, rows)
+            _, key, value = hook.project_by_forward(attention, rows, self.rotary_dim)
+            return key, value
+
+    def _forget(self) -> None:
+        self._ready, self._banks = {}, {}
+
+    def train(self, mode: bool = True):
+        self._forget()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def remove(self, name: str) -> None:
+        self._forget()
+        super().remove(name)
+
+
+def _tensors_of(modules) -> list[Tensor]:
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+
+def stamp(sources) -> list[tuple[int, int]]:
+    """What changes whenever one of some tensors is written to or replaced."""
+    return [(tensor._version, tensor.data_ptr()) for tensor in sources]
+
+
+class _Ready(NamedTuple):
+    """Projected operands of one adapter in one layer, and what they were made from."""
+
+    key: Tensor
+    value: Tensor
+    gate: Tensor
+    gate_fn: str
+    backend: str
+    dtype: torch.dtype
+    modules: dict[str, nn.Module]
+    sources: tuple[Tensor, ...]
+    stamp: list[tuple[int, int]]
+
+    def is_current(self, attention: nn.Module, dtype: torch.dtype) -> bool:
+        children = attention._modules
+        return (
+            self.dtype == dtype
+            and self.stamp == stamp(self.sources)
+            and all(children.get(name) is module for name, module in self.modules.items())
+        )

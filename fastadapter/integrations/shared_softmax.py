@@ -1,0 +1,116 @@
+"""Attention with prefixes in its softmax, called with what transformers gives its attention functions."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastadapter.ops import prefix_attention
+
+BASES = ("sdpa", "eager")
+
+
+def attend_shared(
+    attention: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    row_ids: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """``(batch, q_len, num_heads, head_dim)``: softmax over a bank of prefixes and the keys.
+
+    Replaces the model's own attention, so it has to mean what that means: its mask (boolean or additive, made for the
+    keys alone), causality where it was given none, position bias, soft cap and scale.
+
+    Raises: ValueError: an attention implementation or an option whose meaning is not known here.
+    """
+    base = attention.config._attn_implementation
+    if base not in BASES:
+        raise ValueError(
+            f"attn_implementation must be {' or '.join(BASES)} under a prefix or soft prompt, got {base!r}: "
+            "it takes the place of the model's attention"
+        )
+    if options.get("s_aux") is not None:
+        raise ValueError("attention sinks (s_aux) do not go with a prefix or soft prompt")
+    if options.get("output_attentions"):
+        raise ValueError("output_attentions: a prefix or soft prompt leaves no attention weights to return")
+    dtype = value.dtype
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+    query, key, value = (each.to(dtype) for each in (query, key, value))
+    if prefix_key.dtype != dtype and prefix_key.dtype != torch.float32:
+        prefix_key, prefix_value = prefix_key.to(dtype), prefix_value.to(dtype)
+    is_causal = options.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(attention, "is_causal", True)
+    # Without a mask sdpa is causal by itself; eager attention is always given the mask it needs.
+    is_causal = base == "sdpa" and mask is None and query.shape[2] > 1 and bool(is_causal)
+    if mask is not None:
+        mask = mask[..., : key.shape[2]]
+    bias = options.get("position_bias")
+    if bias is not None:
+        mask = _with_bias(bias, mask, is_causal, query.shape[2], key.shape[2])
+        is_causal = False
+    softmax_scale, softcap = options.get("scaling"), options.get("softcap")
+    dropout = options.get("dropout") or 0.0
+    if dropout and attention.training:
+        # torch's attention drops weights; the op has no such option
+        return _concatenated(
+            query,
+            key,
+            value,
+            mask,
+            is_causal,
+            prefix_key,
+            prefix_value,
+            row_ids,
+            softmax_scale,
+            softcap,
+            dropout,
+        ).transpose(1, 2)
+    return prefix_attention(
+        query, key, value, prefix_key, prefix_value,
+        is_causal=is_causal, attn_mask=mask, softmax_scale=softmax_scale, softcap=softcap, row_ids=row_ids,
+    ).transpose(1, 2)  # fmt: skip
+
+
+def _with_bias(bias: Tensor, mask: Tensor | None, is_causal: bool, q_len: int, kv_len: int) -> Tensor:
+    """Position bias and mask as one additive mask."""
+    if mask is None:
+        if not is_causal:
+            return bias
+        mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=bias.device).tril()
+    if mask.dtype == torch.bool:
+        return bias.masked_fill(~mask, float("-inf"))
+    return bias + mask
+
+
+def _concatenated(
+    query, key, value, mask, is_causal, prefix_key, prefix_value, row_ids, softmax_scale, softcap, dropout
+) -> Tensor:
+    """The same attention by torch's own on joined keys, for the attention dropout of models in training."""
+    if softcap is not None:
+        raise ValueError("attention dropout and softcap do not go together under a prefix or soft prompt")
+    batch, kv_len, prefix_len = query.shape[0], key.shape[2], prefix_key.shape[2]
+    if row_ids is None:
+        prefix_key, prefix_value = (each.expand(batch, -1, -1, -1) for each in (prefix_key, prefix_value))
+    else:
+        prefix_key, prefix_value = (each[row_ids.long()] for each in (prefix_key, prefix_value))
+    if mask is None and is_causal:
+        mask = torch.ones(query.shape[2], kv_len, dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        seen = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
+        mask = torch.cat([seen((*mask.shape[:-1], prefix_len)), mask], dim=-1)
+    return torch.nn.functional.scaled_dot_product_attention(
+        query,
+        torch.cat([prefix_key.to(key.dtype), key], dim=2),
+        torch.cat([prefix_value.to(value.dtype), value], dim=2),
+        attn_mask=mask,
+        dropout_p=dropout,
+        scale=softmax_scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )

@@ -1,0 +1,145 @@
+"""Soft prompts in a decoder: their keys and values of every layer, computed once for a whole batch.
+
+A decoder's prompt sees nothing behind itself, so what stands before a text can be run through the model apart from it:
+the text then attends to the prompt's keys and values as to a prefix. That is the model on the joined embeddings, up to
+rounding, for ``prompt_len`` positions instead of ``batch * prompt_len``, with caches, masks, labels and logits as they
+were. With rotary embeddings the prompt stands at the positions before 0; a model with learned positions gets the
+prompt at 0 and the text behind it. A sliding window never cuts the prompt off.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fastadapter.integrations.attention import PROMPTS
+from fastadapter.integrations.host import Host, State
+from fastadapter.integrations.prefix import PromptRun, stamp
+from fastadapter.nn import SoftPrompt
+
+
+class SoftPromptHost(Host):
+    """The soft prompts of one decoder."""
+
+    CHILD: ClassVar[str] = "fa_prompt"
+
+    def __init__(self, state: State, learned_positions: bool, context: int | None):
+        super().__init__(state)
+        self.learned_positions = learned_positions
+        self.context = context
+        self._sources: list[Tensor] = []
+        self._kept: dict[str, tuple[Any, PromptRun]] = {}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._forget()
+
+    def hooks(self, module: nn.Module) -> list[RemovableHandle]:
+        return [module.register_forward_pre_hook(_provide, with_kwargs=True)]
+
+    def kind(self, adapter: nn.Module) -> Any:
+        return id(adapter)
+
+    def acting(self) -> list[str]:
+        rows = self.state.rows
+        names = (self.state.active,) if rows is None else dict.fromkeys(rows)
+        return [name for name in names if name is not None and name in self.adapters]
+
+    def run(self, decoder: nn.Module, name: str) -> PromptRun:
+        """Keys and values of one prompt; kept between calls that cannot need a gradient."""
+        prompt = self.adapter(name).prompt
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._run(decoder, name)
+        if not self._sources:
+            own = {id(parameter) for parameter in self.parameters()}
+            self._sources = [each for each in decoder.parameters() if id(each) not in own]
+        sources = [prompt, *self._sources]
+        if any(tensor.is_inference() for tensor in sources):
+            return self._run(decoder, name)
+        key = stamp(sources)
+        kept = self._kept.get(name)
+        if kept is None or kept[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._kept[name] = (key, self._run(decoder, name))
+        return kept[1]
+
+    def _run(self, decoder: nn.Module, name: str) -> PromptRun:
+        adapter: SoftPrompt = self.adapter(name)
+        dtype = decoder.get_input_embeddings().weight.dtype
+        rows = adapter(dtype)
+        length = rows.shape[1]
+        first = 0 if self.learned_positions else -length
+        positions = torch.arange(first, first + length, device=rows.device)[None]
+        found = PromptRun(collecting=name)
+        with self.state.only(None), _without_checkpointing(decoder):
+            decoder(inputs_embeds=rows, position_ids=positions, use_cache=False, **{PROMPTS: found})
+        return found
+
+    def check_length(self, name: str, q_len: int) -> None:
+        length = len(self.adapter(name).prompt)
+        if self.context is not None and q_len + length > self.context:
+            raise ValueError(
+                f"a soft prompt of {length} and an input of {q_len} tokens are more than the model's context of "
+                f"{self.context}"
+            )
+
+    def offsets(self, batch: int, device: torch.device) -> Tensor:
+        """How far each row's text is moved by its prompt, ``(1 or batch, 1)``."""
+        rows = self.state.row_names(batch) or (self.active,)
+        lengths = [len(self.adapter(name).prompt) if name in self.adapters else 0 for name in rows]
+        return torch.tensor(lengths, device=device)[:, None]
+
+    def _forget(self) -> None:
+        self._sources, self._kept = [], {}
+
+    def train(self, mode: bool = True):
+        self._forget()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def remove(self, name: str) -> None:
+        self._forget()
+        super().remove(name)
+
+
+def _provide(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Hand the acting prompts' keys and values down to the decoder's attention."""
+    host = decoder._modules.get(SoftPromptHost.CHILD)
+    if host is None or PROMPTS in kwargs or host.idle():
+        return None
+    inputs = args[0] if args else kwargs.get("input_ids")
+    if inputs is None:
+        inputs = kwargs["inputs_embeds"]
+    batch, q_len = inputs.shape[:2]
+    run = PromptRun()
+    for name in host.acting():
+        host.check_length(name, q_len)
+        run.found |= host.run(decoder, name).found
+    kwargs = {**kwargs, PROMPTS: run}
+    if host.learned_positions:
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))
+            start = 0 if cache is None else cache.get_seq_length()
+            positions = torch.arange(q_len, device=inputs.device)[None] + start
+        kwargs["position_ids"] = positions + host.offsets(batch, inputs.device)
+    return args, kwargs
+
+
+@contextlib.contextmanager
+def _without_checkpointing(decoder: nn.Module) -> Iterator[None]:
+    """The pass of a prompt is short, and what it leaves in passing would be lost with its layers' activations."""
+    changed = [module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in changed:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.gradient_checkpointing = True

@@ -1,0 +1,109 @@
+"""Parameters of one layer's prefix in prefix tuning, and of the network behind it."""
+
+import torch
+from torch import Tensor, nn
+
+from fastadapter.nn.masters import Masters
+
+# How keys and values are drawn.
+INITS = ("normal", "zero")
+
+
+class PrefixReparam(Masters):
+    """``tanh(down_proj(embedding))``, the layers' common part of Li & Liang's network (arXiv:2101.00190, section 4.3).
+
+    Each layer's :class:`PrefixTuning` sends its output, ``(prefix_len, reparam_size)``, through an ``up_proj`` of its
+    own. That is the paper's ``embedding -> linear -> tanh -> linear``, with the last linear cut into layers.
+
+    Parameters: ``prefix_len * hidden_size + (hidden_size + 1) * reparam_size``.
+
+    >>> PrefixReparam(prefix_len=4, hidden_size=32, reparam_size=8)().shape
+    torch.Size([4, 8])
+    """
+
+    def __init__(
+        self, prefix_len: int, hidden_size: int, reparam_size: int, device: torch.device | str | None = None
+    ):
+        super().__init__()
+        self.embedding = nn.Parameter(
+            torch.randn(prefix_len, hidden_size, dtype=torch.float32, device=device)
+        )
+        self.down_proj = nn.Linear(hidden_size, reparam_size, dtype=torch.float32, device=device)
+
+    def forward(self) -> Tensor:
+        """``(prefix_len, reparam_size)``, fp32."""
+        return torch.tanh(self.down_proj(self.embedding))
+
+
+class PrefixTuning(Masters):
+    """Learned keys and values that every query of a layer attends to beside the real ones (arXiv:2101.00190).
+
+    The caller joins them to the layer's attention in one softmax, :func:`fastadapter.ops.prefix_attention`. They are
+    what the attention sees: no rotary embedding, norm or projection is applied to them. fp32 whatever the dtype of the
+    model.
+
+    Parameters: ``2 * num_kv_heads * prefix_len * head_dim``; with ``reparam`` instead
+    ``2 * num_kv_heads * head_dim * (reparam_size + 1)`` of ``up_proj``.
+
+    Args:
+        num_kv_heads, head_dim: of the layer's attention.
+        prefix_len: learned positions.
+        init: ``"normal"``: N(0, ``init_std``); ``"zero"``: zeros (with ``reparam``: of ``up_proj``).
+        init_std: standard deviation of the first keys and values; with ``reparam`` of ``up_proj``'s weight.
+        reparam: the network that keys and values come from while training; owned by the caller.
+
+    >>> prefix = PrefixTuning(num_kv_heads=2, head_dim=8, prefix_len=3)
+    >>> [tuple(each.shape) for each in prefix()]
+    [(1, 2, 3, 8), (1, 2, 3, 8)]
+    """
+
+    def __init__(
+        self,
+        num_kv_heads: int,
+        head_dim: int,
+        prefix_len: int = 20,
+        *,
+        init: str = "normal",
+        init_std: float = 0.02,
+        reparam: PrefixReparam | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        if init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+        self.num_kv_heads, self.head_dim, self.prefix_len = num_kv_heads, head_dim, prefix_len
+        std = init_std if init == "normal" else 0.0
+        # in a list: the network belongs to the model as a whole, not to each of its layers
+        self._reparam = [] if reparam is None else [reparam]
+        if reparam is None:
+            shape = (1, num_kv_heads, prefix_len, head_dim)
+            self.key = nn.Parameter(torch.randn(shape, dtype=torch.float32, device=device) * std)
+            self.value = nn.Parameter(torch.randn(shape, dtype=torch.float32, device=device) * std)
+        else:
+            width = 2 * num_kv_heads * head_dim
+            self.up_proj = nn.Linear(
+                reparam.down_proj.out_features, width, dtype=torch.float32, device=device
+            )
+            nn.init.normal_(self.up_proj.weight, std=std)
+            nn.init.zeros_(self.up_proj.bias)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, each ``(1, num_kv_heads, prefix_len, head_dim)``, fp32."""
+        if not self._reparam:
+            return self.key, self.value
+        rows = self.up_proj(self._reparam[0]())
+        key, value = rows.view(self.prefix_len, 2, self.num_kv_heads, self.head_dim).permute(1, 2, 0, 3)
+        return key[None], value[None]
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Keep the keys and values that the network gives now as parameters, and drop the network."""
+        if self._reparam:
+            key, value = (tensor.contiguous() for tensor in self())
+            requires_grad = self.up_proj.weight.requires_grad
+            self._reparam = []
+            del self.up_proj
+            self.key, self.value = nn.Parameter(key, requires_grad), nn.Parameter(value, requires_grad)
+
+    def extra_repr(self) -> str:
+        return f"num_kv_heads={self.num_kv_heads}, prefix_len={self.prefix_len}, head_dim={self.head_dim}"
