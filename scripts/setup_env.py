@@ -188,7 +188,9 @@ def prepare(environment: Environment, extras: set[str]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="folder of the environment")
-    parser.add_argument("--extras", default="triton,hf,dev", help="comma-separated extras of pyproject.toml")
+    parser.add_argument(
+        "--extras", default="triton,hf,compare,dev", help="comma-separated extras of pyproject.toml"
+    )
     arguments = parser.parse_args()
     if sys.version_info < MINIMUM_PYTHON:
         found = ".".join(map(str, sys.version_info[:2]))

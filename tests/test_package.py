@@ -20,6 +20,7 @@ ROOT = Path(fastadapter.__file__).parent
 LAYERS = [
     "cli",
     "benchmarks",
+    "compare",
     "training",
     "checkpoints",
     "integrations",

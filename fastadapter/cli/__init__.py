@@ -8,6 +8,7 @@ import sys
 _COMMANDS = {
     "demo": "fine-tune a small real model on real reviews, show before and after",
     "finetune": "train an adapter on prompt/completion or text/label pairs",
+    "compare": "train a model in every way of the article on the same records: one table, three plots",
     "generate": "answer prompts with a model and an adapter",
     "explain": "show what an adapter adds to a model and which backend runs it",
     "bench": "measure, compare with peers, and audit what the GPU kernels compile to",

@@ -1,7 +1,8 @@
 """Options and loading of a transformers model, shared by the commands that need one."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,22 @@ def load_classifier(
         "id2label": dict(enumerate(labels)),
         "label2id": {label: number for number, label in enumerate(labels)},
     }
-    model, tokenizer, missing = _load(AutoModelForSequenceClassification, name, gguf_file, dtype, options)
+    with _quiet():  # transformers would warn of the missing head, which is expected here
+        model, tokenizer, missing = _load(AutoModelForSequenceClassification, name, gguf_file, dtype, options)
     _require_all(name, [key for key in missing if key.startswith(f"{model.base_model_prefix}.")])
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _load(

@@ -226,7 +226,7 @@ def class_scores(
     batch_size: int,
     tick: Tick | None = None,
 ) -> Tensor:
-    """Log-probabilities, fp64 ``(texts, classes)`` on the CPU, computed in eval mode from the shortest to the longest."""
+    """Log-probabilities, fp64 ``(texts, classes)`` on the CPU, computed in eval mode, short texts first."""
     scores = torch.zeros(len(texts), classes, dtype=torch.float64)
     device = next(model.parameters()).device
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))

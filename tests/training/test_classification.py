@@ -116,7 +116,7 @@ def test_an_adapter_is_trained_and_reloaded(tmp_path, kind):
     assert result.config["adapter"]["method"] == "llama-adapter"
     texts, labels = [each.prompt for each in make_texts(8, seed=3)], read_labels(tmp_path)
     again = fa.load(make_classifier(kind), tmp_path)
-    ids = {key: value for key, value in make_tokenizer()(texts[0], return_tensors="pt").items()}
+    ids = make_tokenizer()(texts[0], return_tensors="pt")
     assert torch.equal(again(**ids).logits, model(**ids).logits)
     assert classify(again, make_tokenizer(), texts, labels) == classify(
         model, make_tokenizer(), texts, labels

@@ -1,0 +1,224 @@
+"""``fastadapter compare``: every way to adapt a model, on the same records and seeds, as one table and three plots."""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastadapter.cli import assets
+from fastadapter.cli.finetune import unescape
+from fastadapter.cli.loading import add_model_arguments
+from fastadapter.compare import (
+    DEFAULT_METHODS,
+    METHODS_TO_COMPARE,
+    compare,
+    prepare,
+    resolve_methods,
+    write_report,
+)
+from fastadapter.compare.report import markdown, summarise
+from fastadapter.training import (
+    Example,
+    TrainingConfig,
+    TrainingInterrupted,
+    UserError,
+    class_names,
+    read_examples,
+    split_examples,
+    without_prompts_of,
+    write_json,
+)
+from fastadapter.training.classification import TEXT_TEMPLATE
+from fastadapter.training.report import require_writable
+
+REVIEWS = "reviews"
+# All reviews whose rating is clear enough to have a sign.
+REVIEW_TRAIN, REVIEW_TEST = 8309, 2000
+_QUICK = {"train_count": 400, "eval_count": 200, "seeds": [0], "num_train_epochs": 1}
+_FULL = {"train_count": None, "eval_count": None, "seeds": [0, 1, 2], "num_train_epochs": 3}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        required=True,
+        help=f".jsonl or .csv of text and label; {REVIEWS!r}: movie reviews that come as a package",
+    )
+    held_out = data.add_mutually_exclusive_group()
+    held_out.add_argument("--eval-data", help="test records; training records with their texts are left out")
+    held_out.add_argument("--eval-count", type=int, help="hold out this many records for the test")
+    data.add_argument("--train-count", type=int, help="train on so many of the records; all if not given")
+    data.add_argument("--split-seed", type=int, default=0, help="of the draw of training and test records")
+    data.add_argument(
+        "--template", type=unescape, default=TEXT_TEMPLATE, help=r"around each text; \n is a new line"
+    )
+    data.add_argument(
+        "--max-length", type=int, help="most tokens of a text; the model's context if not given"
+    )
+    data.add_argument(
+        "--truncate", action="store_true", help="cut texts that are too long; otherwise an error"
+    )
+    what = parser.add_argument_group("comparison")
+    what.add_argument(
+        "--methods", nargs="+", metavar="METHOD", default=list(DEFAULT_METHODS), help="rows of the table"
+    )
+    what.add_argument(
+        "--seeds", nargs="+", type=int, metavar="N", help="of head, adapter and data order; 0 1 2"
+    )
+    what.add_argument("--num-train-epochs", type=int, help="passes over the training records; 3")
+    what.add_argument("--batch-size", type=int, default=TrainingConfig.batch_size, help="records per step")
+    what.add_argument(
+        "--learning-rate",
+        nargs="+",
+        metavar="METHOD=RATE",
+        default=[],
+        help="in place of the table's own rates",
+    )
+    what.add_argument(
+        "--quick", action="store_true", help="400 training and 200 test records, 1 seed, 1 epoch"
+    )
+    what.add_argument("--threads", type=int, help="of every run; PyTorch's choice if not given")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output-dir",
+        required=True,
+        type=Path,
+        help="gets runs, table and plots; a second call goes on there",
+    )
+    output.add_argument(
+        "--save-steps", type=int, default=200, help="steps between two saves of a run's state"
+    )
+    output.add_argument("--json", metavar="FILE", help="write settings, rows and runs to this file, too")
+
+
+def run(args: argparse.Namespace) -> int:
+    for key, value in (_QUICK if args.quick else _FULL).items():
+        if getattr(args, key) is None and not (key == "eval_count" and args.eval_data):
+            setattr(args, key, value)
+    methods = resolve_methods(args.methods)
+    _require_packages()
+    rates = _rates(args.learning_rate, [method.name for method in methods])
+    if len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f"--seeds must differ, got {' '.join(map(str, args.seeds))}")
+    if args.threads is not None and args.threads < 1:
+        raise UserError(f"--threads must be at least 1, got {args.threads}")
+    training = {
+        "num_train_epochs": args.num_train_epochs,
+        "batch_size": args.batch_size,
+        "max_length": args.max_length,
+        "truncate_prompt": args.truncate,
+    }
+    for seed in args.seeds:
+        TrainingConfig(seed=seed, **training)  # refuses what makes no sense
+    train, test = _read(args)
+    class_names(train, test)
+    if args.json:
+        require_writable(Path(args.json).parent)
+    folder = (
+        assets.MODELS[args.model]() if args.model in assets.MODELS and not Path(args.model).is_dir() else None
+    )
+    comparison = prepare(
+        args.output_dir,
+        str(folder or args.model),
+        train,
+        test,
+        names={"model": _shown(args.model), "data": _shown(args.data)},
+        training=training,
+        gguf_file=args.gguf_file,
+        dtype=args.dtype,
+        template=args.template,
+    )
+    try:
+        results = compare(
+            comparison,
+            methods,
+            args.seeds,
+            command=[sys.executable, "-m", "fastadapter.cli.compare_job"],
+            learning_rates=rates,
+            threads=args.threads,
+            device=args.device,
+            save_steps=args.save_steps,
+            after_run=lambda so_far: _write(args, comparison.settings, so_far),
+        )
+    except TrainingInterrupted as stop:
+        print(f"fastadapter: {stop}", file=sys.stderr)
+        return stop.exit_code
+    print(markdown(comparison.settings, summarise(results), results))
+    print(f"table, figures and plots are in {args.output_dir}")
+    return 0
+
+
+def _write(args: argparse.Namespace, settings: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    write_report(args.output_dir, settings, results)
+    if args.json:
+        write_json(args.json, {"settings": settings, "rows": summarise(results), "runs": results})
+
+
+def _require_packages() -> None:
+    """A method that ends an hour's comparison for want of a package should say so now."""
+    import importlib.util
+
+    for module in ("sklearn", "matplotlib", "transformers", "accelerate"):
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f'the comparison needs {module}: pip install "fastadapter[compare]"')
+
+
+def _rates(words: list[str], methods: list[str]) -> dict[str, float]:
+    rates = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name not in METHODS_TO_COMPARE:
+            raise UserError(f"--learning-rate must be METHOD=RATE, got {word!r}")
+        if METHODS_TO_COMPARE[name].kind == "features":
+            raise UserError(f"--learning-rate {word}: {name} has none")
+        if name not in methods:
+            raise UserError(f"--learning-rate {word}: {name} is not among --methods")
+        try:
+            rates[name] = float(value)
+        except ValueError:
+            raise UserError(f"--learning-rate {word}: {value!r} is not a number") from None
+        TrainingConfig(learning_rate=rates[name])
+    return rates
+
+
+def _read(args: argparse.Namespace) -> tuple[list[Example], list[Example]]:
+    for name in ("train_count", "eval_count"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.data == REVIEWS and not Path(REVIEWS).exists():
+        if args.eval_data is not None:
+            raise UserError(
+                f"--eval-data: {REVIEWS} bring their own test records; --eval-count says how many"
+            )
+        halves = assets.split_reviews(
+            assets.fetch_demo_reviews(),
+            args.train_count or REVIEW_TRAIN,
+            args.eval_count or REVIEW_TEST,
+            args.split_seed,
+        )
+        train, test = ([Example(r["text"], r["label"], r["label"], REVIEWS) for r in rows] for rows in halves)
+        return train, test
+    # The template is put around the texts where they are read by the runs.
+    templates = {"template": TEXT_TEMPLATE, "completion_template": "{label}"}
+    train = read_examples(args.data, **templates)
+    if args.eval_data is not None:
+        test = read_examples(args.eval_data, **templates)
+        train = without_prompts_of(train, test)
+    else:
+        train, test = split_examples(train, args.eval_count or max(1, len(train) // 5), args.split_seed)
+    if args.train_count is not None and args.train_count < len(train):
+        chosen = random.Random(f"subset-{args.split_seed}").sample(range(len(train)), args.train_count)
+        train = [train[index] for index in sorted(chosen)]
+    elif args.train_count is not None and args.train_count > len(train):
+        if not args.quick:
+            raise UserError(f"--train-count must be at most {len(train)}, the records left to train on")
+    return train, test
+
+
+def _shown(name: str) -> str:
+    """A folder or file by its last name alone: where it lies on this machine is of no use to a reader."""
+    return Path(name).name if Path(name).exists() else name

@@ -1,0 +1,29 @@
+"""One run of ``fastadapter compare`` in a process of its own: ``python -m fastadapter.cli.compare_job FOLDER``."""
+
+import sys
+from pathlib import Path
+
+
+def main(folder: Path) -> int:
+    from transformers.utils import logging
+
+    from fastadapter.checkpoints import CheckpointError
+    from fastadapter.cli.loading import load_classifier
+    from fastadapter.compare.worker import execute, read_job
+    from fastadapter.training import TrainingInterrupted
+
+    logging.disable_progress_bar()
+    try:
+        execute(read_job(folder / "job.json"), folder, load_classifier)
+    except TrainingInterrupted as stop:
+        return stop.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, TypeError, OSError, CheckpointError) as error:
+        print(f"fastadapter: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,81 @@
+"""What is compared, and the learning rate of each: the one place for both.
+
+The rates are the best of ``scripts/sweep_learning_rates.py`` on training data alone; its tables are in
+``benchmarks/results/``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastadapter.methods import METHODS
+from fastadapter.training import UserError
+
+ENCODER, DECODER = "encoder", "decoder"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        name: as on the command line and in the table.
+        kind: ``"features"`` (nothing of the model is trained), ``"parameters"`` (some of its own) or ``"adapter"``.
+        learning_rates: by kind of model; of AdamW. Features have none.
+        blocks: of parameters, how many of the top blocks beside all that follows them; ``None``: everything.
+        adapter: of an adapter, its name in ``fastadapter.methods.METHODS``.
+        options: fields of its configuration.
+        article: test accuracy in the article, of DistilBERT on 50,000 movie reviews, where it has this row.
+    """
+
+    name: str
+    kind: str
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+    blocks: int | None = None
+    adapter: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    article: float | None = None
+
+
+def _rates(encoder: float, decoder: float) -> dict[str, float]:
+    return {ENCODER: encoder, DECODER: decoder}
+
+
+_TABLE = (
+    Method("features", "features", article=0.83),
+    # What the article calls the last two layers: in DistilBERT the linear layers behind the blocks.
+    Method("last-layers", "parameters", _rates(3e-3, 1e-2), blocks=0, article=0.87),
+    Method("last-blocks", "parameters", _rates(3e-4, 3e-5), blocks=2),
+    Method("all-layers", "parameters", _rates(1e-4, 1e-5), article=0.92),
+    Method("houlsby", "adapter", _rates(1e-3, 1e-3), adapter="bottleneck", options={"placement": "houlsby"}),
+    Method(
+        "pfeiffer", "adapter", _rates(1e-3, 1e-3), adapter="bottleneck", options={"placement": "pfeiffer"}
+    ),
+    Method(
+        "parallel", "adapter", _rates(1e-3, 1e-3), adapter="bottleneck", options={"placement": "parallel"}
+    ),
+    Method("prefix-tuning", "adapter", _rates(1e-2, 1e-2), adapter="prefix-tuning"),
+    Method("soft-prompt", "adapter", _rates(3e-2, 3e-2), adapter="soft-prompt"),
+    Method("llama-adapter", "adapter", _rates(1e-2, 1e-2), adapter="llama-adapter"),
+    Method("llama-adapter-v2", "adapter", _rates(3e-3, 3e-3), adapter="llama-adapter-v2"),
+)
+METHODS_TO_COMPARE: dict[str, Method] = {method.name: method for method in _TABLE}
+DEFAULT_METHODS = tuple(METHODS_TO_COMPARE)
+
+
+def resolve_methods(names: Sequence[str]) -> list[Method]:
+    """The methods of these names, in the order of the table.
+
+    Raises: UserError: an unknown name, or an adapter that this release lacks, naming what there is.
+    """
+    if not names:
+        raise UserError("methods must name at least one method")
+    for name in names:
+        method = METHODS_TO_COMPARE.get(name)
+        if method is None:
+            raise UserError(f"method {name!r} is unknown; there is {', '.join(METHODS_TO_COMPARE)}")
+        if method.adapter is not None and method.adapter not in METHODS:
+            raise UserError(
+                f"method {name!r} needs the adapter {method.adapter!r}; this release has {', '.join(METHODS)}"
+            )
+    return [method for name, method in METHODS_TO_COMPARE.items() if name in names]

@@ -1,0 +1,163 @@
+"""The table of a comparison, as Markdown and JSON, and what was measured where."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastadapter.checkpoints.files import write_atomically
+from fastadapter.compare.methods import METHODS_TO_COMPARE
+from fastadapter.compare.plots import draw
+from fastadapter.training import write_json
+
+ARTICLE = (
+    "The article's own figures are those of DistilBERT (67 M parameters) on 50,000 IMDb movie reviews; another model "
+    "and other data, for the order of the methods, not for their values."
+)
+
+
+def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per method: means over its seeds, and the spread of the accuracy."""
+    rows = []
+    for name in METHODS_TO_COMPARE:
+        mine = [result for result in results if result["method"] == name]
+        if not mine:
+            continue
+        article = METHODS_TO_COMPARE[name].article
+        row: dict[str, Any] = {
+            "method": name,
+            "seeds": [result["seed"] for result in mine],
+            "article": article,
+        }
+        undefined = next((result["not_defined"] for result in mine if "not_defined" in result), None)
+        if undefined is not None:
+            rows.append({**row, "not_defined": undefined})
+            continue
+        accuracies = [result["accuracy"] for result in mine]
+        mean = sum(accuracies) / len(accuracies)
+        trainable = mine[0]["trainable_parameters"]
+        rows.append(
+            {
+                **row,
+                "accuracy": mean,
+                "accuracy_sd": _deviation(accuracies),
+                "accuracy_min": min(accuracies),
+                "accuracy_max": max(accuracies),
+                "trainable_parameters": trainable,
+                "trainable_share": trainable / mine[0]["model_parameters"],
+                "seconds_per_epoch": _mean(mine, "seconds_per_epoch"),
+                "seconds": _mean(mine, "seconds"),
+                "peak_memory_bytes": max(result["peak_memory_bytes"] for result in mine),
+                "file_bytes": mine[0]["file_bytes"],
+                "learning_rate": mine[0]["learning_rate"],
+            }
+        )
+    return rows
+
+
+def write_report(folder: Path, settings: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[Path]:
+    """``comparison.md``, ``results.json`` and three plots in ``folder``.
+
+    Returns: the files written.
+    """
+    rows = summarise(results)
+    record = {"settings": settings, "rows": rows, "runs": list(results)}
+    write_json(folder / "results.json", record)
+    plots = draw(folder, rows, results)
+    text = markdown(settings, rows, results, [path.name for path in plots])
+    write_atomically(folder / "comparison.md", text.encode())
+    return [folder / "comparison.md", folder / "results.json", *plots]
+
+
+def markdown(
+    settings: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    results: Sequence[dict[str, Any]],
+    plots: Sequence[str] = (),
+) -> str:
+    """The report as a page."""
+    counts, training = settings["rows"], settings["training"]
+    lines = [
+        f"# {settings['model']} on {settings['data']}",
+        "",
+        f"{counts['train']:,} training and {counts['test']:,} test records, the same for every method; "
+        f"{training['num_train_epochs']} epochs, batches of {training['batch_size']}. {_where(results)}",
+        "",
+        *table(rows),
+        "",
+        f"Accuracy is that of the weights after the last epoch on the test records: mean over the seeds, in brackets "
+        f"the lowest and the highest. By chance alone, {counts['test']:,} test records make "
+        f"±{100 * _chance(rows, counts['test']):.1f} points (one standard error). Seconds are those of the training "
+        "steps, without evaluation; of features, those of embedding the training records once and of fitting. Peak "
+        "memory is the largest resident memory of the process that did nothing but this run, model and libraries "
+        "included (on a GPU: the largest allocation). The file is what has to be kept beside the frozen model.",
+        "",
+        ARTICLE,
+    ]
+    undefined = [row for row in rows if "not_defined" in row]
+    lines += [line for row in undefined for line in ("", f"{row['method']}: {row['not_defined']}.")]
+    lines += [line for name in plots for line in ("", f"![{name.removesuffix('.png')}]({name})")]
+    return "\n".join(lines) + "\n"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The lines of the table."""
+    lines = [
+        "| method | test accuracy | trainable parameters | share | s per epoch | training, s | peak memory | file "
+        "| learning rate | the article's accuracy |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        article = f"{row['article']:.0%}" if row["article"] is not None else ""
+        if "not_defined" in row:
+            cells = ["not defined for this model", *[""] * 7]
+        else:
+            cells = [
+                f"{100 * row['accuracy']:.1f} % ({100 * row['accuracy_min']:.1f} to {100 * row['accuracy_max']:.1f})"
+                if len(row["seeds"]) > 1
+                else f"{100 * row['accuracy']:.1f} %",
+                f"{row['trainable_parameters']:,}",
+                f"{row['trainable_share']:.3%}",
+                f"{row['seconds_per_epoch']:.1f}",
+                f"{row['seconds']:.1f}",
+                f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB",
+                _size(row["file_bytes"]),
+                f"{row['learning_rate']:g}" if row["learning_rate"] else "",
+            ]
+        lines.append(f"| {' | '.join([row['method'], *cells, article])} |")
+    return lines
+
+
+def _where(results: Sequence[dict[str, Any]]) -> str:
+    places = []
+    for result in results:
+        machine, device = result["machine"], result["device"]
+        what = machine["cpu"] if device == "cpu" else device
+        place = (
+            f"{what}, {result['threads']} of {machine['cores']} cores, PyTorch {machine['torch']}, "
+            f"transformers {machine['transformers']}, {result['date']}"
+        )
+        if place not in places:
+            places.append(place)
+    return f"Measured on: {'; '.join(places)}." if places else ""
+
+
+def _chance(rows: Sequence[dict[str, Any]], count: int) -> float:
+    accuracies = [row["accuracy"] for row in rows if "accuracy" in row]
+    middle = sum(accuracies) / len(accuracies) if accuracies else 0.5
+    return math.sqrt(middle * (1 - middle) / count)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:,.0f} KiB"
+
+
+def _mean(results: Sequence[dict[str, Any]], key: str) -> float:
+    return sum(result[key] for result in results) / len(results)
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))

@@ -1,0 +1,197 @@
+"""Run methods and seeds one after the other, each in a process of its own, and keep what is finished."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastadapter.compare.methods import Method
+from fastadapter.compare.worker import RESULT
+from fastadapter.training import TrainingInterrupted, UserError, write_json
+from fastadapter.training.data import Example
+from fastadapter.training.report import require_writable
+from fastadapter.training.step import StopSignals
+
+SETTINGS = "comparison.json"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A folder with its settings: what every run in it shares.
+
+    Attributes:
+        folder: gets ``data/``, ``runs/METHOD/seed-N/`` and the report.
+        settings: model, data, counts and training options; another comparison may not be put into the folder.
+        model: folder or hub name to load.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    model: str
+
+
+def prepare(
+    folder: Path,
+    model: str,
+    train: Sequence[Example],
+    test: Sequence[Example],
+    *,
+    names: dict[str, str],
+    training: dict[str, Any],
+    gguf_file: str | None = None,
+    dtype: str = "fp32",
+    template: str = "{text}",
+) -> Comparison:
+    """Write the records that every run reads, once, and the settings; or find that they are there.
+
+    Args:
+        names: ``model`` and ``data`` as a reader of the table shall see them.
+        training: fields of ``TrainingConfig`` that every run shares.
+    Raises: UserError: the folder holds a comparison with other settings (each difference is named), or other files.
+    """
+    texts = {"train": _records(train), "test": _records(test)}
+    settings = {
+        **names,
+        "gguf_file": gguf_file,
+        "dtype": dtype,
+        "template": template,
+        "training": training,
+        "rows": {"train": len(train), "test": len(test)},
+        "data_sha256": {part: hashlib.sha256(text.encode()).hexdigest() for part, text in texts.items()},
+    }
+    path = folder / SETTINGS
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        different = [key for key in settings if found.get(key) != settings[key]]
+        if different:
+            what = "; ".join(f"{key} was {found.get(key)!r}, now {settings[key]!r}" for key in different)
+            raise UserError(f"{folder} holds another comparison: {what}; choose another output folder")
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds files, but no comparison; choose another output folder")
+    require_writable(folder / "data")
+    for part, text in texts.items():
+        (folder / "data" / f"{part}.jsonl").write_text(text, encoding="utf-8")
+    write_json(path, {"settings": settings})
+    return Comparison(folder, settings, model)
+
+
+def compare(
+    comparison: Comparison,
+    methods: Sequence[Method],
+    seeds: Sequence[int],
+    *,
+    command: Sequence[str],
+    learning_rates: dict[str, float] | None = None,
+    threads: int | None = None,
+    device: str = "auto",
+    save_steps: int = 200,
+    progress: bool = True,
+    after_run: Callable[[list[dict[str, Any]]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Every method with every seed; those that are finished are read back.
+
+    Args:
+        command: starts a process that does the job in the folder given as last word.
+        learning_rates: of methods, in place of the table's.
+        threads: of every process; ``None``: PyTorch's choice.
+        after_run: called with the results so far whenever one comes in.
+    Returns: the results, method by method, seed by seed.
+    Raises:
+        UserError: a run failed (its own message is on stderr), or was made with another learning rate or options.
+        TrainingInterrupted: a signal came; the same call goes on from there.
+    """
+    pairs = [(method, seed) for method in methods for seed in seeds]
+    results: list[dict[str, Any]] = []
+    started = time.perf_counter()
+    for number, (method, seed) in enumerate(pairs, 1):
+        folder = comparison.folder / "runs" / method.name / f"seed-{seed}"
+        job = _job(comparison, method, seed, (learning_rates or {}).get(method.name), threads, device)
+        finished = _prepare_run(folder, job)
+        if not finished:
+            if progress:
+                elapsed = time.strftime("%H:%M:%S", time.gmtime(time.perf_counter() - started))
+                print(
+                    f"[{number}/{len(pairs)}, {elapsed}] {method.name}, seed {seed}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            write_json(folder / "job.json", {**job, "save_steps": save_steps, "progress": progress})
+            _run([*command, str(folder)], method.name, seed)
+        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        results.append(result)
+        if after_run is not None:
+            after_run(results)
+    return results
+
+
+def _job(
+    comparison: Comparison, method: Method, seed: int, rate: float | None, threads: int | None, device: str
+) -> dict[str, Any]:
+    settings = comparison.settings
+    return {
+        "method": method.name,
+        "options": dict(method.options),
+        "seed": seed,
+        "learning_rate": rate,
+        "default_learning_rates": dict(method.learning_rates),
+        "model": comparison.model,
+        "gguf_file": settings["gguf_file"],
+        "dtype": settings["dtype"],
+        "template": settings["template"],
+        "training": settings["training"],
+        "train": str((comparison.folder / "data" / "train.jsonl").resolve()),
+        "test": str((comparison.folder / "data" / "test.jsonl").resolve()),
+        "threads": threads,
+        "device": device,
+    }
+
+
+# Where the files are and who computes does not decide the numbers' meaning; a moved folder is still the same one.
+_FREE = ("model", "train", "test", "threads", "device", "save_steps", "progress")
+
+
+def _prepare_run(folder: Path, job: dict[str, Any]) -> bool:
+    """Whether the run is finished; raises UserError if the folder holds a run of another job."""
+    file = folder / "job.json"
+    if file.exists():
+        old = json.loads(file.read_text(encoding="utf-8"))
+        different = [key for key in job if key not in _FREE and old.get(key) != job[key]]
+        if different:
+            what = "; ".join(f"{key} was {old.get(key)!r}, now {job[key]!r}" for key in different)
+            raise UserError(f"{folder} holds a run with other settings: {what}; remove it to run it again")
+    folder.mkdir(parents=True, exist_ok=True)
+    return (folder / RESULT).exists()
+
+
+def _run(command: Sequence[str], name: str, seed: int) -> None:
+    with StopSignals() as signals:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        told = False
+        try:
+            while process.poll() is None:
+                if signals.received and not told:
+                    # A terminal sends SIGINT to both; a second one would end the child before it has saved.
+                    process.terminate()
+                    told = True
+                time.sleep(0.1)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        received = signals.received or {130: 2, 143: 15}.get(process.returncode)
+    if received:
+        raise TrainingInterrupted(
+            received, f"stopped in {name}, seed {seed}; the same command goes on from there"
+        )
+    if process.returncode:
+        raise UserError(f"{name}, seed {seed}: its process ended with status {process.returncode}")
+
+
+def _records(examples: Sequence[Example]) -> str:
+    rows = ({"text": example.prompt, "label": example.label} for example in examples)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

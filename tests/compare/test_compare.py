@@ -1,0 +1,340 @@
+"""``fastadapter compare`` on toys: the figures it reports, what it reads back, and what it refuses.
+
+A run in a process of its own costs seconds of imports, so most tests do the jobs in this process; one uses real ones.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastadapter.cli import compare as command
+from fastadapter.cli import compare_job, main
+from fastadapter.cli.loading import load_classifier
+from fastadapter.compare import METHODS_TO_COMPARE, resolve_methods, summarise, worker
+from fastadapter.compare import run as runs
+from fastadapter.compare.baselines import embed
+from fastadapter.compare.report import markdown, table
+from fastadapter.training import TrainingInterrupted, classification
+from tests.training.toy import make_classifier, make_examples, make_tokenizer
+
+FAST = ("features", "last-layers", "llama-adapter")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(default_threads):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    found = {}
+    for kind, part in (("bert", "bert"), ("llama", "model")):
+        found[kind] = tmp_path_factory.mktemp(kind)
+        getattr(make_classifier(kind), part).save_pretrained(found[kind])
+        make_tokenizer().save_pretrained(found[kind])
+    return found
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    rows = [{"text": e.prompt.replace("\n", " "), "label": e.label} for e in make_examples(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Do the jobs in this process; the folders of those that were done."""
+    done = []
+
+    def here(words, name, seed):
+        folder = Path(words[-1])
+        worker.execute(worker.read_job(folder / "job.json"), folder, load_classifier)
+        done.append(f"{name}/{seed}")
+
+    monkeypatch.setattr(runs, "_run", here)
+    return done
+
+
+@pytest.fixture
+def compare(folders, data, tmp_path):
+    def run(*methods, kind="bert", **options):
+        options = {"model": folders[kind], "data": data, "eval_count": 10, "num_train_epochs": 2, "batch_size": 4,
+                   "output_dir": tmp_path / "out", "threads": 1, "seeds": "0 1", **options}  # fmt: skip
+        words = ["--methods", *methods] if methods else []
+        for name, value in options.items():
+            if value is not None:
+                words += [f"--{name.replace('_', '-')}", *([] if value is True else str(value).split(" "))]
+        return main(["compare", *words])
+
+    return run
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_every_method_gets_a_row_with_its_figures(compare, calls, tmp_path, capsys, kind):
+    assert compare(kind=kind, seeds="0") == 0
+    assert calls == [f"{name}/0" for name in METHODS_TO_COMPARE]
+    record = results(tmp_path / "out")
+    rows = {row["method"]: row for row in record["rows"]}
+    assert list(rows) == list(METHODS_TO_COMPARE)
+    total = record["runs"][0]["model_parameters"]
+    undefined = [name for name, row in rows.items() if "not_defined" in row]
+    assert set(undefined) <= {"soft-prompt"} and (kind == "bert" or not undefined)
+    for run in record["runs"]:
+        if run["method"] in undefined:
+            continue
+        assert 0 <= run["accuracy"] <= 1 and run["model_kind"] == ("encoder" if kind == "bert" else "decoder")
+        assert run["seconds"] > 0 and run["peak_memory_bytes"] > 1 << 20 and run["train_rows"] == 30
+        assert run["test_rows"] == 10 and run["machine"]["cpu"]
+        if run["method"] != "features":
+            assert run["learning_rate"] == METHODS_TO_COMPARE[run["method"]].learning_rates[run["model_kind"]]
+            assert len(run["epochs"]) == 2 and len(run["losses"]) == 16
+            assert run["accuracy"] == run["epochs"][-1]["eval_accuracy"]
+        assert not (tmp_path / "out" / "runs" / run["method"] / "seed-0" / "last").exists()
+    assert rows["all-layers"]["trainable_parameters"] == total and rows["all-layers"]["trainable_share"] == 1
+    assert rows["features"]["trainable_parameters"] == 33
+    assert rows["last-layers"]["trainable_parameters"] < rows["last-blocks"]["trainable_parameters"] <= total
+    assert rows["pfeiffer"]["trainable_parameters"] < rows["houlsby"]["trainable_parameters"] < total
+    assert (rows["features"]["article"], rows["last-layers"]["article"], rows["all-layers"]["article"]) == (
+        0.83, 0.87, 0.92
+    )  # fmt: skip
+    for name in ("accuracy_parameters.png", "accuracy_time.png", "learning_curves.png"):
+        assert (tmp_path / "out" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    printed = capsys.readouterr().out
+    assert all(line in printed for line in page.splitlines() if line.startswith("|"))
+    assert str(tmp_path) not in page and "DistilBERT" in page
+    assert all(f"| {name} |" in page for name in rows)
+
+
+def test_finished_runs_are_read_back_and_more_can_be_added(compare, calls, tmp_path):
+    assert compare(*FAST[:2]) == 0
+    assert calls == ["features/0", "features/1", "last-layers/0", "last-layers/1"]
+    before = results(tmp_path / "out")["runs"]
+    calls.clear()
+    assert compare(*FAST, seeds="0 1 2") == 0
+    assert calls == ["features/2", "last-layers/2", "llama-adapter/0", "llama-adapter/1", "llama-adapter/2"]
+    record = results(tmp_path / "out")
+    assert [run for run in record["runs"] if run in before] == before
+    row = record["rows"][1]
+    accuracies = [run["accuracy"] for run in record["runs"] if run["method"] == "last-layers"]
+    assert row["seeds"] == [0, 1, 2] and row["accuracy"] == pytest.approx(sum(accuracies) / 3)
+    assert (row["accuracy_min"], row["accuracy_max"]) == (min(accuracies), max(accuracies))
+    losses = [run["losses"] for run in record["runs"] if run["method"] == "last-layers"]
+    assert losses[0] != losses[1] != losses[2], "seeds must differ in head and order"
+    splits = {run["test_rows"] for run in record["runs"]}
+    assert splits == {10}
+
+
+def test_an_interrupted_run_goes_on_where_it_was(compare, calls, tmp_path, monkeypatch, capsys):
+    assert compare("last-layers", "llama-adapter", output_dir=tmp_path / "whole", seeds="0") == 0
+    plain, passes = classification.class_logits, []
+
+    def stopping(*args):
+        passes.append(1)
+        if len(passes) == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args)
+
+    monkeypatch.setattr(classification, "class_logits", stopping)
+    calls.clear()
+    capsys.readouterr()
+    assert compare("last-layers", "llama-adapter", seeds="0", save_steps=1) == 143
+    assert "stopped by SIGTERM" in capsys.readouterr().err and calls in ([], ["last-layers/0"])
+    stopped = (*calls,)
+    assert compare("last-layers", "llama-adapter", seeds="0", save_steps=1) == 0
+    assert calls == ["last-layers/0", "llama-adapter/0"] and len(stopped) < 2
+    whole, resumed = results(tmp_path / "whole"), results(tmp_path / "out")
+    for one, other in zip(whole["runs"], resumed["runs"], strict=True):
+        assert (one["losses"], one["accuracy"]) == (other["losses"], other["accuracy"])
+
+
+def test_another_comparison_or_another_rate_in_the_folder_is_refused(compare, calls, tmp_path, capsys):
+    assert compare("last-layers", seeds="0") == 0
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    for options, message in (
+        ({"num_train_epochs": 3}, "training was"),
+        ({"eval_count": 11}, "rows was {'train': 30, 'test': 10}, now {'train': 29, 'test': 11}"),
+        ({"split_seed": 1}, "data_sha256 was"),
+        ({"template": "w1{text}"}, "template was '{text}', now 'w1{text}'"),
+        ({"learning_rate": "last-layers=0.5"}, "learning_rate was None, now 0.5; remove it to run it again"),
+    ):
+        capsys.readouterr()
+        assert compare("last-layers", seeds="0", **options) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert compare("last-layers", output_dir=tmp_path / "mine") == 2
+    assert "holds files, but no comparison" in capsys.readouterr().err
+    assert (tmp_path / "out" / "comparison.md").read_text() == page
+
+
+@pytest.mark.parametrize(
+    "methods, options, message",
+    [
+        (["features", "lora"], {}, "method 'lora' is unknown; there is features, last-layers"),
+        (["features"], {"data": "none.jsonl"}, "none.jsonl: no such file"),
+        (["features"], {"seeds": "0 0"}, "--seeds must differ"),
+        (["features"], {"seeds": "-1"}, "seed must be between 0 and"),
+        (["features"], {"threads": 0}, "--threads must be at least 1"),
+        (["features"], {"train_count": 0}, "--train-count must be at least 1"),
+        (["features"], {"train_count": 31}, "--train-count must be at most 30"),
+        (["features"], {"eval_count": 40}, "held-out examples must be between 1 and 39, got 40"),
+        (["features"], {"batch_size": 0}, "batch_size must be at least 1"),
+        (["features"], {"learning_rate": "features=1"}, "features has none"),
+        (["features"], {"learning_rate": "all-layers=1"}, "all-layers is not among --methods"),
+        (["all-layers"], {"learning_rate": "all-layers=fast"}, "'fast' is not a number"),
+        (["all-layers"], {"learning_rate": "all-layers"}, "must be METHOD=RATE"),
+        (["all-layers"], {"learning_rate": "all-layers=0"}, "learning_rate must be finite, above 0"),
+        (["all-layers"], {"data": "reviews", "eval_count": None, "eval_data": "x.csv"}, "reviews bring their own test"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_print_one_line_and_write_nothing(
+    compare, calls, tmp_path, capsys, methods, options, message
+):
+    assert compare(*methods, **options) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists() and not calls
+
+
+@pytest.mark.parametrize(
+    "records, message",
+    [
+        ([("w1", "good"), ("w2", "good"), ("w3", "good")], "every training example has the label 'good'"),
+        ([("w1", "good"), ("w2", "bad"), ("w3", "odd")], "is not among those of the training data"),
+    ],
+)
+def test_bad_labels_are_refused_before_anything_is_written(
+    compare, calls, tmp_path, capsys, records, message
+):
+    test = tmp_path / "test.csv"
+    test.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in records[2:]))
+    train = tmp_path / "train.csv"
+    train.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in records[:2]))
+    assert compare("features", data=train, eval_data=test, eval_count=None) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_without_its_adapter_names_what_there_is(monkeypatch):
+    monkeypatch.delitem(runs.Method.__init__.__globals__["METHODS"], "prefix-tuning")
+    with pytest.raises(
+        ValueError, match="'prefix-tuning' needs the adapter 'prefix-tuning'; this release has llama"
+    ):
+        resolve_methods(["prefix-tuning"])
+    with pytest.raises(ValueError, match="at least one method"):
+        resolve_methods([])
+    assert [method.name for method in resolve_methods(["all-layers", "features"])] == [
+        "features",
+        "all-layers",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_embeddings_are_those_of_one_text_at_a_time(kind):
+    model, tokenizer = make_classifier(kind), make_tokenizer()
+    texts = [tokenizer(example.prompt)["input_ids"] for example in make_examples(9)]
+    base = model.bert if kind == "bert" else model.model
+    with torch.no_grad():
+        states = [base(torch.tensor([ids])).last_hidden_state[0] for ids in texts]
+    mean = embed(model, texts, 0, 4)
+    torch.testing.assert_close(mean, torch.stack([each.mean(0) for each in states]), rtol=1e-4, atol=1e-5)
+    last = embed(model, texts, 0, 4, "last")
+    torch.testing.assert_close(last, torch.stack([each[-1] for each in states]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_table_says_what_a_method_that_is_not_defined_is_not():
+    run = {"accuracy": 0.5, "trainable_parameters": 5, "model_parameters": 100, "seconds_per_epoch": 1.0, "seconds": 2.0,
+           "peak_memory_bytes": 2**20, "file_bytes": 1024, "learning_rate": 0.1, "device": "cpu", "threads": 1,
+           "machine": {"cpu": "toy", "cores": 2, "torch": "2", "transformers": "5"}, "date": "2026-01-01"}  # fmt: skip
+    made = [
+        {"method": "last-layers", "seed": 0, **run},
+        {"method": "last-layers", "seed": 1, **run, "accuracy": 0.7},
+        {"method": "soft-prompt", "seed": 0, "not_defined": "no decoder", "device": "cpu", "threads": 1,
+         "machine": run["machine"], "date": run["date"]},
+    ]  # fmt: skip
+    rows = summarise(made)
+    assert rows[0]["accuracy"] == pytest.approx(0.6) and rows[0]["accuracy_sd"] == pytest.approx(0.02**0.5)
+    lines = table(rows)
+    assert lines[2].startswith(
+        "| last-layers | 60.0 % (50.0 to 70.0) | 5 | 5.000% | 1.0 | 2.0 | 1 MiB | 1 KiB | 0.1 | 87%"
+    )
+    assert lines[3].startswith("| soft-prompt | not defined for this model |")
+    assert {line.count("|") for line in lines} == {11}
+    settings = {"model": "m", "data": "d", "rows": {"train": 3, "test": 100},
+                "training": {"num_train_epochs": 1, "batch_size": 2}}  # fmt: skip
+    page = markdown(settings, rows, made)
+    assert "soft-prompt: no decoder." in page and "±4.9 points" in page
+
+
+def test_the_quick_form_is_small(compare, calls, tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(command.assets, "fetch_demo_reviews", lambda: Path("reviews.jsonl"))
+
+    def split(path, train, test, seed):
+        asked.update(train=train, test=test)
+        rows = [{"text": f"w{i} w{i % 7}", "label": ("bad", "good")[i % 2]} for i in range(train + test)]
+        return rows[:train], rows[train:]
+
+    monkeypatch.setattr(command.assets, "split_reviews", split)
+    options = {"data": "reviews", "seeds": None, "eval_count": None, "num_train_epochs": None, "quick": True}
+    assert compare("last-layers", **options, batch_size=32) == 0
+    assert asked == {"train": 400, "test": 200} and calls == ["last-layers/0"]
+    settings = results(tmp_path / "out")["settings"]
+    assert settings["training"]["num_train_epochs"] == 1 and settings["data"] == "reviews"
+
+
+def test_runs_are_processes_of_their_own(compare, tmp_path, capfd):
+    """The real thing: a process per run, its memory measured apart, a failure named."""
+    assert compare("last-layers", seeds="0") == 0
+    run = results(tmp_path / "out")["runs"][0]
+    assert 50 << 20 < run["peak_memory_bytes"] < worker.peak_process_bytes() + (1 << 30)
+    (tmp_path / "out" / "runs" / "last-layers" / "seed-0" / "result.json").unlink()
+    (tmp_path / "out" / "data" / "test.jsonl").write_text("")
+    folder = tmp_path / "out" / "runs" / "last-layers" / "seed-0"
+    with pytest.raises(ValueError, match="last-layers, seed 0: its process ended with status 2"):
+        runs._run([sys.executable, "-m", "fastadapter.cli.compare_job", str(folder)], "last-layers", 0)
+    assert "test.jsonl: holds no records" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("code, number", [(143, 15), (130, 2)])
+def test_a_child_that_was_interrupted_interrupts(code, number):
+    with pytest.raises(TrainingInterrupted) as stop:
+        runs._run([sys.executable, "-c", f"raise SystemExit({code})"], "features", 0)
+    assert stop.value.exit_code == 128 + number
+
+
+def test_a_signal_reaches_the_child(monkeypatch):
+    """SIGTERM to the command alone, as from a scheduler, must not leave a run behind."""
+    started = []
+    popen = subprocess.Popen
+
+    def start(*args, **options):
+        started.append(popen(*args, **options))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[0]
+
+    monkeypatch.setattr(runs.subprocess, "Popen", start)
+    with pytest.raises(TrainingInterrupted) as stop:
+        runs._run([sys.executable, "-c", "import time; time.sleep(60)"], "features", 0)
+    assert stop.value.exit_code == 143 and started[0].poll() == -signal.SIGTERM
+
+
+def test_a_job_reports_a_bad_model_in_one_line(tmp_path, capsys):
+    job = {"method": "features", "model": "/nowhere", "gguf_file": None, "dtype": "fp32", "seed": 0, "threads": 1,
+           "template": "{text}", "train": str(tmp_path / "a.jsonl"), "test": str(tmp_path / "a.jsonl")}  # fmt: skip
+    (tmp_path / "a.jsonl").write_text('{"text": "w1", "label": "a"}\n{"text": "w2", "label": "b"}\n')
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    assert compare_job.main(tmp_path) == 2
+    assert "fastadapter: error: --model /nowhere: expected a folder" in capsys.readouterr().err
