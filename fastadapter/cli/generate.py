@@ -1,4 +1,4 @@
-"""``fastadapter generate``: answer prompts with a model and an adapter, token by token."""
+"""``fastadapter generate``: answer prompts with a model and an adapter, token by token, or with many in one batch."""
 
 import argparse
 import sys
@@ -11,6 +11,7 @@ import torch
 from fastadapter.checkpoints import load
 from fastadapter.cli.finetune import unescape
 from fastadapter.cli.loading import add_model_arguments, load_model
+from fastadapter.integrations.transformers import rows
 from fastadapter.training import UserError, write_json
 from fastadapter.training.data import context_length, encode_prompt, read_records, require_template
 from fastadapter.training.report import require_writable
@@ -18,8 +19,18 @@ from fastadapter.training.report import require_writable
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--adapter", metavar="PATH", help="file or folder of an adapter; the bare model if not given"
+    )
+    which.add_argument(
+        "--adapters",
+        nargs="+",
+        metavar="NAME=PATH",
+        help="several; each record of --file FILE.jsonl says which in its field adapter, null for the bare model",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="prompts that are answered together with --adapters"
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="one prompt")
@@ -39,14 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     sampling = _sampling(args)
+    paths = _adapter_paths(args)
     prompts = _prompts(args)
+    names = _names(args, paths) if paths else []
     if args.json:
         require_writable(Path(args.json).parent)
-    from transformers import TextStreamer
-
     model, tokenizer = load_model(args.model, args.gguf_file, args.dtype)
     if args.adapter is not None:
         load(model, args.adapter)
+    for name, path in paths.items():
+        load(model, path, name)
     device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu")
     model.to(device)
     encoded = [(source, prompt, encode_prompt(tokenizer, prompt)) for source, prompt in prompts]
@@ -60,33 +73,102 @@ def run(args: argparse.Namespace) -> int:
                 f"(--max-new-tokens) that is more than the model's context of {context}"
             )
     torch.manual_seed(args.seed)
+    options = {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.eos_token_id, **sampling}
+    if paths:
+        records = _answer_together(model, tokenizer, encoded, names, args.batch_size, options)
+    else:
+        records = _answer_one_by_one(model, tokenizer, encoded, options)
+    if args.json:
+        write_json(
+            args.json,
+            {"model": args.model, "adapter": args.adapter, "adapters": paths, "completions": records},
+        )
+    return 0
+
+
+def _answer_one_by_one(model, tokenizer, encoded, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Tokens appear as they are made."""
+    from transformers import TextStreamer
+
     records = []
     for source, prompt, ids in encoded:
         if len(encoded) > 1:
             print(f"[{source}]", file=sys.stderr)
         started = time.perf_counter()
-        inputs = torch.tensor([ids], device=device)
+        inputs = torch.tensor([ids], device=model.device)
         output = model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
-            max_new_tokens=args.max_new_tokens,
-            pad_token_id=tokenizer.eos_token_id,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            **sampling,
+            **options,
         )
-        new = output[0, len(ids) :]
-        records.append(
-            {
-                "prompt": prompt,
-                "completion": tokenizer.decode(new, skip_special_tokens=True),
-                "prompt_tokens": len(ids),
-                "new_tokens": len(new),
-                "seconds": time.perf_counter() - started,
-            }
+        records.append(_record(tokenizer, prompt, ids, output[0, len(ids) :], time.perf_counter() - started))
+    return records
+
+
+def _answer_together(
+    model, tokenizer, encoded, names: list[str | None], batch_size: int, options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Batches whose rows have adapters of their own, padded on the left."""
+    records = []
+    for start in range(0, len(encoded), batch_size):
+        batch, chosen = encoded[start : start + batch_size], names[start : start + batch_size]
+        width = max(len(ids) for _, _, ids in batch)
+        inputs = torch.tensor([[0] * (width - len(ids)) + ids for _, _, ids in batch], device=model.device)
+        mask = torch.tensor(
+            [[0] * (width - len(ids)) + [1] * len(ids) for _, _, ids in batch], device=model.device
         )
-    if args.json:
-        write_json(args.json, {"model": args.model, "adapter": args.adapter, "completions": records})
-    return 0
+        started = time.perf_counter()
+        with rows(model, chosen):
+            output = model.generate(inputs, attention_mask=mask, **options)
+        seconds = (time.perf_counter() - started) / len(batch)
+        for (source, prompt, ids), name, row in zip(batch, chosen, output, strict=True):
+            record = _record(tokenizer, prompt, ids, row[width:], seconds)
+            print(f"[{source}, {name or 'bare model'}]", file=sys.stderr)
+            print(record["completion"])
+            records.append({**record, "adapter": name})
+    return records
+
+
+def _record(tokenizer, prompt: str, ids: list[int], new: torch.Tensor, seconds: float) -> dict[str, Any]:
+    stop = (new == tokenizer.eos_token_id).nonzero()
+    count = int(stop[0]) + 1 if len(stop) else len(new)
+    return {
+        "prompt": prompt,
+        "completion": tokenizer.decode(new[:count], skip_special_tokens=True),
+        "prompt_tokens": len(ids),
+        "new_tokens": count,
+        "seconds": seconds,
+    }
+
+
+def _adapter_paths(args: argparse.Namespace) -> dict[str, str]:
+    paths: dict[str, str] = {}
+    for each in args.adapters or []:
+        name, equals, path = each.partition("=")
+        if not (name and equals and path):
+            raise UserError(f"--adapters must be NAME=PATH, got {each!r}")
+        if name in paths:
+            raise UserError(f"--adapters names {name!r} twice")
+        paths[name] = path
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
+    return paths
+
+
+def _names(args: argparse.Namespace, paths: dict[str, str]) -> list[str | None]:
+    """The adapter of every record of the file."""
+    if args.file is None or Path(args.file).suffix.lower() != ".jsonl":
+        raise UserError("--adapters needs --file FILE.jsonl, whose records name their adapter")
+    names = []
+    for source, record in read_records(args.file):
+        if "adapter" not in record:
+            raise UserError(f"{source}: field 'adapter' is missing (null for the bare model)")
+        name = record["adapter"]
+        if name is not None and name not in paths:
+            raise UserError(f"{source}: no adapter {name!r}; --adapters names {', '.join(paths)}")
+        names.append(name)
+    return names
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:

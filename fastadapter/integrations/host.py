@@ -161,7 +161,7 @@ class Placement(NamedTuple):
 
 
 class ReparamHost(Host):
-    """The networks behind prefixes; they belong to a list of blocks as a whole."""
+    """The networks behind prefixes; they belong to the model around the blocks, not to one of them."""
 
     CHILD: ClassVar[str] = "fa_reparam"
 

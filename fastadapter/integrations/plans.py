@@ -96,7 +96,8 @@ def _prefix_tuning(model: nn.Module, config: PrefixTuningConfig, tokenizer: Any)
         if config.reparam_size is not None and reparam is None:
             size = discovery.hidden_size(module, path)
             reparam = PrefixReparam(config.prefix_len, size, config.reparam_size, device=key.device)
-            placements.append(Placement(discovery.numbered(path)[0], ReparamHost, reparam, ReparamHost))
+            holder = discovery.numbered(path)[0].rpartition(".")[0]
+            placements.append(Placement(holder, ReparamHost, reparam, ReparamHost))
         adapter = PrefixTuning(
             key.shape[1],
             key.shape[3],

@@ -324,7 +324,7 @@ def test_olmo2_whose_key_norm_spans_all_heads():
     [host] = hosts(model)["model.layers.0.self_attn"]
     assert not host.fast_projection
     attention, prompt = model.model.layers[0].self_attn, host.adapters["default"].prompt
-    key, value = host._project(attention, prompt, torch.float32)
+    key, value = host._project("default", attention, torch.float32)
     expected = attention.k_norm(attention.k_proj(prompt)).view(3, 2, 8).transpose(0, 1)
     torch.testing.assert_close(key[0], expected)
     torch.testing.assert_close(value[0], attention.v_proj(prompt).view(3, 2, 8).transpose(0, 1))
