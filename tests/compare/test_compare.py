@@ -255,14 +255,14 @@ def test_embeddings_are_those_of_one_text_at_a_time(kind):
 
 
 def test_the_table_says_what_a_method_that_is_not_defined_is_not():
-    run = {"accuracy": 0.5, "trainable_parameters": 5, "model_parameters": 100, "seconds_per_epoch": 1.0, "seconds": 2.0,
-           "peak_memory_bytes": 2**20, "file_bytes": 1024, "learning_rate": 0.1, "device": "cpu", "threads": 1,
-           "machine": {"cpu": "toy", "cores": 2, "torch": "2", "transformers": "5"}, "date": "2026-01-01"}  # fmt: skip
+    place = {"device": "cpu", "threads": 1, "date": "2026-01-01",
+             "machine": {"cpu": "toy", "cores": 2, "torch": "2", "transformers": "5"}}  # fmt: skip
+    run = {"accuracy": 0.5, "trainable_parameters": 5, "model_parameters": 100, "seconds_per_epoch": 1.0,
+           "seconds": 2.0, "peak_memory_bytes": 2**20, "file_bytes": 1024, "learning_rate": 0.1, **place}  # fmt: skip
     made = [
         {"method": "last-layers", "seed": 0, **run},
         {"method": "last-layers", "seed": 1, **run, "accuracy": 0.7},
-        {"method": "soft-prompt", "seed": 0, "not_defined": "no decoder", "device": "cpu", "threads": 1,
-         "machine": run["machine"], "date": run["date"]},
+        {"method": "soft-prompt", "seed": 0, "not_defined": "no decoder", **place},
     ]  # fmt: skip
     rows = summarise(made)
     assert rows[0]["accuracy"] == pytest.approx(0.6) and rows[0]["accuracy_sd"] == pytest.approx(0.02**0.5)
