@@ -189,7 +189,7 @@ def _read(args: argparse.Namespace) -> tuple[list[Example], list[Example]]:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if args.data == REVIEWS and not Path(REVIEWS).exists():
+    if args.data == REVIEWS:
         if args.eval_data is not None:
             raise UserError(
                 f"--eval-data: {REVIEWS} bring their own test records; --eval-count says how many"

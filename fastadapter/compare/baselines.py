@@ -24,6 +24,8 @@ from fastadapter.training.data import Example
 
 POOLINGS = ("mean", "last")
 FILE = "regression.safetensors"
+FOLDS = 5
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 @torch.no_grad()
@@ -59,6 +61,27 @@ def embed(
     return torch.zeros(0, 0) if found is None else found
 
 
+def fit_regression(vectors: np.ndarray, truth: np.ndarray) -> tuple[Any, float]:
+    """A scaler with a logistic regression behind it, and its ``C``.
+
+    How strong a regularisation is right depends on the number of texts and on the model, so it is chosen by
+    cross-validation on the training texts, as the learning rates of the other methods are.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    # Scaled, since the optimiser stops long before it is done on features of unequal size.
+    regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    folds = min(FOLDS, int(np.bincount(truth).min()))
+    if folds < 2:  # a class of one text cannot be on both sides of a split
+        return regression.set_params(logisticregression__C=STRENGTHS[2]).fit(vectors, truth), STRENGTHS[2]
+    search = GridSearchCV(regression, {"logisticregression__C": STRENGTHS}, cv=folds)
+    search.fit(vectors, truth)
+    return search.best_estimator_, float(search.best_params_["logisticregression__C"])
+
+
 def features(
     model: Any,
     tokenizer: Any,
@@ -74,10 +97,6 @@ def features(
 
     Returns: accuracy, seconds of embedding the training texts and of fitting, and the size of the fitted weights.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
     labels = class_names(train, test)
     require_head(model, labels)
     numbers = {label: number for number, label in enumerate(labels)}
@@ -93,9 +112,7 @@ def features(
         seconds.append(time.perf_counter() - started)
         truth.append(np.array([row.label for row in rows]))
     started = time.perf_counter()
-    # Scaled, since the optimiser stops long before it is done on features of unequal size.
-    regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, C=0.05))
-    regression.fit(vectors[0], truth[0])
+    regression, strength = fit_regression(vectors[0], truth[0])
     fit_seconds = time.perf_counter() - started
     scaler, logistic = regression[0], regression[1]
     tensors = {
@@ -114,5 +131,6 @@ def features(
         "trainable_parameters": int(logistic.coef_.size + logistic.intercept_.size),
         "embed_seconds": seconds[0],
         "fit_seconds": fit_seconds,
+        "regression_c": strength,
         "file_bytes": path.stat().st_size,
     }

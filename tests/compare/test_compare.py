@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ from fastadapter.cli import compare_job, main
 from fastadapter.cli.loading import load_classifier
 from fastadapter.compare import METHODS_TO_COMPARE, resolve_methods, summarise, worker
 from fastadapter.compare import run as runs
-from fastadapter.compare.baselines import embed
+from fastadapter.compare.baselines import STRENGTHS, embed, fit_regression
 from fastadapter.compare.report import markdown, table
 from fastadapter.training import TrainingInterrupted, classification
 from tests.training.toy import make_classifier, make_examples, make_tokenizer
@@ -252,6 +253,18 @@ def test_embeddings_are_those_of_one_text_at_a_time(kind):
     torch.testing.assert_close(mean, torch.stack([each.mean(0) for each in states]), rtol=1e-4, atol=1e-5)
     last = embed(model, texts, 0, 4, "last")
     torch.testing.assert_close(last, torch.stack([each[-1] for each in states]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_strength_of_the_regression_is_chosen_by_the_training_texts():
+    """Noise asks for more regularisation than a clear rule; a class of one text cannot be split."""
+    draw = np.random.default_rng(0)
+    vectors = draw.normal(size=(120, 40))
+    rule = (vectors[:, 0] > 0).astype(int)
+    clear, loose = fit_regression(np.repeat(vectors, 3, 0), np.repeat(rule, 3))
+    _, tight = fit_regression(vectors, draw.integers(0, 2, 120))
+    assert tight < loose and clear.score(vectors, rule) > 0.95
+    again, strength = fit_regression(vectors[:3], np.array([0, 1, 1]))
+    assert strength == STRENGTHS[2] and again.predict(vectors[:3]).shape == (3,)
 
 
 def test_the_table_says_what_a_method_that_is_not_defined_is_not():
