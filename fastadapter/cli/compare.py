@@ -35,8 +35,9 @@ from fastadapter.training.report import require_writable
 REVIEWS = "reviews"
 # All reviews whose rating is clear enough to have a sign.
 REVIEW_TRAIN, REVIEW_TEST = 8309, 2000
-_QUICK = {"train_count": 400, "eval_count": 200, "seeds": [0], "num_train_epochs": 1}
-_FULL = {"train_count": None, "eval_count": None, "seeds": [0, 1, 2], "num_train_epochs": 3}
+QUICK_TRAIN, QUICK_TEST = 400, 200
+_QUICK = {"seeds": [0], "num_train_epochs": 1}
+_FULL = {"seeds": [0, 1, 2], "num_train_epochs": 3}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     held_out = data.add_mutually_exclusive_group()
     held_out.add_argument("--eval-data", help="test records; training records with their texts are left out")
-    held_out.add_argument("--eval-count", type=int, help="hold out this many records for the test")
+    held_out.add_argument(
+        "--eval-count", type=int, help="test records; a fifth if not given, 2,000 of the reviews"
+    )
     data.add_argument("--train-count", type=int, help="train on so many of the records; all if not given")
     data.add_argument("--split-seed", type=int, default=0, help="of the draw of training and test records")
     data.add_argument(
@@ -96,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     for key, value in (_QUICK if args.quick else _FULL).items():
-        if getattr(args, key) is None and not (key == "eval_count" and args.eval_data):
+        if getattr(args, key) is None:
             setattr(args, key, value)
     methods = resolve_methods(args.methods)
     _require_packages()
@@ -196,8 +199,8 @@ def _read(args: argparse.Namespace) -> tuple[list[Example], list[Example]]:
             )
         halves = assets.split_reviews(
             assets.fetch_demo_reviews(),
-            args.train_count or REVIEW_TRAIN,
-            args.eval_count or REVIEW_TEST,
+            args.train_count or (QUICK_TRAIN if args.quick else REVIEW_TRAIN),
+            args.eval_count or (QUICK_TEST if args.quick else REVIEW_TEST),
             args.split_seed,
         )
         train, test = ([Example(r["text"], r["label"], r["label"], REVIEWS) for r in rows] for rows in halves)
@@ -209,13 +212,15 @@ def _read(args: argparse.Namespace) -> tuple[list[Example], list[Example]]:
         test = read_examples(args.eval_data, **templates)
         train = without_prompts_of(train, test)
     else:
-        train, test = split_examples(train, args.eval_count or max(1, len(train) // 5), args.split_seed)
-    if args.train_count is not None and args.train_count < len(train):
-        chosen = random.Random(f"subset-{args.split_seed}").sample(range(len(train)), args.train_count)
+        fifth = max(1, len(train) // 5)
+        count = args.eval_count or (min(QUICK_TEST, fifth) if args.quick else fifth)
+        train, test = split_examples(train, count, args.split_seed)
+    if args.train_count is not None and args.train_count > len(train):
+        raise UserError(f"--train-count must be at most {len(train)}, the records left to train on")
+    count = args.train_count or (QUICK_TRAIN if args.quick else len(train))
+    if count < len(train):
+        chosen = random.Random(f"subset-{args.split_seed}").sample(range(len(train)), count)
         train = [train[index] for index in sorted(chosen)]
-    elif args.train_count is not None and args.train_count > len(train):
-        if not args.quick:
-            raise UserError(f"--train-count must be at most {len(train)}, the records left to train on")
     return train, test
 
 

@@ -3,8 +3,9 @@
 from .cpp import CPP
 from .ops import OPS
 from .record import Mutation
+from .training import TRAINING
 from .triton_attention import ATTENTION
 from .triton_bottleneck import BOTTLENECK
 from .triton_gated_prefix import GATED_PREFIX
 
-MUTATIONS: list[Mutation] = [*OPS, *GATED_PREFIX, *ATTENTION, *BOTTLENECK, *CPP]
+MUTATIONS: list[Mutation] = [*OPS, *GATED_PREFIX, *ATTENTION, *BOTTLENECK, *CPP, *TRAINING]

@@ -190,7 +190,7 @@ def test_another_comparison_or_another_rate_in_the_folder_is_refused(compare, ca
         (["features"], {"seeds": "-1"}, "seed must be between 0 and"),
         (["features"], {"threads": 0}, "--threads must be at least 1"),
         (["features"], {"train_count": 0}, "--train-count must be at least 1"),
-        (["features"], {"train_count": 31}, "--train-count must be at most 30"),
+        (["features"], {"train_count": 31, "quick": True}, "--train-count must be at most 30"),
         (["features"], {"eval_count": 40}, "held-out examples must be between 1 and 39, got 40"),
         (["features"], {"batch_size": 0}, "batch_size must be at least 1"),
         (["features"], {"learning_rate": "features=1"}, "features has none"),
@@ -306,6 +306,11 @@ def test_the_quick_form_is_small(compare, calls, tmp_path, monkeypatch):
     assert asked == {"train": 400, "test": 200} and calls == ["last-layers/0"]
     settings = results(tmp_path / "out")["settings"]
     assert settings["training"]["num_train_epochs"] == 1 and settings["data"] == "reviews"
+    options = {"seeds": None, "eval_count": None, "num_train_epochs": None, "quick": True}
+    assert compare("last-layers", **options, output_dir=tmp_path / "file") == 0
+    assert results(tmp_path / "file")["settings"]["rows"] == {"train": 32, "test": 8}
+    assert compare("last-layers", **options, train_count=5, output_dir=tmp_path / "few") == 0
+    assert results(tmp_path / "few")["settings"]["rows"] == {"train": 5, "test": 8}
 
 
 def test_runs_are_processes_of_their_own(compare, tmp_path, capfd):

@@ -1,0 +1,65 @@
+"""Mistakes in tasks, targets and the comparison."""
+
+from .record import of_file
+
+VALUES = "tests/training/test_classification.py -k 'one_text_at_a_time or more_classes'"
+REFUSED = "tests/training/test_classification.py -k 'refused'"
+COMPARE = "tests/compare -k 'read_back or another_comparison or embeddings or strength or table'"
+
+TRAINING = [
+    *of_file(
+        "fastadapter/training/classification.py",
+        VALUES,
+        padding_is_shown=("        mask[number, : len(ids)] = 1\n", "        mask[number] = 1\n"),
+        padding_hides_nothing_from_pooling=(
+            "torch.full((len(texts), width), pad_token_id,",
+            "torch.full((len(texts), width), pad_token_id + 1,",
+        ),
+        scores_in_the_order_of_length=(
+            "            scores[chunk] = logits.double()",
+            "            scores[start : start + len(chunk)] = logits.double()",
+        ),
+        classes_without_a_label_can_win=(".logits[:, :classes]", ".logits"),
+        one_class_is_enough=("    if len(names) == 1:\n", "    if not names:\n", REFUSED),
+        unknown_held_out_class_passes=(
+            "    for example in held_out:\n        if example.label not in names:",
+            "    for example in held_out[:0]:\n        if example.label not in names:",
+            REFUSED,
+        ),
+        context_is_not_looked_at=(
+            "        limit = text_limit(model, tokenizer, config)\n",
+            "        limit = None\n",
+            REFUSED,
+        ),
+    ),
+    *of_file(
+        "fastadapter/training/targets.py",
+        "tests/training/test_classification.py -k 'named_parameters or last_layers or refused or together'",
+        a_block_too_few=(
+            "sorted(numbers)[len(numbers) - blocks :]",
+            "sorted(numbers)[len(numbers) - blocks + 1 :]",
+        ),
+        nothing_is_frozen=("parameter.requires_grad_(name in chosen)", "parameter.requires_grad_(True)"),
+        freezing_stays=("parameter.requires_grad_(before[name])", "pass"),
+        an_adapter_is_overlooked=("if attachments(model) is not None:", "if False:"),
+    ),
+    *of_file(
+        "fastadapter/compare/run.py",
+        COMPARE,
+        other_settings_are_mixed=(
+            "found.get(key) != settings[key]]",
+            "key not in found]",
+        ),
+        other_rates_are_mixed=("if key not in _FREE and", "if key == 'method' and"),
+        finished_runs_run_again=("return (folder / RESULT).exists()", "return False"),
+    ),
+    *of_file(
+        "fastadapter/compare/baselines.py",
+        COMPARE,
+        mean_over_the_padding=("/ mask.sum(1, keepdim=True)", "/ mask.shape[1]"),
+        strength_is_fixed=(
+            '{"logisticregression__C": STRENGTHS}',
+            '{"logisticregression__C": STRENGTHS[2:3]}',
+        ),
+    ),
+]
