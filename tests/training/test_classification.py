@@ -95,6 +95,7 @@ def test_only_the_named_parameters_are_trained(tmp_path, kind):
     # The bias of BERT's keys shifts all scores of a query alike, so it has no gradient but rounding.
     assert set(changed) <= set(names) and len(changed) >= len(names) - 1
     assert set(read_tensors(tmp_path / "weights.safetensors")[0]) == set(names)
+    assert all(p.requires_grad for p in model.parameters()), "what was frozen for the run is as it was"
 
 
 def test_last_layers_are_the_head_and_what_the_blocks_feed():
