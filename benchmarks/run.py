@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         bench_gated_prefix,
         bench_gated_prefix_attention,
         bench_llama_adapter,
+        bench_methods,
         bench_prefix_attention,
         rows,
         table,
@@ -47,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         "bottleneck": bench_bottleneck.entry,
         "training-step": bench_llama_adapter.training_step,
         "decode": bench_llama_adapter.decode,
+        "method-step": bench_methods.method_step,
+        "mixed-decode": bench_methods.mixed_decode,
         "peak-memory": bench_llama_adapter.peak_memory,
     }
     chosen = args.only or list(entries)

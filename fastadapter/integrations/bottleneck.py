@@ -1,5 +1,6 @@
 """Bottleneck adapters in a model: hooks on parts of its blocks, and where these parts are in each family."""
 
+import functools
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -8,7 +9,8 @@ from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.host import Host, State
 from fastadapter.nn import Bottleneck
-from fastadapter.nn.bottleneck import apply
+from fastadapter.nn.bottleneck import operands
+from fastadapter.ops import bottleneck
 
 
 class Points(NamedTuple):
@@ -79,7 +81,11 @@ class BottleneckHost(Host):
             source = self.inputs[group.names[0]]
             x = output if source is None else self.seen[source]
             bank = [self.adapter(name) for name in group.names]
-            adapted = apply(bank, x, adapted, group.row_ids)
+            stacked = group.row_ids is not None
+            sources = [parameter for adapter in bank for parameter in adapter.parameters()]
+            join = functools.partial(operands, bank, x.dtype, stacked=stacked)
+            arguments = self.keep((group.names, x.dtype), sources, join) if stacked else join()
+            adapted = bottleneck(x, residual=adapted, row_ids=group.row_ids, **arguments)
         self.seen = {}
         return adapted
 

@@ -4,12 +4,15 @@ As child modules, adapters move, save, shard and synchronise with the model.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+# Banks and the like that one host keeps; serving switches between few mixes.
+_KEPT = 16
 
 
 class State:
@@ -72,6 +75,7 @@ class Host(nn.Module):
         self.adapters = nn.ModuleDict()
         self.state = state
         self._groups: dict[Any, list[Group]] = {}
+        self._kept: dict[Any, tuple[Any, Any, Any]] = {}
 
     @property
     def active(self) -> str | None:
@@ -118,6 +122,27 @@ class Host(nn.Module):
             )
         return found
 
+    def keep(self, key: Any, sources: Sequence[Tensor], make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, kept between calls that cannot need a gradient through it.
+
+        Valid while every tensor of ``sources`` is the same version of the same storage; not kept where versions are
+        not counted (tensors made under inference mode) or cannot be checked at run time (a compiled graph).
+        """
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return make()
+        if any(tensor.is_inference() for tensor in sources):
+            return make()
+        now = stamp(sources)
+        kept = self._kept.get(key)
+        if kept is None or kept[0] != now:
+            # Made outside inference mode, the tensors stay usable wherever the model is called from next.
+            with torch.inference_mode(False), torch.no_grad():
+                kept = (now, make(), sources)
+            if len(self._kept) >= _KEPT:
+                self._kept = {}
+            self._kept[key] = kept
+        return kept[1]
+
     def kind(self, adapter: nn.Module) -> Any:
         """What two adapters must share to go through one call of an op."""
         raise NotImplementedError
@@ -131,19 +156,32 @@ class Host(nn.Module):
 
     def add(self, name: str, adapter: nn.Module, **options: Any) -> None:
         self.adapters[name] = adapter
-        self._groups = {}
+        self.forget()
 
     def remove(self, name: str) -> None:
         del self.adapters[name]
-        self._groups = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop everything that was kept between calls."""
+        self._groups, self._kept = {}, {}
 
     def train(self, mode: bool = True):
-        self._groups = {}
+        self.forget()
         return super().train(mode)
 
     def _apply(self, fn, recurse=True):
-        self._groups = {}
+        self.forget()
         return super()._apply(fn, recurse)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.forget()
+
+
+def stamp(sources: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """What changes whenever one of some tensors is written to or replaced."""
+    return [(tensor._version, tensor.data_ptr()) for tensor in sources]
 
 
 class Placement(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapter.integrations import attention as hook
-from fastadapter.integrations.host import Group, Host, State
+from fastadapter.integrations.host import Group, Host, State, stamp
 from fastadapter.integrations.shared_softmax import attend_shared
 from fastadapter.nn import GatedPrefix, PrefixTuning
 from fastadapter.ops import gated_prefix
@@ -52,7 +52,6 @@ class PrefixHost(Host):
     def __setstate__(self, state):
         """A copied or unpickled model keeps its adapter working, so it keeps the hook too."""
         super().__setstate__(state)
-        self._forget()
         hook.keep_hook_for(self)
         hook.install_hook()
 
@@ -113,16 +112,22 @@ class PrefixHost(Host):
     def _shared_bank(
         self, group: Group, attention: nn.Module, dtype: torch.dtype, prompts: PromptRun | None
     ) -> KeyValue:
-        found = [self._shared(name, attention, prompts) for name in group.names]
-        key, value = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*found, strict=True))
-        if dtype == torch.float64:
-            key, value = key.double(), value.double()
-        return key, value
+        adapters = [self.adapters[name] for name in group.names]
+        if isinstance(adapters[0], PrefixTuning):
+            found = None
+            sources = [tensor for adapter in adapters for tensor in adapter.sources()]
+        else:
+            found = [self._prompted(name, attention, prompts) for name in group.names]
+            sources = [tensor for pair in found for tensor in pair]
 
-    def _shared(self, name: str, attention: nn.Module, prompts: PromptRun | None) -> KeyValue:
-        adapter = self.adapters[name]
-        if isinstance(adapter, PrefixTuning):
-            return adapter()
+        def join() -> KeyValue:
+            pairs = [adapter() for adapter in adapters] if found is None else found
+            key, value = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*pairs, strict=True))
+            return (key.double(), value.double()) if dtype == torch.float64 else (key, value)
+
+        return self.keep((group.names, dtype), sources, join)
+
+    def _prompted(self, name: str, attention: nn.Module, prompts: PromptRun | None) -> KeyValue:
         if prompts is None or (name, self) not in prompts.found:
             raise RuntimeError(
                 f"{type(attention).__name__} was called outside its decoder, so soft prompt {name!r} has no keys here"
@@ -224,29 +229,13 @@ class PrefixHost(Host):
             _, key, value = hook.project_by_forward(attention, rows, self.rotary_dim)
             return key, value
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        super().forget()
         self._ready, self._banks = {}, {}
-
-    def train(self, mode: bool = True):
-        self._forget()
-        return super().train(mode)
-
-    def _apply(self, fn, recurse=True):
-        self._forget()
-        return super()._apply(fn, recurse)
-
-    def remove(self, name: str) -> None:
-        self._forget()
-        super().remove(name)
 
 
 def _tensors_of(modules) -> list[Tensor]:
     return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-
-
-def stamp(sources) -> list[tuple[int, int]]:
-    """What changes whenever one of some tensors is written to or replaced."""
-    return [(tensor._version, tensor.data_ptr()) for tensor in sources]
 
 
 class _Ready(NamedTuple):

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.attention import PROMPTS
 from fastadapter.integrations.host import Host, State
-from fastadapter.integrations.prefix import PromptRun, stamp
+from fastadapter.integrations.prefix import PromptRun
 from fastadapter.nn import SoftPrompt
 
 
@@ -31,11 +31,6 @@ class SoftPromptHost(Host):
         self.learned_positions = learned_positions
         self.context = context
         self._sources: list[Tensor] = []
-        self._kept: dict[str, tuple[Any, PromptRun]] = {}
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self._forget()
 
     def hooks(self, module: nn.Module) -> list[RemovableHandle]:
         return [module.register_forward_pre_hook(_provide, with_kwargs=True)]
@@ -50,21 +45,11 @@ class SoftPromptHost(Host):
 
     def run(self, decoder: nn.Module, name: str) -> PromptRun:
         """Keys and values of one prompt; kept between calls that cannot need a gradient."""
-        prompt = self.adapter(name).prompt
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._run(decoder, name)
         if not self._sources:
             own = {id(parameter) for parameter in self.parameters()}
             self._sources = [each for each in decoder.parameters() if id(each) not in own]
-        sources = [prompt, *self._sources]
-        if any(tensor.is_inference() for tensor in sources):
-            return self._run(decoder, name)
-        key = stamp(sources)
-        kept = self._kept.get(name)
-        if kept is None or kept[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                kept = self._kept[name] = (key, self._run(decoder, name))
-        return kept[1]
+        sources = [self.adapter(name).prompt, *self._sources]
+        return self.keep(name, sources, lambda: self._run(decoder, name))
 
     def _run(self, decoder: nn.Module, name: str) -> PromptRun:
         adapter: SoftPrompt = self.adapter(name)
@@ -92,20 +77,9 @@ class SoftPromptHost(Host):
         lengths = [len(self.adapter(name).prompt) if name in self.adapters else 0 for name in rows]
         return torch.tensor(lengths, device=device)[:, None]
 
-    def _forget(self) -> None:
-        self._sources, self._kept = [], {}
-
-    def train(self, mode: bool = True):
-        self._forget()
-        return super().train(mode)
-
-    def _apply(self, fn, recurse=True):
-        self._forget()
-        return super()._apply(fn, recurse)
-
-    def remove(self, name: str) -> None:
-        self._forget()
-        super().remove(name)
+    def forget(self) -> None:
+        super().forget()
+        self._sources = []
 
 
 def _provide(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -104,57 +104,48 @@ class Bottleneck(Masters):
             residual: shape and dtype of ``x``, often ``x`` itself; ``None``: the adapter's term alone.
         Returns: shape and dtype of ``x``.
         """
-        return apply([self], x, residual)
+        return bottleneck(x, residual=residual, **operands([self], x.dtype, stacked=False))
 
     def extra_repr(self) -> str:
         scale = "learned" if isinstance(self.scale, nn.Parameter) else self.scale
         return f"activation={self.activation!r}, scale={scale}"
 
 
-def apply(
-    bank: "list[Bottleneck]", x: Tensor, residual: Tensor | None = None, row_ids: Tensor | None = None
-) -> Tensor:
-    """Apply several adapters of equal sizes and options, one per row, in one call of the op.
+def operands(bank: "list[Bottleneck]", dtype: torch.dtype, *, stacked: bool) -> dict[str, Any]:
+    """The arguments of :func:`fastadapter.ops.bottleneck` that come from adapters of equal sizes and options.
 
     Args:
         bank: the adapters.
-        x: ``(batch, ..., hidden_size)``.
-        residual: shape and dtype of ``x``.
-        row_ids: int32 ``(batch,)``, positions in ``bank``; -1 for rows that get ``residual`` alone. ``None``: the one
-            adapter there is, for all rows.
-    Returns: shape and dtype of ``x``.
+        dtype: of the activations.
+        stacked: as banks, one entry per adapter; otherwise those of the one adapter there is.
     """
     first = bank[0]
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
-    def stacked(tensors: list[Tensor]) -> Tensor:
-        tensors = [tensor.to(dtype) for tensor in tensors]
-        return torch.stack(tensors) if row_ids is not None else tensors[0]
+    def joined(tensors: list[Tensor]) -> Tensor:
+        tensors = [tensor.to(weights_dtype) for tensor in tensors]
+        return torch.stack(tensors) if stacked else tensors[0]
 
-    def optional(module: str, name: str) -> Tensor | None:
+    def of(module: str, name: str) -> Any:
         found = [getattr(getattr(each, module), name, None) for each in bank]
-        return None if found[0] is None else stacked(cast("list[Tensor]", found))
+        return None if found[0] is None else joined(cast("list[Tensor]", found))
 
-    up, up_bias = optional("up_proj", "weight"), optional("up_proj", "bias")
-    scale = first.scale
+    up, up_bias, scale = of("up_proj", "weight"), of("up_proj", "bias"), first.scale
     if isinstance(scale, nn.Parameter):
-        factors = stacked([each.scale for each in bank])
+        factors = joined([cast(Tensor, each.scale) for each in bank])
         up = up * factors[..., None, None]
         up_bias = None if up_bias is None else up_bias * factors[..., None]
         scale = 1.0
     norm = None
     if first.norm is not None:
         kind = "layer_norm" if isinstance(first.norm, nn.LayerNorm) else "rms_norm"
-        norm = Norm(kind, optional("norm", "weight"), optional("norm", "bias"), first.norm_eps)
-    return bottleneck(
-        x,
-        optional("down_proj", "weight"),
-        up,
-        optional("down_proj", "bias"),
-        up_bias,
-        residual=residual,
-        activation=first.activation,
-        scale=scale,
-        norm=norm,
-        row_ids=row_ids,
-    )
+        norm = Norm(kind, of("norm", "weight"), of("norm", "bias"), first.norm_eps)
+    return {
+        "down_weight": of("down_proj", "weight"),
+        "up_weight": up,
+        "down_bias": of("down_proj", "bias"),
+        "up_bias": up_bias,
+        "activation": first.activation,
+        "scale": scale,
+        "norm": norm,
+    }

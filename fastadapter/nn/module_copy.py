@@ -18,7 +18,7 @@ class ModuleCopy(Masters):
     Args:
         module: the model's.
 
-    >>> norm, x = nn.LayerNorm(8), torch.randn(2, 8)
+    >>> norm, x = torch.nn.LayerNorm(8), torch.randn(2, 8)
     >>> torch.equal(ModuleCopy(norm)(norm, x), norm(x))
     True
     """

@@ -95,6 +95,10 @@ class PrefixTuning(Masters):
         key, value = rows.view(self.prefix_len, 2, self.num_kv_heads, self.head_dim).permute(1, 2, 0, 3)
         return key[None], value[None]
 
+    def sources(self) -> list[Tensor]:
+        """The parameters that keys and values come from."""
+        return [*self.parameters(), *(p for reparam in self._reparam for p in reparam.parameters())]
+
     @torch.no_grad()
     def fold(self) -> None:
         """Keep the keys and values that the network gives now as parameters, and drop the network."""

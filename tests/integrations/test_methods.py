@@ -104,10 +104,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, family, reentrant
     plain, checkpointed = gradients
     for key, grad in plain.items():
         assert grad is not None and grad.isfinite().all(), key
-        if family.name in OTHER_ROUNDING:
+        # A mask that autograd sees otherwise takes another sdpa kernel, which rounds otherwise.
+        if family.name in OTHER_ROUNDING or (reentrant and name.startswith("prefix")):
             torch.testing.assert_close(checkpointed[key], grad, rtol=1e-3, atol=1e-5)
         else:
-            assert same_bits(checkpointed[key], grad), key
+            assert torch.equal(checkpointed[key], grad), key
 
 
 def without_dropout(model):
