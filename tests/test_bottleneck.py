@@ -342,6 +342,7 @@ def test_deterministic(backend):
         NORM,
         ("x", *PARAMETERS, "residual"),
         ("up_bias",),
+        ("up_weight", "norm_bias"),
     ],
     ids=str,
 )

@@ -221,6 +221,10 @@ def test_backward_uses_the_kept_z():
     assert any(s is not None and same_bits(s, z) for s in out.grad_fn.saved_tensors)
     frozen = call(inputs._replace(x=x), "cpp", activation="identity")  # x alone, and a constant derivative
     assert frozen.grad_fn.saved_tensors[-1] is None
+    for name in ("down_weight", "up_weight"):  # either has a gradient through z
+        trained = inputs._replace(**{name: getattr(inputs, name).requires_grad_()})
+        assert same_bits(call(trained, "cpp", activation="identity").grad_fn.saved_tensors[-1], z)
+        getattr(inputs, name).requires_grad_(False)
 
 
 def test_z_of_the_wrong_form_is_named():

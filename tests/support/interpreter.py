@@ -49,9 +49,8 @@ def products_by_element():
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         left, right = (x.data.astype(d.data.dtype) for x in (a, b))
-        total = np.zeros_like(d.data)
-        for k in range(left.shape[-1]):
-            total = total + left[..., :, k, None] * right[..., k, None, :]
+        # an axis that is not the last is summed slice by slice
+        total = np.add.reduce(np.multiply(left[..., :, :, None], right[..., None, :, :], order="C"), axis=-2)
         return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
