@@ -227,6 +227,17 @@ def test_backward_uses_the_kept_z():
         getattr(inputs, name).requires_grad_(False)
 
 
+@pytest.mark.parametrize("hidden", [236, 4096])
+def test_long_rows_round_as_in_a_blas(hidden):
+    """Products are sums of short chains: one over all columns had several times the error of eager PyTorch."""
+    inputs = make_inputs(Shape(batch=1, q_len=64, hidden=hidden, size=64), torch.float32)
+    z = kept(inputs, activation="identity", norm="none")[1]
+    x, weight, bias = inputs.x, inputs.down_weight, inputs.down_bias[:, None]
+    plain = torch.baddbmm(bias, x, weight.mT)
+    exact = torch.baddbmm(bias.double(), x.double(), weight.double().mT)
+    assert_within_budget(z, plain, exact, "z")
+
+
 def test_z_of_the_wrong_form_is_named():
     inputs = make_inputs(Shape(), torch.float32)
     options = {"activation": "gelu", "norm": "none"}

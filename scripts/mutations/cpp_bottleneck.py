@@ -53,6 +53,11 @@ BOTTLENECK_CPP = [
         ),
     ),
     *of_file(
+        "csrc/bottleneck_products.h",
+        tests_named("long_rows"),
+        one_long_chain=("constexpr int64_t kChain = 64;", "constexpr int64_t kChain = 1 << 30;"),
+    ),
+    *of_file(
         "csrc/bottleneck_backward_kernel.cpp",
         TESTS,
         scale_missing=("load(grad_z + j) * scale;", "load(grad_z + j);"),
