@@ -5,12 +5,15 @@ as a single prefix position, where the gradient of the scores cancels to an exac
 is then measured on more draws of the same parameters and on slightly larger ones: the factor and the floor stay.
 """
 
+import contextlib
+
 import torch
 
 from tests.search import attention, bottleneck
 from tests.search.layouts import storage_bits
 from tests.search.problems import BANKS, run
 from tests.support.budget import assert_within_budget, same_bits
+from tests.support.interpreter import products_by_element
 
 # Where a score has an ulp of 1e-3, a gradient depends on the order in which forward and backward summed it.
 EXTREME = 100.0
@@ -25,6 +28,11 @@ def adapter_of(op):
 
 def check(case, *backends):
     """All properties of ``case`` on every backend; call it with a printed case to reproduce a failure."""
+    with products_by_element() if "triton" in backends else contextlib.nullcontext():
+        _check(case, backends)
+
+
+def _check(case, backends):
     adapter = adapter_of(case.op)
     problem = adapter.build(case)
     before = {name: storage_bits(x) for name, x in problem.tensors().items()}
