@@ -51,13 +51,6 @@ def _cases(op: str) -> Iterator[Case]:
     yield Case(op, "forward", "bf16", llama | {"b": 64, "n": 64})
     yield Case(op, "forward", "bf16", llama | {"q": 16})
     yield Case(op, "forward", "bf16", llama | {"kv": 32})
-    for option in ("softcap", "mask"):
-        for d in (128, 256):
-            yield Case(op, "forward", "bf16", llama | {"d": d}, {option: True})
-    for dtype in ("fp32", "bf16+fp32"):
-        yield Case(op, "forward", dtype, llama | {"d": 256})
-    for d in (40, 96):
-        yield Case(op, "forward", "bf16", llama | {"d": d})
 
 
 def _small(op: str) -> Iterator[Case]:
