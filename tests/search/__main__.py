@@ -6,12 +6,16 @@ import json
 import os
 import platform
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 import torch
+
+with suppress(ImportError):  # quick_interpreter() changes what is there
+    import triton.runtime.interpreter  # noqa: F401
 
 from fastadapter import __version__
 from tests.search.attention import OPERANDS
