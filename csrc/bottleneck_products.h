@@ -6,7 +6,8 @@
 //   expand   (rows, size) x (size, hidden): the output, and the gradient of x; the caller finishes every
 //   tile. gather   (rows, size)^T x (rows, 2 vectors of columns): the gradients of the weights.
 //
-// Every element is one chain of multiply-adds over the inner dimension, whatever tile or batch it is in.
+// Every element is the sum of short chains of multiply-adds over the inner dimension, whatever tile or batch
+// it is in.
 #pragma once
 
 #include "bottleneck_kernel.h"
@@ -143,16 +144,34 @@ inline void pack_panel(const Bottleneck& op, int form, int64_t entry, int64_t pa
 
 // ---- products ----
 
+// Length of a chain: rounding errors of one over thousands of columns would be several times those of a BLAS.
+constexpr int64_t kChain = 64;
+
+// sum[i][v] = the products of a(i, p) and vector v of row p of a panel, over p in chains that are added in
+// order.
+template <class C, int kRows, int kVectors, class A>
+inline void accumulate_chains(int64_t k, A a, const C* panel, Vec<C> (&sum)[kRows][kVectors]) {
+  for (auto& row : sum) {
+    for (Vec<C>& x : row) x = Vec<C>{};
+  }
+  for (int64_t begin = 0; begin < k; begin += kChain) {
+    Vec<C> chain[kRows][kVectors] = {};
+    accumulate<C>(
+        min(kChain, k - begin), [&](int i, int64_t p) { return a(i, begin + p); },
+        panel + begin * kVectors * kLanes<C>, chain);
+    for (int i = 0; i < kRows; ++i) {
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += chain[i][v];
+    }
+  }
+}
+
 template <class C, int kVectors, int kRows>
 inline void project_tile(int64_t n, int64_t k, const C* const* a, const C* panel, C* out, int64_t ldo) {
   constexpr int W = kLanes<C>;
   const C* rows[kRows];
   for (int i = 0; i < kRows; ++i) rows[i] = a[min(i, n - 1)];
   Vec<C> sum[kRows][kVectors];
-  for (auto& row : sum) {
-    for (Vec<C>& x : row) x = Vec<C>{};
-  }
-  accumulate<C>(k, [&](int i, int64_t p) { return rows[i][p]; }, panel, sum);
+  accumulate_chains<C>(k, [&](int i, int64_t p) { return rows[i][p]; }, panel, sum);
   for (int i = 0; i < kRows; ++i) {
     if (i >= n) break;
     for (int v = 0; v < kVectors; ++v) store(out + i * ldo + v * W, sum[i][v]);
@@ -207,8 +226,7 @@ inline void expand(int64_t n, int64_t k, const C* a, int64_t lda, const C* packe
       for (int64_t j = 0; j < columns; j += kPanel<C>) {
         for (int64_t m = i; m < i + rows; ++m) __builtin_prefetch(fetch(m, j));
         Vec<C> sum[size][2];
-        for (auto& row : sum) row[0] = row[1] = Vec<C>{};
-        accumulate<C>(k, [&](int m, int64_t p) { return from[m][p]; }, packed + j * k, sum);
+        accumulate_chains<C>(k, [&](int m, int64_t p) { return from[m][p]; }, packed + j * k, sum);
         finish(i, rows, j, sum);
       }
     });

@@ -160,13 +160,24 @@ def _softmax_step(acc, m_i, l_i, s, v, PRECISION: tl.constexpr):
     return acc, m_i, l_i
 
 
+@triton.constexpr_function
+def _prefix_stages(ptrs):
+    """How a loop over prefix blocks is pipelined: by two where rows of fp32 are longer than 64.
+
+    Their products run on vector units, a whole row per thread. What waits in shared memory is read as it is
+    multiplied; what a loop without stages loads has to stay in registers, and does not fit.
+    """
+    return 2 if ptrs.dtype.element_ty == tl.float32 and ptrs.shape[1] > 64 else 1
+
+
 @triton.jit
 def _attend_prefix(
     acc, m_i, l_i, q, k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, end, mask_d, score_scale, cap_log2,
     BLOCK_P: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Take prefix positions up to ``end`` into the running state."""
-    for start in tl.range(0, end, BLOCK_P, num_stages=1):
+    for start in tl.range(0, end, BLOCK_P, num_stages=STAGES):
         mask_p = start + tl.arange(0, BLOCK_P) < end
         first = tl.zeros((), tl.int64) + start
         k = _load(k_ptrs + first * KEY_STRIDES[2], mask_p, mask_d, True, HEAD_DIM)  # (BLOCK_P, BLOCK_D)
@@ -205,7 +216,8 @@ def _add_gated_prefix(
     """
     m_i = tl.full((out.shape[0],), float("-inf"), tl.float32)
     l_i = tl.zeros((out.shape[0],), tl.float32)
-    for start in tl.range(0, end, BLOCK_P, num_stages=1):
+    STAGES: tl.constexpr = _prefix_stages(k_ptrs)
+    for start in tl.range(0, end, BLOCK_P, num_stages=STAGES):
         s, _ = _prefix_scores(
             q, k_ptrs, KEY_STRIDES, start, end, mask_d, scale_log2, BLOCK_P, HEAD_DIM, PRECISION
         )
@@ -214,7 +226,7 @@ def _add_gated_prefix(
     if factor != 0.0:
         shift = tl.where(m_i == float("-inf"), 0.0, m_i)
         weight = factor / tl.where(l_i == 0.0, 1.0, l_i)
-        for start in tl.range(0, end, BLOCK_P, num_stages=1):
+        for start in tl.range(0, end, BLOCK_P, num_stages=STAGES):
             s, mask_p = _prefix_scores(
                 q, k_ptrs, KEY_STRIDES, start, end, mask_d, scale_log2, BLOCK_P, HEAD_DIM, PRECISION
             )
@@ -326,7 +338,7 @@ def _attention_fwd_kernel(
         acc, m_i, l_i = _attend_prefix(
             acc, m_i, l_i, q.to(prefix_key_ptr.dtype.element_ty), pk_ptrs, pv_ptrs, PREFIX_KEY_STRIDES,
             PREFIX_VALUE_STRIDES, tl.where(adapted, prefix_len, 0), mask_d, score_scale, cap_log2,
-            BLOCK_P, HEAD_DIM, HAS_SOFTCAP, PRECISION,
+            BLOCK_P, HEAD_DIM, HAS_SOFTCAP, PRECISION, 1,
         )  # fmt: skip
     low, full_low, full_high, high = _key_ranges(
         first, keys, window, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW, MASK_KIND

@@ -1,9 +1,8 @@
 """Tiles of the single-pass attention kernels: one small table, filled by what they compile to, no autotuning.
 
-``fastadapter bench audit`` shows registers, spills and matrix instructions of its cases, none of which spills. Outside
-them, fp32 prefixes with head_dim over 128 still do: the forward on NVIDIA (125 to 262 instructions), the fp32 keys
-launch on gfx942 (7) and the fp32 prefix launch on sm_100 (3). Nothing here depends on
-batch or sequence lengths: a row or a packed sequence has the same bits alone and in any batch.
+``fastadapter bench audit`` shows registers, spills and matrix instructions of its cases; bf16 at
+head_dim 40 still spills there on NVIDIA, nothing else. Nothing here depends on batch or sequence lengths: a row or a
+packed sequence has the same bits alone and in any batch.
 """
 
 from typing import NamedTuple
@@ -51,17 +50,20 @@ def config(kernel: str, arch: str, activation, prefix, head_dim: int, prefix_len
     size = (head_dim > 64) + (head_dim > 128)
     nvidia = arch.startswith("sm_")
     if activation == torch.float32:  # exact products, on vector units, a row of head_dim per thread
-        num_warps = 4 if size == 0 or kernel in ("keys", "merge") else 8
+        num_warps = 4 if size == 0 or kernel == "keys" else 8
         if size == 2:  # by what did not spill
-            num_warps = {"prefix": 4, "keys": 8 if nvidia else 4, "query": 8 if nvidia else 4}.get(
-                kernel, num_warps
-            )
-        return Tiles(16, 16, 16, num_warps, 1, all_registers=nvidia and kernel == "keys" and not size)
+            backward = kernel in ("prefix", "keys", "query")
+            num_warps = 16 if nvidia and kernel == "prefix" else 8 if nvidia or not backward else 4
+        num_stages = 2 if kernel == "keys" and size == 2 and not nvidia else 1
+        return Tiles(
+            16, 16, 16, num_warps, num_stages, all_registers=nvidia and kernel == "keys" and not size
+        )
     if prefix == torch.float32 and kernel != "keys":  # the prefix likewise, beside matrix units
         if not nvidia and size == 2 and kernel in ("prefix", "query"):
             return Tiles(16, 16, 16, 4, 1)
         block_m = 16 if kernel != "query" and (size or kernel != "forward") else 32
-        return Tiles(block_m, 32, 16, 8, 1, all_registers=nvidia and kernel == "query")
+        all_registers = nvidia and (kernel == "query" or (kernel == "prefix" and size == 2))
+        return Tiles(block_m, 32, 16, 8, 1, all_registers=all_registers)
     if kernel == "forward":
         rows = _FORWARD_ON.get(arch, _FORWARD)
     elif kernel == "query" and arch != "sm_90":

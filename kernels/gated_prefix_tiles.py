@@ -125,9 +125,14 @@ def config(
             num_stages = 2 if head_dim > 128 and launch != "backward-prefix" else 1
         if launch == "forward" and head_dim <= 64:
             num_stages = max(num_stages, 2)
+        ampere_query = arch == "sm_80" and head_dim > 128 and launch == "backward-query"
         # 128 scores, a thread each
-        four |= nvidia and head_dim > 128 and launch == "backward-query"
-        return Tiles(16, block_p, 4 if head_dim <= 64 or four else 8, num_stages)
+        four |= nvidia and head_dim > 128 and launch == "backward-query" and not ampere_query
+        all_registers = ampere_query or (
+            arch == "sm_80" and head_dim <= 64 and launch == "backward" and activation != prefix
+        )
+        num_warps = 4 if head_dim <= 64 or four else 8
+        return Tiles(16, block_p, num_warps, num_stages, all_registers=all_registers)
     if launch == "forward":
         # keys and values of the whole prefix stay in shared memory over a program's run of tiles
         largest = 32 if not nvidia else 64 if head_dim > 128 else 128
@@ -143,8 +148,10 @@ def config(
         return Tiles(32, 64 if wide else 16, num_warps, 1 if crowded else 2, all_registers=crowded)
     num_warps = 8 if head_dim > 128 and not four else 4
     if launch == "backward":
-        return Tiles(32, block_p, num_warps, 2)
-    return Tiles(32, block_p, num_warps, 1, all_registers=nvidia and (head_dim <= 32 or head_dim > 128))
+        padded = head_dim < min(block_d(head_dim), 64)  # its masks are kept over the run
+        return Tiles(32, block_p, num_warps, 2, all_registers=nvidia and padded)
+    crowded = head_dim <= 32 or head_dim > 128 or arch == "sm_80"
+    return Tiles(32, block_p, num_warps, 1, all_registers=nvidia and crowded)
 
 
 def operands(query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn, tiles: Tiles) -> dict:

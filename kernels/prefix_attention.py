@@ -23,7 +23,15 @@ import torch
 import triton
 import triton.language as tl
 from fastadapter.kernels import attention, attention_backward, decode, target
-from fastadapter.kernels.attention import LENGTHS, _adapter_of, _attend_prefix, _load, _locate, _rows
+from fastadapter.kernels.attention import (
+    LENGTHS,
+    _adapter_of,
+    _attend_prefix,
+    _load,
+    _locate,
+    _prefix_stages,
+    _rows,
+)
 from torch import Tensor
 
 
@@ -62,7 +70,7 @@ def _prefix_merge_fwd_kernel(
             tl.where(visible[:, None], base.to(tl.float32), 0.0), lse * 1.4426950408889634,
             tl.where(visible, 1.0, 0.0), q.to(prefix_key_ptr.dtype.element_ty), k_ptrs, v_ptrs, PREFIX_KEY_STRIDES,
             PREFIX_VALUE_STRIDES, tl.where(adapted, prefix_len, 0), mask_d, score_scale, cap_log2,
-            BLOCK_P, HEAD_DIM, HAS_SOFTCAP, PRECISION,
+            BLOCK_P, HEAD_DIM, HAS_SOFTCAP, PRECISION, _prefix_stages(k_ptrs),
         )  # fmt: skip
         # a device cannot raise, so an id outside the bank has to show in the result
         l_i = tl.where(adapted, l_i, float("nan"))

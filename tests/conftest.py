@@ -1,8 +1,6 @@
 """Settings that every test needs before torch, triton or transformers are imported."""
 
-import inspect
 import os
-import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -10,6 +8,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+from tests.support import interpreter
 
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is decorated, so it must be set before any kernel is imported.
@@ -39,27 +39,6 @@ def default_threads():
 
 
 @pytest.fixture(autouse=True)
-def quick_interpreter(monkeypatch):
-    """Triton's interpreter replaces ``triton.language`` at every call of a device function; here once per launch.
-
-    It is the same replacement every time, and half of the time of a launch.
-    """
-    interpreter = sys.modules.get("triton.runtime.interpreter")
-    if interpreter is None:
-        return
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    done = set()
-
-    def patch_lang(function):
-        languages = frozenset(id(value) for value in function.__globals__.values() if inspect.ismodule(value))
-        if languages in done:
-            return None
-        done.add(languages)
-        return patch(function)
-
-    def call(self, *args, **kwargs):
-        done.clear()
-        return launch(self, *args, **kwargs)
-
-    monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", call)
+def quick_interpreter():
+    with interpreter.quick_interpreter():
+        yield

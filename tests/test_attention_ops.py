@@ -249,6 +249,24 @@ def test_rows_are_isolated(op, backend):
 
 
 @on_every_backend
+def test_entries_that_no_row_uses(op, backend):
+    """They get zeros, and the others what a bank without the unused ones gives them."""
+    inputs = make_inputs(Shape(batch=3, num_prefixes=4), torch.float32)
+    inputs = inputs._replace(row_ids=torch.tensor([3, 1, 3], dtype=torch.int32))
+    used, bank = [1, 3], ("prefix_key", "prefix_value", "gate")
+    fewer = inputs._replace(
+        **{name: getattr(inputs, name)[used] for name in bank},
+        row_ids=torch.tensor([1, 0, 1], dtype=torch.int32),
+    )
+    results, expected = run(op, inputs, backend), run(op, fewer, backend)
+    for name in ("out", "query", "key", "value"):
+        assert same_bits(results[name], expected[name]), name
+    for name in OPERANDS[op][3:]:
+        assert same_bits(results[name][used], expected[name]), name
+        assert same_bits(results[name][[0, 2]], torch.zeros_like(expected[name])), name
+
+
+@on_every_backend
 @pytest.mark.parametrize("mask", ["causal", ""])
 def test_packed_sequences_are_isolated(op, backend, mask):
     """A packed sequence gives the bits it gives alone, beside NaN and sequences of no length."""
@@ -322,10 +340,12 @@ def test_any_strides(op, backend, change):
     """Strided inputs give what their copies give, to rounding; the output is strided as the query."""
     inputs = make_inputs(Shape(mask="float", head_dim=12), torch.float32)
     names = ("query", "key", "value", "prefix_key", "prefix_value", "grad_out", "attn_mask")
-    changed = inputs._replace(**{name: change(getattr(inputs, name)) for name in names})
-    expected, actual = run(op, inputs, backend), run(op, changed, backend)
-    for name in ("out", "lse", *OPERANDS[op]):
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
+    expected = run(op, inputs, backend)
+    for some in (names, names[::2], names[1::2]):  # of two neighbours both, the one and the other
+        changed = inputs._replace(**{name: change(getattr(inputs, name)) for name in some})
+        actual = run(op, changed, backend)
+        for name in ("out", "lse", *OPERANDS[op]):
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
     plain_query = make_inputs(Shape(), torch.float32)
     plain_query = plain_query._replace(query=transposed(plain_query.query))
     assert run(op, plain_query, backend)["out"].stride() == plain_query.query.stride()

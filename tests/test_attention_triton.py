@@ -20,6 +20,7 @@ from fastadapter.kernels import attention, gated_prefix_attention, prefix_attent
 from fastadapter import reference
 from tests.support.attention import GATED, OPERANDS, SAVED, SHARED, Shape, check, eager, make_inputs, packed
 from tests.support.budget import assert_within_budget, same_bits
+from tests.support.far import far_apart
 from tests.support.gated_prefix import device_of, on_device
 
 DEVICE = device_of("triton")
@@ -340,6 +341,17 @@ def test_runs_are_equal_bit_for_bit():
     first, second = launch(GATED, inputs), launch(GATED, inputs)
     check(GATED, inputs, first)
     assert all(same_bits(first[name], second[name]) for name in first)
+
+
+@EITHER
+@pytest.mark.parametrize("axis", [0, 2])
+def test_strides_beyond_32_bits(op, axis):
+    """Rows and positions whose offsets need 64 bits, forward and backward."""
+    inputs = make_inputs(BANK._replace(q_len=3, kv_len=3), torch.float16)
+    far = {name: far_apart(getattr(inputs, name), axis) for name in (*ACTIVATIONS, "grad_out")}
+    actual, expected = launch(op, inputs._replace(**far)), launch(op, inputs)
+    for name in expected:
+        assert same_bits(actual[name], expected[name]), name
 
 
 @EITHER

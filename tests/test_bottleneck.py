@@ -170,10 +170,12 @@ def test_norm_without_weight(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("residual", ["x", "other", None])
 def test_zero_up_is_the_residual_bit_for_bit(backend, dtype, residual):
-    """Also negative zeros, and when the down projection holds Inf and NaN; then only up gets a gradient."""
+    """Also negative zeros on either side, and when the down projection holds Inf and NaN; only up gets a gradient."""
     inputs = make_inputs(Shape(batch=4, num_entries=2), dtype, residual=residual)
     inputs.up_weight.zero_()
     inputs.up_bias.zero_()
+    inputs.up_weight[:, ::2] = -0.0
+    inputs.up_bias[:, 1::2] = -0.0
     kept = torch.zeros_like(inputs.x) if residual is None else inputs.residual
     if residual is not None:
         kept[:, 0] = -0.0
@@ -195,9 +197,8 @@ def test_zero_up_is_the_residual_bit_for_bit(backend, dtype, residual):
 def test_zero_channels_among_others(backend):
     """A channel whose weights and bias are zero keeps its bits beside channels that change, and that are NaN."""
     inputs = make_inputs(Shape(hidden=40), torch.float32)
-    for channel in (3, 39):
-        inputs.up_weight[0, channel] = 0.0
-        inputs.up_bias[0, channel] = 0.0
+    inputs.up_weight[0, [3, 5, 39]] = 0.0
+    inputs.up_bias[0, [3, 6, 39]] = 0.0
     inputs.residual[..., 3] = -0.0
     inputs.residual[0, 0, 39] = float("nan")
     for poison in (False, True):
@@ -206,6 +207,7 @@ def test_zero_channels_among_others(backend):
         out = run(inputs, backend)["out"]
         assert same_bits(out[..., [3, 39]], inputs.residual[..., [3, 39]])
         assert not same_bits(out[..., 4], inputs.residual[..., 4])
+    assert out[..., [4, 5, 6]].isnan().all()  # weights or bias: not a channel without a term
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -340,6 +342,7 @@ def test_deterministic(backend):
         NORM,
         ("x", *PARAMETERS, "residual"),
         ("up_bias",),
+        ("up_weight", "norm_bias"),
     ],
     ids=str,
 )

@@ -221,6 +221,21 @@ def test_backward_uses_the_kept_z():
     assert any(s is not None and same_bits(s, z) for s in out.grad_fn.saved_tensors)
     frozen = call(inputs._replace(x=x), "cpp", activation="identity")  # x alone, and a constant derivative
     assert frozen.grad_fn.saved_tensors[-1] is None
+    for name in ("down_weight", "up_weight"):  # either has a gradient through z
+        trained = inputs._replace(**{name: getattr(inputs, name).requires_grad_()})
+        assert same_bits(call(trained, "cpp", activation="identity").grad_fn.saved_tensors[-1], z)
+        getattr(inputs, name).requires_grad_(False)
+
+
+@pytest.mark.parametrize("hidden", [236, 4096])
+def test_long_rows_round_as_in_a_blas(hidden):
+    """Products are sums of short chains: one over all columns had several times the error of eager PyTorch."""
+    inputs = make_inputs(Shape(batch=1, q_len=64, hidden=hidden, size=64), torch.float32)
+    z = kept(inputs, activation="identity", norm="none")[1]
+    x, weight, bias = inputs.x, inputs.down_weight, inputs.down_bias[:, None]
+    plain = torch.baddbmm(bias, x, weight.mT)
+    exact = torch.baddbmm(bias.double(), x.double(), weight.double().mT)
+    assert_within_budget(z, plain, exact, "z")
 
 
 def test_z_of_the_wrong_form_is_named():

@@ -22,6 +22,7 @@ from fastadapter.kernels.bottleneck_config import backward_config, config
 
 from tests.support.bottleneck import Shape, eager, make_inputs, run
 from tests.support.budget import assert_within_budget, same_bits
+from tests.support.far import far_apart
 from tests.support.gated_prefix import device_of, on_device
 
 GRADS = ("x", "down_weight", "up_weight", "down_bias", "up_bias", "norm_weight", "norm_bias")
@@ -43,6 +44,7 @@ CASES = [
     (Shape(1, 2, 17, 65), {"residual": None, "biases": False}, {"activation": "identity"}),
     (Shape(4, 3, 40, 24, 3), {"norm": "layer_norm"}, {"activation": "gelu"}),
     (Shape(3, 2, 17, 140, 2), {"norm": "rms_norm", "residual": "x"}, {"activation": "silu", "scale": 0.5}),
+    (Shape(2, 67, 20, 5, 2), {"residual": "x"}, {"activation": "gelu"}),  # several tiles of a row of a bank
 ]
 ONE = Shape(3, 3, 20, 5, 2)
 # past the one-kernel form, and past one block of hidden columns for fp32 weights
@@ -305,6 +307,17 @@ def test_strided_and_unaligned_inputs(shape):
     expected, actual = (backward(x, norm="layer_norm") for x in (dense, expanded))
     for name, value in expected.items():
         assert same_bits(actual[name], value), name
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("shape", [ONE, TWO], ids=["one", "two"])
+def test_strides_beyond_32_bits(shape, axis):
+    """Rows and positions whose offsets need 64 bits, forward and backward."""
+    inputs = make_inputs(shape, torch.float16, norm="layer_norm")
+    far = {name: far_apart(getattr(inputs, name), axis) for name in ("x", "residual", "grad_out")}
+    actual, expected = launch(inputs._replace(**far), norm="layer_norm"), launch(inputs, norm="layer_norm")
+    for name in expected:
+        assert same_bits(actual[name], expected[name]), name
 
 
 @pytest.mark.parametrize("shape", [Shape(0, 3, 20, 5), Shape(2, 0, 20, 70)], ids=str)

@@ -20,6 +20,7 @@ from fastadapter.kernels import gated_prefix_attention, prefix_attention, target
 
 from fastadapter import reference
 from tests.support.budget import assert_within_budget, same_bits
+from tests.support.far import far_apart
 from tests.support.gated_prefix import device_of, on_device
 
 DEVICE = device_of("triton")
@@ -302,16 +303,13 @@ def test_extreme_scores_and_masks(op):
     check(op, inputs, shape, launch(op, inputs, shape))
 
 
-def test_strides_beyond_32_bits():
-    """Offsets are computed in 64 bits: pages that are never touched make a tensor this far apart affordable."""
-    shape = Shape(batch=1, kv_len=3, num_prefixes=1)
+@pytest.mark.parametrize("axis", [0, 2])
+def test_strides_beyond_32_bits(axis):
+    """Rows and keys whose offsets need 64 bits."""
+    shape = Shape(batch=3, kv_len=3)
     inputs = make_inputs(shape, torch.float16)
-    expected = launch(OPS[0], inputs, shape)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    far = torch.empty(2**30 + 2**29 + 64, dtype=torch.float16)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    key = far.as_strided(inputs.key.shape, (0, 0, 2**29 + 2**28, 1)).copy_(inputs.key)
-    assert same_bits(launch(OPS[0], inputs._replace(key=key), shape), expected)
+    far = {name: far_apart(getattr(inputs, name), axis) for name in ("key", "value")}
+    assert same_bits(launch(OPS[0], inputs._replace(**far), shape), launch(OPS[0], inputs, shape))
 
 
 @pytest.mark.parametrize("shape", [Shape(batch=0), Shape(q_len=0)], ids=str)

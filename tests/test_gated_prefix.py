@@ -4,6 +4,8 @@ The gates are random and non-zero unless a test says so: at gate zero only the g
 a test proves nothing about the others.
 """
 
+import itertools
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -135,6 +137,24 @@ def test_rows_without_an_adapter(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_entries_that_no_row_uses(backend):
+    """They get zeros, and the others what a bank without the unused ones gives them."""
+    inputs = make_inputs(Shape(batch=3, num_prefixes=4), torch.float32)
+    inputs = inputs._replace(row_ids=torch.tensor([3, 1, 3], dtype=torch.int32))
+    used, bank = [1, 3], ("prefix_key", "prefix_value", "gate")
+    fewer = inputs._replace(
+        **{name: getattr(inputs, name)[used] for name in bank},
+        row_ids=torch.tensor([1, 0, 1], dtype=torch.int32),
+    )
+    results, expected = run(inputs, backend), run(fewer, backend)
+    for name in ("out", "query"):
+        assert same_bits(results[name], expected[name]), name
+    for name in bank:
+        assert same_bits(results[name][used], expected[name]), name
+        assert same_bits(results[name][[0, 2]], torch.zeros_like(expected[name])), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides(backend):
     """Transposed, sliced, step-2, expanded and unaligned inputs give what their copies give; out is strided as base."""
     shape = Shape(head_dim=16, q_len=6)
@@ -152,10 +172,11 @@ def test_any_strides(backend):
         return storage[1:].view_as(x)
 
     expected = run(inputs, backend)
-    for change in (transposed, every_other, unaligned):
-        changed = inputs._replace(
-            **{name: change(getattr(inputs, name)) for name in (*GRADS[:4], "grad_out")},
-        )
+    names = (*GRADS[:4], "grad_out")
+    for change, some in itertools.product(
+        (transposed, every_other, unaligned), (names, names[::2], names[1::2])
+    ):
+        changed = inputs._replace(**{name: change(getattr(inputs, name)) for name in some})
         actual = run(changed, backend)
         for name in ("out", *GRADS):
             # not bitwise: the matrix products of the reference round by alignment

@@ -66,6 +66,34 @@ def test_a_token_has_the_same_bits_in_any_block():
             assert same_bits(alone[name], whole[name][:, :, t : t + 1]), (name, t)
 
 
+def test_gradients_of_an_entry_do_not_depend_on_other_rows():
+    """The rows of one entry, alone, give the bits of its gradients in a mixed batch."""
+    inputs = make_inputs(MIXED, torch.float32)
+    mixed = run(inputs, "cpp")
+    own = inputs.row_ids == 1
+    alone = run(
+        inputs._replace(
+            **{name: getattr(inputs, name)[own] for name in ("base", "query", "grad_out", "row_ids")}
+        ),
+        "cpp",
+    )
+    for name in ("prefix_key", "prefix_value", "gate"):
+        assert same_bits(alone[name][1], mixed[name][1]), name
+
+
+def test_nan_of_a_head_without_a_gate_stays_there():
+    """Heads of a group share the sums of the prefix gradients: one whose gate is zero adds nothing, not 0 * NaN."""
+    inputs = make_inputs(Shape(), torch.float32)
+    inputs.gate[0, 1] = 0.0
+    expected = run(inputs, "cpp")
+    for name in ("query", "grad_out"):
+        poisoned = inputs._replace(**{name: getattr(inputs, name).clone()})
+        getattr(poisoned, name)[:, 1] = float("nan")
+        actual = run(poisoned, "cpp")
+        for grad in ("prefix_key", "prefix_value"):
+            assert same_bits(actual[grad], expected[grad]), (name, grad)
+
+
 def spread(x, dim, step):
     """The values of ``x`` with other strides: every ``step``-th slot of a NaN-filled tensor along ``dim``."""
     sizes = list(x.shape)

@@ -88,8 +88,11 @@ def _cases(op: str) -> Iterator[Case]:
             yield Case(op, direction, "bf16", llama | {"d": d}, options)
         yield Case(op, direction, "bf16", llama | {"q": 2048, "s": 2048}, options)
         yield Case(op, direction, "bf16", llama | {"b": 1, "q": 2048, "s": 2048, "seqs": 8, "n": 8}, options)
+        for d in (40, 96):  # padded to a power of two
+            yield Case(op, direction, "bf16", llama | {"d": d}, options)
         for dtype in ("fp32", "bf16+fp32"):
-            yield Case(op, direction, dtype, llama, options)
+            for d in (128, 256):
+                yield Case(op, direction, dtype, llama | {"d": d}, options)
         if op == "prefix_attention":
             continue  # the same kernels: what differs is in the cases above
         yield Case(op, direction, "fp16", llama, options)

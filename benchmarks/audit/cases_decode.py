@@ -16,26 +16,25 @@ def _run(case: Case, make: Maker) -> Any:
     key, value = (make.activations(s["b"], s["kv"], s["s"], s["d"]) for _ in range(2))
     prefix = [make.weights(entries, s["kv"], s["p"], s["d"]) for _ in range(2)]
     gate = [make.fp32(entries, s["h"])] if gated else []
+    mask = make.activations(1, 1, s["q"], s["s"]) if case.options.get("mask") else None
+    if mask is not None:
+        mask = mask.expand(s["b"], s["h"], s["q"], s["s"])
     constants = (
-        None,
-        make.row_ids(s["b"], s["n"]),
-        s["d"] ** -0.5,
-        *(["tanh"] if gated else []),
-        False,
-        0,
-        0.0,
-    )
+        mask, make.row_ids(s["b"], s["n"]), s["d"] ** -0.5, *(["tanh"] if gated else []), False, 0,
+        30.0 if case.options.get("softcap") else 0.0,
+    )  # fmt: skip
     run = getattr(importlib.import_module("fastadapter.kernels.decode"), case.op)
     return run(query, key, value, *prefix, *gate, *constants)
 
 
 def _bytes(case: Case) -> int:
-    """The cache, and little else."""
+    """The cache, and little else: query and output, prefix and gate, a mask."""
     s, (activation, trained) = case.sizes, case.itemsizes
     gate = max(s["n"], 1) * s["h"] * 4 if case.op == "gated_prefix_attention_decode" else 0
     keys = 2 * s["b"] * s["kv"] * s["s"] * s["d"] * activation
     prefix = 2 * max(s["n"], 1) * s["kv"] * s["p"] * s["d"] * trained
-    return 2 * s["b"] * s["h"] * s["q"] * s["d"] * activation + keys + prefix + gate
+    mask = s["q"] * s["s"] * activation if case.options.get("mask") else 0
+    return 2 * s["b"] * s["h"] * s["q"] * s["d"] * activation + keys + prefix + gate + mask
 
 
 def _flops(case: Case) -> int:

@@ -43,7 +43,7 @@ def _cases() -> Iterator[Case]:
         for dtype in DTYPES:
             for d in (128, 64):
                 yield Case("gated_prefix", direction, dtype, llama | {"d": d})
-        for d in (32, 80, 256):
+        for d in (32, 40, 80, 96, 256):
             yield Case("gated_prefix", direction, "bf16", llama | {"d": d})
         for p in (32, 128):
             yield Case("gated_prefix", direction, "bf16", llama | {"p": p})
@@ -91,8 +91,10 @@ def _merge_cases() -> Iterator[Case]:
     llama = {"b": 4, "h": 32, "kv": 8, "q": 2048, "d": 128, "p": 10, "n": 0}
     for dtype in ("bf16", "fp16", "fp32", "bf16+fp32"):
         yield Case("prefix_merge", "forward", dtype, llama)
-    for d in (64, 256):
+    for d in (40, 64, 96, 256):
         yield Case("prefix_merge", "forward", "bf16", llama | {"d": d})
+    for dtype in ("fp32", "bf16+fp32"):
+        yield Case("prefix_merge", "forward", dtype, llama | {"d": 256})
     yield Case("prefix_merge", "forward", "bf16", llama | {"p": 128})
 
 

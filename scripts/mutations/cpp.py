@@ -1,5 +1,6 @@
 """Mistakes in the C++ kernels and in what carries them."""
 
+from .cpp_bottleneck import BOTTLENECK_CPP
 from .record import of_file
 
 GATED_PREFIX_CPP = (
@@ -199,15 +200,4 @@ CPP += [
     ),
 ]
 
-CPP += of_file(
-    "csrc/bottleneck_kernel.cpp",
-    "tests/test_bottleneck.py tests/test_bottleneck_cpp.py -k 'cpp and not threads and not instruction_set'",
-    zero_term_is_added=("const Vec<C> o = term == 0 ? kept : kept + term;", "const Vec<C> o = kept + term;"),
-    scale_missing=(
-        "(sum[i][v] + bias[v]) * scale;\n        const Vec<C> kept",
-        "(sum[i][v] + bias[v]);\n        const Vec<C> kept",
-    ),
-    residual_twice=("term == 0 ? kept : kept + term;", "term == 0 ? kept : kept * C(2) + term;"),
-    zero_rows_of_up_not_looked_for=("  if (!any(bad)) return;\n", "  return;\n"),
-    bias_alone_counts_as_nothing=("if (zero && bias.data) zero =", "if (!zero && bias.data) zero ="),
-)
+CPP += BOTTLENECK_CPP

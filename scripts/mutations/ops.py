@@ -4,6 +4,8 @@ from .record import of_file
 
 GATED_PREFIX = "tests/test_gated_prefix.py -k 'not triton and (bad_calls or bad_options or frozen or budget)'"
 FROZEN = "tests/test_attention_ops.py -k 'frozen and not triton'"
+BOTTLENECK = "tests/test_bottleneck.py -k 'not triton and (frozen or budget or leading or bad)'"
+KEPT_Z = "tests/test_bottleneck_cpp.py -k kept_z"
 CALLS = "tests/test_attention_ops_calls.py -k bad"
 
 OPS = [
@@ -42,7 +44,45 @@ OPS = [
     ),
     *of_file(
         "fastadapter/ops/bottleneck.py",
-        "tests/search/test_search.py -k 'cpu and bottleneck'",
-        residual_gets_no_gradient=("grad_out if need_residual else None, *grads", "None, *grads"),
+        BOTTLENECK,
+        residual_gets_no_gradient=(
+            "grad_out if need_residual else None, *grads",
+            "None, *grads",
+            "tests/search/test_search.py -k 'cpu and bottleneck'",
+        ),
+        frozen_up_freezes_down=(
+            "parameters[0] or parameters[1], parameters",
+            "parameters[0] and parameters[1], parameters",
+        ),
+        frozen_bias_freezes_the_other=(
+            "parameters[2] or parameters[3]\n",
+            "parameters[2] and parameters[3]\n",
+        ),
+        frozen_norm_bias_freezes_its_weight=(
+            "need_norm_weight or need_norm_bias",
+            "need_norm_weight and need_norm_bias",
+        ),
+        tied_residual_counts_twice=(
+            "        if residual_is_x:  # one input",
+            "        if False:  # one input",
+        ),
+        tied_residual_gets_no_gradient=("(*constants, residual_is_x)", "(*constants, False)"),
+        rows_of_two_dims_share_an_id=("dim = 1 if by_row else 0", "dim = 0"),
+        ids_beyond_the_bank=("row_ids, x.shape[0], num_entries)", "row_ids, x.shape[0], num_entries + 1)"),
+        dtype_of_the_up_weight_unchecked=(
+            'for name in ("up_weight", "down_bias", "up_bias"):',
+            'for name in ("down_bias", "up_bias"):',
+        ),
+        z_is_never_kept=(
+            'keep_z = chosen == "cpp" and _needs_z(',
+            'keep_z = chosen == "none" and _needs_z(',
+            KEPT_Z,
+        ),
+        z_is_kept_for_a_constant_slope=('return activation != "identity" and any(', "return any(", KEPT_Z),
+        z_is_dropped_where_weights_train=(
+            "if down_weight.requires_grad or up_weight.requires_grad:",
+            "if down_weight.requires_grad and up_weight.requires_grad:",
+            KEPT_Z,
+        ),
     ),
 ]

@@ -3,6 +3,7 @@
 from .record import of_file
 
 TESTS = "tests/test_attention_triton.py -k within_budget"
+FAR = "tests/test_attention_triton.py -k 32_bits"
 DECODE = "tests/test_decode_triton.py -k within_budget"
 
 ATTENTION = [
@@ -56,6 +57,8 @@ ATTENTION = [
             '        s = tl.where(mask_p[None, :], s, float("-inf"))\n        acc, m_i, l_i',
             "        acc, m_i, l_i",
         ),
+        int32_rows=("return row.to(tl.int64), head", "return row, head", FAR),
+        int32_positions=("offs.to(tl.int64)[:, None] * STRIDES[2]", "offs[:, None] * STRIDES[2]", FAR),
         gated_term_without_gate=("weight = factor / tl.where(", "weight = 1.0 / tl.where("),
     ),
     *of_file(

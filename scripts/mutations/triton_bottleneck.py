@@ -47,6 +47,16 @@ BOTTLENECK = [
             "t = (tile % tiles_per_row).to(tl.int64) * BLOCK_M + offs_m",
             "t = (tile % tiles_per_row).to(tl.int64) * (BLOCK_M + 1) + offs_m",
         ),
+        int32_rows=(
+            "b = (tile // tiles_per_row).to(tl.int64) + tl.zeros((BLOCK_M,), tl.int64)",
+            "b = tile // tiles_per_row + tl.zeros((BLOCK_M,), tl.int32)",
+            tests_named("32_bits"),
+        ),
+        int32_positions=(
+            "t = (tile % tiles_per_row).to(tl.int64) * BLOCK_M + offs_m",
+            "t = tile % tiles_per_row * BLOCK_M + offs_m",
+            tests_named("32_bits"),
+        ),
     ),
     *of_file(
         "kernels/activation.py",
@@ -83,6 +93,7 @@ BOTTLENECK = [
         last_tile_of_a_slot_lost=(
             "last_tile = tl.minimum(first_tile + tiles_per_slot, num_tiles)",
             "last_tile = tl.minimum(first_tile + tl.maximum(tiles_per_slot - 1, 1), num_tiles)",
+            tests_named("many_rows"),
         ),
         reduce_adds_every_row=("mask=mask_b, other=-1) == entry)", "mask=mask_b, other=-1) >= 0)"),
     ),

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,10 +14,14 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 import torch
 
+with suppress(ImportError):  # quick_interpreter() changes what is there
+    import triton.runtime.interpreter  # noqa: F401
+
 from fastadapter import __version__
 from tests.search.attention import OPERANDS
 from tests.search.search import CPU, TRITON, search
 from tests.support.attention import runs_here
+from tests.support.interpreter import quick_interpreter
 
 OPS = (*OPERANDS, "bottleneck")
 
@@ -29,6 +34,7 @@ def main():
     parser.add_argument("--output", type=Path, help="store the summary; entries of other ops in it are kept")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # torch.empty is NaN then: an output left unwritten shows
     rows = []
     if options.output and options.output.exists():
         rows = json.loads(options.output.read_text(encoding="utf-8"))["rows"]
@@ -38,7 +44,8 @@ def main():
             if not backends or not examples:
                 continue
             start = time.process_time()
-            drawn = search(op, backends, examples)
+            with quick_interpreter():
+                drawn = search(op, backends, examples)
             row = {"op": op, "backends": backends, "failures": 0, **dict(sorted(drawn.items()))}
             row["cpu_seconds"] = round(time.process_time() - start)
             rows = [old for old in rows if (old["op"], old["backends"]) != (op, backends)] + [row]

@@ -5,12 +5,15 @@ as a single prefix position, where the gradient of the scores cancels to an exac
 is then measured on more draws of the same parameters and on slightly larger ones: the factor and the floor stay.
 """
 
+import contextlib
+
 import torch
 
 from tests.search import attention, bottleneck
 from tests.search.layouts import storage_bits
 from tests.search.problems import BANKS, run
 from tests.support.budget import assert_within_budget, same_bits
+from tests.support.interpreter import products_by_element
 
 # Where a score has an ulp of 1e-3, a gradient depends on the order in which forward and backward summed it.
 EXTREME = 100.0
@@ -25,6 +28,11 @@ def adapter_of(op):
 
 def check(case, *backends):
     """All properties of ``case`` on every backend; call it with a printed case to reproduce a failure."""
+    with products_by_element() if "triton" in backends else contextlib.nullcontext():
+        _check(case, backends)
+
+
+def _check(case, backends):
     adapter = adapter_of(case.op)
     problem = adapter.build(case)
     before = {name: storage_bits(x) for name, x in problem.tensors().items()}
@@ -44,10 +52,22 @@ def errors_of(problem):
     """What plain PyTorch computes, and the truth."""
     truth = adapter_of(problem.op).truth
     exact = truth(problem, torch.float64)
+    if problem.grad_out.dtype == torch.float64:
+        return in_double(problem, exact), exact
     plain = truth(problem, problem.grad_out.dtype)
     if any(x[~torch.isinf(exact[name])].isfinite().logical_not().any() for name, x in plain.items()):
         plain = truth(problem, torch.float32)  # scores beyond fp16
     return plain, exact
+
+
+def in_double(problem, exact):
+    """The truth is fp64 itself, beside which eager fp64 has no error: that of eager fp32, in ulp, stands for it."""
+    narrow = problem.replace(
+        **{name: x.float() for name, x in problem.tensors().items() if x.is_floating_point()}
+    )
+    coarse, fine = errors_of(narrow)
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return {name: x + ratio * (coarse[name].double() - fine[name]) for name, x in exact.items()}
 
 
 def check_values(case, actual, plain, exact, backend):
@@ -63,7 +83,7 @@ def check_values(case, actual, plain, exact, backend):
         except AssertionError:
             if not parts[0].isfinite().all():
                 raise
-            pooled = pooled or [errors_of(adapter_of(case.op).build(other)) for other in neighbours(case)]
+            pooled = pooled or [errors_of(problem) for problem in neighbours(case)]
             # the values of the neighbours stand beside the case's own, with no error on our side
             every = [parts] + [
                 finite_parts(name, e[name].to(value.dtype), p[name], e[name]) for p, e in pooled
@@ -83,9 +103,16 @@ def finite_parts(name, actual, plain, exact):
 
 
 def neighbours(case):
+    """Problems that differ in values and sizes. The gates stay: their slope scales the error of their gradient."""
+    adapter = adapter_of(case.op)
+    gate = {name: x for name, x in adapter.build(case).operands.items() if name == "gate"}
     # of usual scores too: those of 1e4 leave one position, and no gradient of its score, in the larger case as well
     kinds = (case, case.larger(), case.larger()._replace(logits=1.0))
-    return [other._replace(seed=case.seed + i) for i in (1, 2, 3) for other in kinds]
+    return [
+        adapter.build(other._replace(seed=case.seed + i)).replace(**gate)
+        for i in (1, 2, 3)
+        for other in kinds
+    ]
 
 
 def check_form(problem, actual, backend):
