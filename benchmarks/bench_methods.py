@@ -135,13 +135,13 @@ def mixed_decode(settings: Settings, meter: Meter | None = None) -> Iterator[lis
     prompt_len, new_tokens = (8, 4) if settings.quick else (32, 16)
     model = models.build(small=settings.quick, dtype=dtype, device=settings.device)
     ids = models.tokens(model, ROWS, prompt_len)
+    names = [f"a{row}" for row in range(ROWS)]
     for method, config in (
         ("LLaMA-Adapter", fa.LlamaAdapterConfig(models.PREFIX_LEN)),
         ("prefix tuning", fa.PrefixTuningConfig(LENGTH)),
         ("houlsby", fa.BottleneckConfig(bottleneck_size=RANK, init="houlsby")),
     ):
         adapted = models.share(model).eval()
-        names = [f"a{row}" for row in range(ROWS)]
         for name in names:
             fa.attach(adapted, config, name)
         with torch.no_grad():

@@ -1,8 +1,8 @@
 """What is compared, and the learning rate of each: the one place for both.
 
 The rates of encoders are the best of ``scripts/sweep_learning_rates.py`` on training records of the reviews alone
-(``benchmarks/results/learning_rates_minilm.json``: few candidates, and 100 steps a run). Those of decoders are not swept
-yet: they are the usual ones of each method.
+(``benchmarks/results/learning_rates_minilm.json``: few candidates, and 100 steps a run). Those of decoders are not
+swept yet: they are the usual ones of each method.
 """
 
 from collections.abc import Mapping, Sequence

@@ -58,9 +58,9 @@ class BottleneckHost(Host):
     def hooks(self, module: nn.Module) -> list[RemovableHandle]:
         return [module.register_forward_hook(_adapt_output)]
 
-    def add(self, name: str, adapter: nn.Module, source: str | None = None) -> None:
+    def add(self, name: str, adapter: nn.Module, **options: Any) -> None:
         super().add(name, adapter)
-        self.inputs[name] = source
+        self.inputs[name] = options.get("source")
 
     def remove(self, name: str) -> None:
         super().remove(name)

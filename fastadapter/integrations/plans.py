@@ -170,7 +170,7 @@ def _points(
         if not found:
             raise ValueError(f"modules: {path} has no part named {', '.join(config.modules)}")
         return [(name, None) for name in found]
-    family = attention.config.model_type
+    family = str(getattr(attention.config, "model_type", None))
     if family not in POINTS:
         raise TypeError(
             f"no bottleneck points are known for {family!r}, only for {', '.join(POINTS)}; name the modules whose "
@@ -224,7 +224,7 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Norm") and any(True for _ in module.parameters(recurse=False))
 
 
-def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+def _linear_sizes(module: Any) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's, with the weight transposed

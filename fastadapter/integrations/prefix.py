@@ -100,7 +100,8 @@ class PrefixHost(Host):
             bank = self._shared_bank(group, attention, query.dtype, prompts)
             rows: Any = group.members
             row_mask = mask[rows] if mask is not None and mask.shape[0] > 1 else mask
-            row_ids = group.row_ids[rows] if len(group.names) > 1 else None
+            row_ids = group.row_ids
+            row_ids = row_ids[rows] if row_ids is not None and len(group.names) > 1 else None
             part = attend_shared(
                 attention, query[rows], key[rows], value[rows], row_mask, *bank, row_ids, options
             )
@@ -193,7 +194,9 @@ class PrefixHost(Host):
         if kept is None or any(old is not new for old, new in zip(kept[0], ready, strict=True)):
             with torch.inference_mode(False), torch.no_grad():
                 fields = ("key", "value", "gate")
-                joined = {field: torch.cat([getattr(each, field) for each in ready]) for field in fields}
+                joined: dict[str, Any] = {
+                    field: torch.cat([getattr(each, field) for each in ready]) for field in fields
+                }
             kept = (tuple(ready), ready[0]._replace(**joined))
             self._banks = {names: kept}
         return kept[1]

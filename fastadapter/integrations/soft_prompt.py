@@ -74,7 +74,8 @@ class SoftPromptHost(Host):
     def offsets(self, batch: int, device: torch.device) -> Tensor:
         """How far each row's text is moved by its prompt, ``(1 or batch, 1)``."""
         rows = self.state.row_names(batch) or (self.active,)
-        lengths = [len(self.adapter(name).prompt) if name in self.adapters else 0 for name in rows]
+        own = {name: len(self.adapter(name).prompt) for name in self.adapters}
+        lengths = [0 if name is None else own.get(name, 0) for name in rows]
         return torch.tensor(lengths, device=device)[:, None]
 
     def forget(self) -> None:
@@ -109,7 +110,9 @@ def _provide(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
 @contextlib.contextmanager
 def _without_checkpointing(decoder: nn.Module) -> Iterator[None]:
     """The pass of a prompt is short, and what it leaves in passing would be lost with its layers' activations."""
-    changed = [module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)]
+    changed: list[Any] = [
+        module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)
+    ]
     for module in changed:
         module.gradient_checkpointing = False
     try:

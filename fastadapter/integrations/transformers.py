@@ -185,7 +185,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
         raise ValueError(f"rows must be a list of names, one per row of the batch, got {names!r}")
     state = record.state
     chosen = tuple(None if each is None else _require_name(record, each) for each in names)
-    expand = getattr(inner, "_expand_inputs_for_generation", None)
+    expand: Any = getattr(inner, "_expand_inputs_for_generation", None)
 
     def expanding(expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
         state.factor = expand_size

@@ -1,7 +1,7 @@
 """Bottleneck adapters: small networks after or beside a block's parts (arXiv:1902.00751, 2005.00052, 2110.04366)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fastadapter.methods.config import (
     MethodConfig,
@@ -80,7 +80,8 @@ class BottleneckConfig(MethodConfig):
         require_bool("bias", self.bias)
         require_choice("parallel_input", self.parallel_input, PARALLEL_INPUTS)
         if self.modules is not None:
-            if isinstance(self.modules, str) or not all(isinstance(each, str) for each in self.modules):
+            names: Any = self.modules
+            if isinstance(names, str) or not all(isinstance(each, str) for each in names):
                 raise TypeError(f"modules must be a sequence of names, got {self.modules!r}")
             if not self.modules or self.placement == "parallel":
                 raise ValueError("modules must name at least one, and goes with houlsby or pfeiffer alone")
