@@ -39,7 +39,9 @@ def _scatter(
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for row in rows:
         middle = 100 * row["accuracy"]
-        spread = [[middle - 100 * row["accuracy_min"]], [100 * row["accuracy_max"] - middle]]
+        # the mean of equal accuracies can be an ulp off them
+        below, above = middle - 100 * row["accuracy_min"], 100 * row["accuracy_max"] - middle
+        spread = [[max(below, 0.0)], [max(above, 0.0)]]
         axis.errorbar(
             row[key],
             middle,
