@@ -12,7 +12,7 @@ _NUMBERED = re.compile(r"(.*?)\.?(\d+)(?:\.|$)")
 _LOOKUP = "ALL_ATTENTION_FUNCTIONS"
 # Architectures that the tests hold to every promise; any other that uses the attention interface may work.
 TESTED = (
-    "bert, distilbert, gemma3, gpt2, gpt_neox, llama, mistral, phi3, qwen3, t5 (encoder), vit, whisper"
+    "bert, distilbert, gemma3, gpt2, gpt_neox, llama, mistral, phi3, qwen3, roberta, t5 (encoder), vit, whisper"
 ).split(", ")
 
 
@@ -91,24 +91,35 @@ def floating_dtype(module: nn.Module) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
-def decoder_of(model: nn.Module, paths: list[str]) -> tuple[str, Any]:
-    """The one decoder that holds the attentions at ``paths``: the module around their list of blocks.
+def single_stack(model: nn.Module, paths: list[str]) -> str:
+    """The one list of blocks that holds the attentions at ``paths``.
 
-    Raises: TypeError: it is no decoder of texts, or there are several stacks.
+    Raises: TypeError: there are several.
     """
     stacks = {numbered(path)[0] for path in paths}
     if len(stacks) > 1 or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise TypeError(
-            f"{type(model).__name__} has an encoder and a decoder: a soft prompt is defined for decoders alone"
+            f"{type(model).__name__} has more than one stack of blocks ({', '.join(sorted(stacks))}): a soft prompt is "
+            "defined for a single decoder or encoder"
         )
-    path = stacks.pop().rpartition(".")[0]
+    return stacks.pop()
+
+
+def is_causal(model: nn.Module, paths: list[str]) -> bool:
+    return all(getattr(model.get_submodule(path), "is_causal", True) for path in paths)
+
+
+def decoder_of(model: nn.Module, stack: str) -> tuple[str, Any]:
+    """The decoder around a list of blocks, and its path.
+
+    Raises: TypeError: it does not take a prompt as embeddings.
+    """
+    path = stack.rpartition(".")[0]
     decoder: Any = model.get_submodule(path)
     parameters = inspect.signature(decoder.forward).parameters
-    causal = all(getattr(model.get_submodule(each), "is_causal", True) for each in paths)
-    if not causal or not {"inputs_embeds", "position_ids"} <= parameters.keys():
+    if not {"inputs_embeds", "position_ids"} <= parameters.keys():
         raise TypeError(
-            f"{type(decoder).__name__} is no causal decoder that takes inputs_embeds and position_ids: a soft prompt "
-            "is defined for decoders alone"
+            f"{type(decoder).__name__} takes no inputs_embeds and position_ids, so no soft prompt can be run through it"
         )
     return path, decoder
 
@@ -133,6 +144,8 @@ def let_gradients_in(block: nn.Module, args: tuple):
         return None
     hidden_states = args[0]
     if not torch.is_tensor(hidden_states) or hidden_states.requires_grad:
+        return None
+    if not hidden_states.is_floating_point():  # token ids, of a whole model
         return None
     return (hidden_states.detach().requires_grad_(), *args[1:])
 

@@ -15,6 +15,7 @@ from fastadapter.integrations.channel_scale import CopyHost, ScaleHost
 from fastadapter.integrations.host import Placement, ReparamHost, State, host_of
 from fastadapter.integrations.prefix import PrefixHost, PromptSlot
 from fastadapter.integrations.soft_prompt import SoftPromptHost
+from fastadapter.integrations.soft_prompt_encoder import ImagePromptHost, encoder_of
 from fastadapter.methods import (
     BottleneckConfig,
     LlamaAdapterConfig,
@@ -113,13 +114,20 @@ def _prefix_tuning(model: nn.Module, config: PrefixTuningConfig, tokenizer: Any)
 
 def _soft_prompt(model: nn.Module, config: SoftPromptConfig, tokenizer: Any) -> list[Placement]:
     found = discovery.attentions(model, None)
-    path, decoder = discovery.decoder_of(model, [each for each, _ in found])
+    paths = [each for each, _ in found]
+    stack = discovery.single_stack(model, paths)
+    if not discovery.is_causal(model, paths):
+        site = encoder_of(model, stack)
+        _require_room(config.prompt_len, site.context)
+        if site.host is ImagePromptHost:
+            first = _first_image_prompt(site.encoder, config)
+        else:
+            first = _first_prompt(site.encoder.get_input_embeddings(), config, tokenizer)
+        return [Placement(site.path, site.host, SoftPrompt(first), site.make)]
+    path, decoder = discovery.decoder_of(model, stack)
     text_config = found[0][1].config
     context = getattr(text_config, "max_position_embeddings", None)
-    if context is not None and config.prompt_len >= context:
-        raise ValueError(
-            f"prompt_len must be less than the model's context {context}, got {config.prompt_len}"
-        )
+    _require_room(config.prompt_len, context)
     learned = discovery.rotary_dim(model, found[0][0]) is None
     make = functools.partial(SoftPromptHost, learned_positions=learned, context=context)
     prompt = SoftPrompt(_first_prompt(decoder.get_input_embeddings(), config, tokenizer))
@@ -201,6 +209,11 @@ def _heads(model: nn.Module) -> list[Placement]:
     ]
 
 
+def _require_room(prompt_len: int, context: int | None) -> None:
+    if context is not None and prompt_len >= context:
+        raise ValueError(f"prompt_len must be less than the model's context {context}, got {prompt_len}")
+
+
 def _first_prompt(embeddings: nn.Module, config: SoftPromptConfig, tokenizer: Any) -> Tensor:
     weight: Any = embeddings.weight
     if config.init_text is not None:
@@ -218,6 +231,18 @@ def _first_prompt(embeddings: nn.Module, config: SoftPromptConfig, tokenizer: An
             # as wide as what the model's embeddings are, in a model that scales them too
             drawn = torch.randn(drawn.shape, device="cpu").to(drawn.device) * drawn.std()
     return drawn
+
+
+def _first_image_prompt(encoder: Any, config: SoftPromptConfig) -> Tensor:
+    """Uniform in Glorot's bounds between a patch's values and the hidden size, as in Visual Prompt Tuning."""
+    if config.init_text is not None or config.init != "random":
+        given = f"init={config.init!r}" if config.init_text is None else f"init_text={config.init_text!r}"
+        raise ValueError(
+            f"init must be 'random' for {type(encoder).__name__}, which has no vocabulary, got {given}"
+        )
+    weight = encoder.embeddings.patch_embeddings.projection.weight  # (hidden_size, channels, height, width)
+    bound = (6 / (weight[0].numel() + weight.shape[0])) ** 0.5
+    return torch.empty(config.prompt_len, weight.shape[0]).uniform_(-bound, bound).to(weight.device)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -21,19 +21,17 @@ from fastadapter.integrations.prefix import PromptRun
 from fastadapter.nn import SoftPrompt
 
 
-class SoftPromptHost(Host):
-    """The soft prompts of one decoder."""
+class PromptHost(Host):
+    """The soft prompts of one model.
+
+    ``context``: how many tokens the model has positions for; ``None``: any number.
+    """
 
     CHILD: ClassVar[str] = "fa_prompt"
 
-    def __init__(self, state: State, learned_positions: bool, context: int | None):
+    def __init__(self, state: State, context: int | None):
         super().__init__(state)
-        self.learned_positions = learned_positions
         self.context = context
-        self._sources: list[Tensor] = []
-
-    def hooks(self, module: nn.Module) -> list[RemovableHandle]:
-        return [module.register_forward_pre_hook(_provide, with_kwargs=True)]
 
     def kind(self, adapter: nn.Module) -> Any:
         return id(adapter)
@@ -42,6 +40,32 @@ class SoftPromptHost(Host):
         rows = self.state.rows
         names = (self.state.active,) if rows is None else dict.fromkeys(rows)
         return [name for name in names if name is not None and name in self.adapters]
+
+    def check_length(self, name: str, q_len: int) -> None:
+        length = len(self.adapter(name).prompt)
+        if self.context is not None and q_len + length > self.context:
+            raise ValueError(
+                f"a soft prompt of {length} and an input of {q_len} tokens are more than the model's context of "
+                f"{self.context}"
+            )
+
+    def lengths(self, batch: int) -> list[int]:
+        """How long the prompt of each row is; of one entry where one prompt acts on all."""
+        rows = self.state.row_names(batch) or (self.active,)
+        own = {name: len(self.adapter(name).prompt) for name in self.adapters}
+        return [0 if name is None else own.get(name, 0) for name in rows]
+
+
+class SoftPromptHost(PromptHost):
+    """The soft prompts of one decoder."""
+
+    def __init__(self, state: State, learned_positions: bool, context: int | None):
+        super().__init__(state, context)
+        self.learned_positions = learned_positions
+        self._sources: list[Tensor] = []
+
+    def hooks(self, module: nn.Module) -> list[RemovableHandle]:
+        return [module.register_forward_pre_hook(_provide, with_kwargs=True)]
 
     def run(self, decoder: nn.Module, name: str) -> PromptRun:
         """Keys and values of one prompt; kept between calls that cannot need a gradient."""
@@ -62,21 +86,6 @@ class SoftPromptHost(Host):
         with self.state.only(None), _without_checkpointing(decoder):
             decoder(inputs_embeds=rows, position_ids=positions, use_cache=False, **{PROMPTS: found})
         return found
-
-    def check_length(self, name: str, q_len: int) -> None:
-        length = len(self.adapter(name).prompt)
-        if self.context is not None and q_len + length > self.context:
-            raise ValueError(
-                f"a soft prompt of {length} and an input of {q_len} tokens are more than the model's context of "
-                f"{self.context}"
-            )
-
-    def offsets(self, batch: int, device: torch.device) -> Tensor:
-        """How far each row's text is moved by its prompt, ``(1 or batch, 1)``."""
-        rows = self.state.row_names(batch) or (self.active,)
-        own = {name: len(self.adapter(name).prompt) for name in self.adapters}
-        lengths = [0 if name is None else own.get(name, 0) for name in rows]
-        return torch.tensor(lengths, device=device)[:, None]
 
     def forget(self) -> None:
         super().forget()
@@ -103,7 +112,7 @@ def _provide(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
             cache = kwargs.get("cache", kwargs.get("past_key_values"))
             start = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(q_len, device=inputs.device)[None] + start
-        kwargs["position_ids"] = positions + host.offsets(batch, inputs.device)
+        kwargs["position_ids"] = positions + torch.tensor(host.lengths(batch), device=inputs.device)[:, None]
     return args, kwargs
 
 

@@ -168,7 +168,8 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
 
     Adapters of different methods and sizes go together. Under beam search and ``num_return_sequences`` a row's copies
     keep its adapter. In fp32, a row is bit for bit what it is in any other batch of the same shape where it has the
-    same adapter; a batch of another shape may round the model's own matrix products differently.
+    same adapter; a batch of another shape may round the model's own matrix products differently. An encoder's soft
+    prompts are part of the shape: all rows are longer by the longest prompt of the batch, those without one too.
 
     Args:
         names: an adapter, or ``None`` for the base model, for every row.

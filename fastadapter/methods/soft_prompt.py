@@ -15,7 +15,8 @@ class SoftPromptConfig(MethodConfig):
     Args:
         prompt_len: learned embeddings, 1 to 1024.
         init: ``"vocabulary"``: embeddings of tokens drawn from the vocabulary; ``"random"``: N(0, 1) times the
-            standard deviation of the model's embeddings.
+            standard deviation of the model's embeddings. A model of images has no vocabulary: ``"random"`` alone, and
+            uniform in Glorot's bounds between a patch and the hidden size.
         init_text: text whose token embeddings the prompt starts from, repeated or cut to ``prompt_len``;
             :func:`fastadapter.attach` then needs the tokenizer.
     Raises:

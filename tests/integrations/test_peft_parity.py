@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers as tf
 
 import fastadapter as fa
 from tests.support.models import FAMILIES, build
@@ -87,6 +88,41 @@ def test_prompt_tuning(family):
     with torch.no_grad():
         parameters(model)[0].copy_(start[0])
     compare(model, torch.optim.AdamW(parameters(model), lr=0.05), other, torch.optim.AdamW(start, lr=0.05))
+
+
+@pytest.mark.parametrize("padding", [False, True], ids=["whole", "right-padded"])
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "DistilBert"])
+@torch.no_grad()
+def test_prompt_tuning_of_an_encoder(family, padding):
+    """Every hidden state of the text is PEFT's. Its classifier reads the prompt's first position, ours the text's."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    unknown_to_peft = {}
+    if family == "DistilBert":
+        sizes = {"dim": 32, "hidden_dim": 48, "n_layers": 3, "n_heads": 4}
+        unknown_to_peft = {"token_dim": 32, "num_layers": 3, "num_attention_heads": 4}
+
+    def base():
+        torch.manual_seed(0)
+        config = getattr(tf, f"{family}Config")(vocab_size=64, **sizes)
+        return getattr(tf, f"{family}ForSequenceClassification")(config).eval()
+
+    other = peft.get_peft_model(
+        base(), peft.PromptTuningConfig(num_virtual_tokens=5, task_type="SEQ_CLS", **unknown_to_peft)
+    ).eval()
+    model = fa.attach(base(), fa.SoftPromptConfig(prompt_len=5))
+    own = dict(fa.trainable_parameters(model))[f"{model.base_model_prefix}.fa_prompt.adapters.default.prompt"]
+    own.copy_(other.prompt_encoder["default"].embedding.weight)
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    if padding:
+        ids[1, 6:], mask[1, 6:] = model.config.pad_token_id, 0
+    options = {"attention_mask": mask, "output_hidden_states": True}
+    found = model(ids, **options).hidden_states
+    expected = other(input_ids=ids, **options).hidden_states
+    assert len(found) == len(expected) == 4
+    real = mask.bool()
+    for state, joined in zip(found, expected, strict=True):
+        torch.testing.assert_close(state[real], joined[:, 5:][real], rtol=0, atol=1e-5)
 
 
 def test_prefix_tuning():

@@ -10,7 +10,7 @@ CONFIGS = {
     "v2-output": fa.LlamaAdapterV2Config(prefix_len=4, layers=2, scale="output"),
     "prefix": fa.PrefixTuningConfig(prefix_len=5),
     "prefix-reparam": fa.PrefixTuningConfig(prefix_len=5, reparam_size=6),
-    "soft-prompt": fa.SoftPromptConfig(prompt_len=3),
+    "soft-prompt": fa.SoftPromptConfig(prompt_len=3, init="random"),  # images have no vocabulary
     "houlsby": fa.BottleneckConfig(bottleneck_size=4),
     "pfeiffer": fa.BottleneckConfig(placement="pfeiffer", reduction_factor=4, norm="layer_norm"),
     "parallel": fa.BottleneckConfig(placement="parallel", bottleneck_size=4, scale="learned"),

@@ -94,6 +94,7 @@ FAMILIES = [
     _decoder("gpt_neox", tf.GPTNeoXForCausalLM, tf.GPTNeoXConfig),
     Family("gpt2", _gpt2, decoder=True),
     Family("bert", lambda: tf.BertModel(tf.BertConfig(**_SIZES))),
+    Family("roberta", lambda: tf.RobertaModel(tf.RobertaConfig(**_SIZES))),
     Family("distilbert", _distilbert),
     Family("t5-encoder", _t5),
     Family("vit", _vit, inputs=lambda: {"pixel_values": torch.randn(2, 3, 16, 16)}),

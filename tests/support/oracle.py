@@ -51,6 +51,7 @@ def _gpt_neox(attention, prompt, head_dim):
 
 RECIPES = {
     "bert": _separate("key", "value"),
+    "roberta": _separate("key", "value"),
     "distilbert": _separate("k_lin", "v_lin"),
     "t5-encoder": _separate("k", "v"),
     "gpt2": _gpt2,
