@@ -122,6 +122,23 @@ def test_token_types_positions_and_embeddings_can_be_given(family):
 
 
 @torch.no_grad()
+def test_padding_keeps_its_number_in_roberta():
+    """Where no mask hides it: also among positions that were given as the model makes them."""
+    model, prompts = prompted("roberta", {"short": 3})
+    ids, mask = padded("left")
+    found = model(ids).last_hidden_state
+    own = model.embeddings.create_position_ids_from_input_ids(ids, PADDING)
+    assert same_bits(model(ids, position_ids=own).last_hidden_state, found)
+    fa.set_active(model, None)
+    joined = torch.cat([prompts["short"].expand(2, -1, -1), model.get_input_embeddings()(ids)], 1)
+    numbers = torch.cat(
+        [torch.tensor([[2, 3, 4]]).expand(2, -1), torch.where(mask == 1, own + 3, PADDING)], 1
+    )
+    expected = model(inputs_embeds=joined, position_ids=numbers).last_hidden_state[:, 3:]
+    assert same_bits(found, expected)
+
+
+@torch.no_grad()
 def test_an_image_prompt_stands_behind_the_embeddings():
     """Visual Prompt Tuning's order, [CLS; prompt; patches], written out; blocks do not know their tokens' order."""
     model, prompts = prompted("vit")
