@@ -5,8 +5,9 @@
     shared:  O = softmax([Sp; S]) [Vp; V]
 
 Flash attention (arXiv:2205.14135): a program owns a tile of query positions of one head, walks over tiles of keys
-and keeps running maximum m_i, normaliser l_i and accumulator. Scores are in units of log 2 inside, ``lse`` leaves
-in natural log. A shared prefix is where the running state starts; a gated one has its own state, after the keys.
+and keeps running maximum m_i, normaliser l_i and accumulator. A shared prefix is where the running state starts; a
+gated one has its own state, after the keys. Scores and ``lse`` are in natural log throughout: in units of log 2 ``lse``
+would be rounded on its way out and in again, which at scores of 1e4 moves probabilities by 1e-3.
 
 Tiles in which every key is visible to every query take a loop without masks; the tiles at the edges (diagonal,
 window, end) and all tiles of an explicit mask take the masked one. Tiles without a visible key are skipped.
@@ -27,14 +28,19 @@ import triton
 import triton.language as tl
 from fastadapter.kernels import target
 from fastadapter.kernels.attention_tiles import Tiles, config
-from fastadapter.kernels.gated_prefix import _gate_factor, _rescale, _row_entry, _tanh, block_d
-from fastadapter.kernels.gated_prefix_tiles import ALL_REGISTERS
+from fastadapter.kernels.gated_prefix_tiles import (
+    ALL_REGISTERS,
+    _gate_factor,
+    _row_entry,
+    _running_max,
+    _tanh,
+    block_d,
+)
 from torch import Tensor
 
 LENGTHS = [
     "window", "num_prefixes", "num_heads", "num_kv_heads", "q_len", "kv_len", "prefix_len", "num_seqs", "num_tiles"
 ]  # fmt: skip
-LOG2E = math.log2(math.e)
 NO_MASK, BOOL_MASK, FLOAT_MASK = range(3)
 
 
@@ -99,9 +105,23 @@ def _adapter_of(row_ids_ptr, seq, num_seqs, num_prefixes, HAS_ROW_IDS: tl.conste
 @triton.jit
 def _rows(ptr, STRIDES, row, head, offs, offs_d):
     """Pointers (rows, BLOCK_D) into a 4-d tensor; offsets are 64-bit, a view may span more than 2^31 elements."""
-    return (ptr + row * STRIDES[0] + head * STRIDES[1]) + (
-        offs.to(tl.int64)[:, None] * STRIDES[2] + offs_d[None, :] * STRIDES[3]
-    )
+    FACTOR: tl.constexpr = STRIDES[4]
+    outer = row * STRIDES[0] + head * STRIDES[1]
+    rows = offs.to(tl.int64)[:, None] * STRIDES[2]
+    if FACTOR > 1:
+        outer = tl.multiple_of(outer, FACTOR)
+        rows = tl.multiple_of(rows, (FACTOR, FACTOR))
+    return (ptr + outer) + (rows + offs_d[None, :] * STRIDES[3])
+
+
+def row_strides(x: Tensor) -> tuple:
+    """Strides of a 4-d tensor for ``_rows``, and the power of two that all but the last share.
+
+    Triton looks for 16 by itself. Rows of head_dim 40 share 8, which is enough for 16-byte loads of half precision;
+    loaded element by element, their addresses would not fit into the registers.
+    """
+    shared = math.gcd(16, *x.stride()[:3])
+    return *x.stride(), tl.constexpr(shared if shared < 16 else 1)
 
 
 @triton.jit
@@ -117,13 +137,13 @@ def _load(ptrs, mask, mask_d, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _capped(s, score_scale, cap_log2, HAS_SOFTCAP: tl.constexpr):
-    """Scores in units of log 2 from products ``s``, and the derivative of the cap."""
+def _capped(s, score_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Scores from products ``s``, and the derivative of the cap."""
     slope = 1.0
     if HAS_SOFTCAP:
         t = _tanh(s * score_scale)
         slope = 1.0 - t * t
-        s = t * cap_log2
+        s = t * softcap
     else:
         s = s * score_scale
     return s, slope
@@ -145,19 +165,20 @@ def _hide(s, offs_m, offs_n, mask_ptr, MASK_STRIDES, q_len, kv_len, window,
         if MASK_KIND == 1:
             visible = visible & (given != 0)
         else:
-            s += given.to(tl.float32) * 1.4426950408889634
+            s += given.to(tl.float32)
     return tl.where(visible, s, float("-inf"))
 
 
 @triton.jit
 def _softmax_step(acc, m_i, l_i, s, v, PRECISION: tl.constexpr):
     """Take scores (BLOCK_M, BLOCK_N) and their values into the running state."""
-    m_i, shift, alpha = _rescale(m_i, s)
-    p = tl.exp2(s - shift[:, None])
+    m_new, shift = _running_max(m_i, s)
+    alpha = tl.exp(m_i - shift)
+    p = tl.exp(s - shift[:, None])
     l_i = l_i * alpha + tl.sum(p, axis=1)
     # p is at most 1, so rounding it to the dtype of v costs less than rounding the result
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return acc, m_i, l_i
+    return acc, m_new, l_i
 
 
 @triton.constexpr_function
@@ -172,7 +193,7 @@ def _prefix_stages(ptrs):
 
 @triton.jit
 def _attend_prefix(
-    acc, m_i, l_i, q, k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, end, mask_d, score_scale, cap_log2,
+    acc, m_i, l_i, q, k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, end, mask_d, score_scale, softcap,
     BLOCK_P: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -183,7 +204,7 @@ def _attend_prefix(
         k = _load(k_ptrs + first * KEY_STRIDES[2], mask_p, mask_d, True, HEAD_DIM)  # (BLOCK_P, BLOCK_D)
         v = _load(v_ptrs + first * VALUE_STRIDES[2], mask_p, mask_d, True, HEAD_DIM)  # (BLOCK_P, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        s, _ = _capped(s, score_scale, cap_log2, HAS_SOFTCAP)
+        s, _ = _capped(s, score_scale, softcap, HAS_SOFTCAP)
         s = tl.where(mask_p[None, :], s, float("-inf"))
         acc, m_i, l_i = _softmax_step(acc, m_i, l_i, s, v, PRECISION)
     return acc, m_i, l_i
@@ -207,7 +228,7 @@ def _dot_fp32_by(a, b, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _add_gated_prefix(
-    out, q, k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, factor, end, mask_d, scale_log2,
+    out, q, k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, factor, end, mask_d, softmax_scale,
     BLOCK_P: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``out`` plus the gated term, and its running maximum and normaliser.
@@ -219,39 +240,40 @@ def _add_gated_prefix(
     STAGES: tl.constexpr = _prefix_stages(k_ptrs)
     for start in tl.range(0, end, BLOCK_P, num_stages=STAGES):
         s, _ = _prefix_scores(
-            q, k_ptrs, KEY_STRIDES, start, end, mask_d, scale_log2, BLOCK_P, HEAD_DIM, PRECISION
+            q, k_ptrs, KEY_STRIDES, start, end, mask_d, softmax_scale, BLOCK_P, HEAD_DIM, PRECISION
         )
-        m_i, shift, alpha = _rescale(m_i, s)
-        l_i = l_i * alpha + tl.sum(tl.exp2(s - shift[:, None]), axis=1)
+        m_new, shift = _running_max(m_i, s)
+        l_i = l_i * tl.exp(m_i - shift) + tl.sum(tl.exp(s - shift[:, None]), axis=1)
+        m_i = m_new
     if factor != 0.0:
         shift = tl.where(m_i == float("-inf"), 0.0, m_i)
         weight = factor / tl.where(l_i == 0.0, 1.0, l_i)
         for start in tl.range(0, end, BLOCK_P, num_stages=STAGES):
             s, mask_p = _prefix_scores(
-                q, k_ptrs, KEY_STRIDES, start, end, mask_d, scale_log2, BLOCK_P, HEAD_DIM, PRECISION
+                q, k_ptrs, KEY_STRIDES, start, end, mask_d, softmax_scale, BLOCK_P, HEAD_DIM, PRECISION
             )
             v = _load(
                 v_ptrs + (tl.zeros((), tl.int64) + start) * VALUE_STRIDES[2], mask_p, mask_d, True, HEAD_DIM
             )
-            out = _dot_fp32_by(tl.exp2(s - shift[:, None]) * weight[:, None], v, out, WIDE, PRECISION)
+            out = _dot_fp32_by(tl.exp(s - shift[:, None]) * weight[:, None], v, out, WIDE, PRECISION)
     return out, m_i, l_i
 
 
 @triton.jit
-def _prefix_scores(q, k_ptrs, KEY_STRIDES, start, end, mask_d, scale_log2, BLOCK_P: tl.constexpr,
+def _prefix_scores(q, k_ptrs, KEY_STRIDES, start, end, mask_d, softmax_scale, BLOCK_P: tl.constexpr,
                    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Scores (BLOCK_M, BLOCK_P) of a gated prefix in units of log 2, and which positions there are."""
+    """Scores (BLOCK_M, BLOCK_P) of a gated prefix, and which positions there are."""
     mask_p = start + tl.arange(0, BLOCK_P) < end
     first = tl.zeros((), tl.int64) + start
     k = _load(k_ptrs + first * KEY_STRIDES[2], mask_p, mask_d, True, HEAD_DIM)  # (BLOCK_P, BLOCK_D)
-    s, _ = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale_log2, 0.0, False)
+    s, _ = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), softmax_scale, 0.0, False)
     return tl.where(mask_p[None, :], s, float("-inf")), mask_p
 
 
 @triton.jit
 def _attend_keys(
     acc, m_i, l_i, q, k_ptrs, v_ptrs, mask_ptr, KEY_STRIDES, VALUE_STRIDES, MASK_STRIDES, low, high, offs_m, mask_d,
-    score_scale, cap_log2, q_len, kv_len, window,
+    score_scale, softcap, q_len, kv_len, window,
     BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -263,7 +285,7 @@ def _attend_keys(
             k_ptrs + first * KEY_STRIDES[2], offs_n < kv_len, mask_d, MASKED, HEAD_DIM
         )  # (BLOCK_N, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        s, _ = _capped(s, score_scale, cap_log2, HAS_SOFTCAP)
+        s, _ = _capped(s, score_scale, softcap, HAS_SOFTCAP)
         if MASKED:
             s = _hide(s, offs_m[:, None], offs_n[None, :], mask_ptr, MASK_STRIDES, q_len, kv_len, window,
                       IS_CAUSAL, HAS_WINDOW, MASK_KIND)  # fmt: skip
@@ -300,7 +322,7 @@ def _attention_fwd_kernel(
     gate_ptr, mask_ptr, cu_seqlens_ptr, row_ids_ptr,
     OUT_STRIDES, BASE_STRIDES, QUERY_STRIDES, KEY_STRIDES, VALUE_STRIDES, PREFIX_KEY_STRIDES, PREFIX_VALUE_STRIDES,
     GATE_STRIDES, MASK_STRIDES,
-    scale_log2, score_scale, cap_log2, window, num_prefixes, num_heads, num_kv_heads, q_len, kv_len, prefix_len,
+    softmax_scale, score_scale, softcap, window, num_prefixes, num_heads, num_kv_heads, q_len, kv_len, prefix_len,
     num_seqs, num_tiles,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr, GATED: tl.constexpr, TANH: tl.constexpr, HAS_ROW_IDS: tl.constexpr,
@@ -337,7 +359,7 @@ def _attention_fwd_kernel(
     if not GATED:
         acc, m_i, l_i = _attend_prefix(
             acc, m_i, l_i, q.to(prefix_key_ptr.dtype.element_ty), pk_ptrs, pv_ptrs, PREFIX_KEY_STRIDES,
-            PREFIX_VALUE_STRIDES, tl.where(adapted, prefix_len, 0), mask_d, score_scale, cap_log2,
+            PREFIX_VALUE_STRIDES, tl.where(adapted, prefix_len, 0), mask_d, score_scale, softcap,
             BLOCK_P, HEAD_DIM, HAS_SOFTCAP, PRECISION, 1,
         )  # fmt: skip
     low, full_low, full_high, high = _key_ranges(
@@ -346,18 +368,18 @@ def _attention_fwd_kernel(
     if HAS_WINDOW:
         acc, m_i, l_i = _attend_keys(
             acc, m_i, l_i, q, k_ptrs, v_ptrs, mask_ptrs, KEY_STRIDES, VALUE_STRIDES, MASK_STRIDES, low, full_low,
-            offs_m, mask_d, score_scale, cap_log2, length, keys, window,
+            offs_m, mask_d, score_scale, softcap, length, keys, window,
             BLOCK_N, HEAD_DIM, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, MASK_KIND, PRECISION, True,
         )  # fmt: skip
     if MASK_KIND == 0:
         acc, m_i, l_i = _attend_keys(
             acc, m_i, l_i, q, k_ptrs, v_ptrs, mask_ptrs, KEY_STRIDES, VALUE_STRIDES, MASK_STRIDES, full_low, full_high,
-            offs_m, mask_d, score_scale, cap_log2, length, keys, window,
+            offs_m, mask_d, score_scale, softcap, length, keys, window,
             BLOCK_N, HEAD_DIM, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, MASK_KIND, PRECISION, False,
         )  # fmt: skip
     acc, m_i, l_i = _attend_keys(
         acc, m_i, l_i, q, k_ptrs, v_ptrs, mask_ptrs, KEY_STRIDES, VALUE_STRIDES, MASK_STRIDES, full_high, high,
-        offs_m, mask_d, score_scale, cap_log2, length, keys, window,
+        offs_m, mask_d, score_scale, softcap, length, keys, window,
         BLOCK_N, HEAD_DIM, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, MASK_KIND, PRECISION, True,
     )  # fmt: skip
 
@@ -367,7 +389,7 @@ def _attention_fwd_kernel(
     some = tl.where(l_i == 0.0, 1.0, l_i)  # a query without a visible key: 0, and an lse of -inf
     out = acc * (1.0 / some)[:, None]
     if SAVE:
-        tl.store(lse_ptr + lse_offs, (m_i + tl.log2(some)) * 0.6931471805599453, mask=mask_m)
+        tl.store(lse_ptr + lse_offs, m_i + tl.log(some), mask=mask_m)
     if GATED:
         if SAVE:
             base_ptrs = _rows(base_ptr, BASE_STRIDES, row, head, begin + offs_m, offs_d)
@@ -376,12 +398,12 @@ def _attention_fwd_kernel(
         # a branch or an empty loop, not a product with zero: Inf or NaN in the prefix stays out of the bits of base
         out, m_i, l_i = _add_gated_prefix(
             out, q.to(prefix_key_ptr.dtype.element_ty), pk_ptrs, pv_ptrs, PREFIX_KEY_STRIDES, PREFIX_VALUE_STRIDES,
-            factor, tl.where(adapted & (SAVE or (factor != 0.0)), prefix_len, 0), mask_d, scale_log2,
+            factor, tl.where(adapted & (SAVE or (factor != 0.0)), prefix_len, 0), mask_d, softmax_scale,
             BLOCK_P, HEAD_DIM, WIDE, PRECISION,
         )  # fmt: skip
         if SAVE:
             some = tl.where(l_i == 0.0, 1.0, l_i)
-            tl.store(prefix_lse_ptr + lse_offs, (m_i + tl.log2(some)) * 0.6931471805599453, mask=mask_m)
+            tl.store(prefix_lse_ptr + lse_offs, m_i + tl.log(some), mask=mask_m)
     # a device cannot raise, so an id outside the bank has to show in the result
     out = tl.where((row_id < -1) | (row_id >= num_prefixes), float("nan"), out)
     out_ptrs = _rows(out_ptr, OUT_STRIDES, row, head, begin + offs_m, offs_d)
@@ -415,7 +437,7 @@ def attention_forward(
         launch(
             _attention_fwd_kernel, num_tiles * rows * num_heads, shared, tiles, head_dim,
             out_ptr=out, base_ptr=base, lse_ptr=lse, prefix_lse_ptr=prefix_lse,
-            OUT_STRIDES=out.stride(), BASE_STRIDES=base.stride() if base.dim() == 4 else out.stride(),
+            OUT_STRIDES=row_strides(out), BASE_STRIDES=row_strides(base if base.dim() == 4 else out),
             num_tiles=num_tiles, SAVE=save,
         )  # fmt: skip
     return out, base, lse, prefix_lse
@@ -437,13 +459,13 @@ def shared_arguments(
         "query_ptr": query, "key_ptr": key, "value_ptr": value, "prefix_key_ptr": prefix_key,
         "prefix_value_ptr": prefix_value, "gate_ptr": gate, "mask_ptr": attn_mask, "cu_seqlens_ptr": cu_seqlens,
         "row_ids_ptr": row_ids,
-        "QUERY_STRIDES": query.stride(), "KEY_STRIDES": key.stride(), "VALUE_STRIDES": value.stride(),
-        "PREFIX_KEY_STRIDES": prefix_key.stride(), "PREFIX_VALUE_STRIDES": prefix_value.stride(),
+        "QUERY_STRIDES": row_strides(query), "KEY_STRIDES": row_strides(key), "VALUE_STRIDES": row_strides(value),
+        "PREFIX_KEY_STRIDES": row_strides(prefix_key), "PREFIX_VALUE_STRIDES": row_strides(prefix_value),
         "GATE_STRIDES": (0, 0) if gate is None else gate.stride(),
         "MASK_STRIDES": (0, 0, 0, 0) if attn_mask is None else attn_mask.stride(),
-        # products of constants are rounded once, here; see _capped
-        "softmax_scale": softmax_scale, "scale_log2": softmax_scale * LOG2E, "cap_log2": softcap * LOG2E,
-        "score_scale": softmax_scale / softcap if softcap > 0 else softmax_scale * LOG2E,
+        "softmax_scale": softmax_scale, "softcap": softcap,
+        # what _capped multiplies products by; rounded once, here
+        "score_scale": softmax_scale / softcap if softcap > 0 else softmax_scale,
         "window": window, "num_prefixes": num_prefixes,
         "num_heads": query.shape[1], "num_kv_heads": num_kv_heads, "q_len": query.shape[2], "kv_len": key.shape[2],
         "prefix_len": prefix_len, "num_seqs": cu_seqlens.shape[0] - 1 if packed else 0,

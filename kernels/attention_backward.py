@@ -38,7 +38,7 @@ from fastadapter.kernels.attention_prefix_backward import (
     _prefix_tile,
     _shift,
 )
-from fastadapter.kernels.gated_prefix import _gate_factor
+from fastadapter.kernels.gated_prefix_tiles import _gate_factor
 from torch import Tensor
 
 REDUCE_ROWS = 8
@@ -48,7 +48,7 @@ REDUCE_COLUMNS = 128
 @triton.jit
 def _keys_from_queries(
     dk, dv, k, v, q_ptrs, do_ptrs, stats_offs, lse_ptr, delta_ptr, mask_ptr, QUERY_STRIDES, GRAD_OUT_STRIDES,
-    MASK_STRIDES, low, high, offs_n, mask_d, score_scale, cap_log2, q_len, kv_len, window,
+    MASK_STRIDES, low, high, offs_n, mask_d, score_scale, softcap, q_len, kv_len, window,
     BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -65,11 +65,11 @@ def _keys_from_queries(
         delta = tl.load(delta_ptr + stats_offs + first, mask=mask_m, other=0.0)
         # transposed, (BLOCK_N, BLOCK_M): p and dS are then the left operands as they come
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        s, slope = _capped(s, score_scale, cap_log2, HAS_SOFTCAP)
+        s, slope = _capped(s, score_scale, softcap, HAS_SOFTCAP)
         if MASKED:
             s = _hide(s, offs_m[None, :], offs_n[:, None], mask_ptr, MASK_STRIDES, q_len, kv_len, window,
                       IS_CAUSAL, HAS_WINDOW, MASK_KIND)  # fmt: skip
-        p = tl.exp2(s - shift[None, :])
+        p = tl.exp(s - shift[None, :])
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         ds = p * (dp - delta[None, :]) * slope
@@ -102,7 +102,7 @@ def _attention_bwd_keys_kernel(
     grad_key_ptr, grad_value_ptr, grad_out_ptr, lse_ptr, delta_ptr, query_ptr, key_ptr, value_ptr, mask_ptr,
     cu_seqlens_ptr,
     GRAD_KEY_STRIDES, GRAD_VALUE_STRIDES, GRAD_OUT_STRIDES, QUERY_STRIDES, KEY_STRIDES, VALUE_STRIDES, MASK_STRIDES,
-    softmax_scale, score_scale, cap_log2, window, num_heads, num_kv_heads, q_len, kv_len, num_seqs, num_tiles,
+    softmax_scale, score_scale, softcap, window, num_heads, num_kv_heads, q_len, kv_len, num_seqs, num_tiles,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PACKED: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     MASK_KIND: tl.constexpr, PRECISION: tl.constexpr,
@@ -141,18 +141,18 @@ def _attention_bwd_keys_kernel(
         if IS_CAUSAL:
             dk, dv = _keys_from_queries(
                 dk, dv, k, v, q_ptrs, do_ptrs, offs_stats, lse_ptr, delta_ptr, mask_ptrs, QUERY_STRIDES,
-                GRAD_OUT_STRIDES, MASK_STRIDES, low, full_low, offs_n, mask_d, score_scale, cap_log2, queries, keys,
+                GRAD_OUT_STRIDES, MASK_STRIDES, low, full_low, offs_n, mask_d, score_scale, softcap, queries, keys,
                 window, BLOCK_M, HEAD_DIM, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, MASK_KIND, PRECISION, True,
             )  # fmt: skip
         if MASK_KIND == 0:
             dk, dv = _keys_from_queries(
                 dk, dv, k, v, q_ptrs, do_ptrs, offs_stats, lse_ptr, delta_ptr, mask_ptrs, QUERY_STRIDES,
-                GRAD_OUT_STRIDES, MASK_STRIDES, full_low, full_high, offs_n, mask_d, score_scale, cap_log2, queries,
+                GRAD_OUT_STRIDES, MASK_STRIDES, full_low, full_high, offs_n, mask_d, score_scale, softcap, queries,
                 keys, window, BLOCK_M, HEAD_DIM, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, MASK_KIND, PRECISION, False,
             )  # fmt: skip
         dk, dv = _keys_from_queries(
             dk, dv, k, v, q_ptrs, do_ptrs, offs_stats, lse_ptr, delta_ptr, mask_ptrs, QUERY_STRIDES,
-            GRAD_OUT_STRIDES, MASK_STRIDES, full_high, high, offs_n, mask_d, score_scale, cap_log2, queries, keys,
+            GRAD_OUT_STRIDES, MASK_STRIDES, full_high, high, offs_n, mask_d, score_scale, softcap, queries, keys,
             window, BLOCK_M, HEAD_DIM, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, MASK_KIND, PRECISION, True,
         )  # fmt: skip
     mask_nd = mask_n[:, None] & mask_d
@@ -165,7 +165,7 @@ def _attention_bwd_keys_kernel(
 @triton.jit
 def _query_from_keys(
     dq, q, do, shift, delta, k_ptrs, v_ptrs, mask_ptr, KEY_STRIDES, VALUE_STRIDES, MASK_STRIDES, low, high, offs_m,
-    mask_d, score_scale, cap_log2, q_len, kv_len, window,
+    mask_d, score_scale, softcap, q_len, kv_len, window,
     BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, MASK_KIND: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -180,11 +180,11 @@ def _query_from_keys(
             v_ptrs + first * VALUE_STRIDES[2], offs_n < kv_len, mask_d, MASKED, HEAD_DIM
         )  # (BLOCK_N, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        s, slope = _capped(s, score_scale, cap_log2, HAS_SOFTCAP)
+        s, slope = _capped(s, score_scale, softcap, HAS_SOFTCAP)
         if MASKED:
             s = _hide(s, offs_m[:, None], offs_n[None, :], mask_ptr, MASK_STRIDES, q_len, kv_len, window,
                       IS_CAUSAL, HAS_WINDOW, MASK_KIND)  # fmt: skip
-        p = tl.exp2(s - shift[:, None])
+        p = tl.exp(s - shift[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None]) * slope
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -197,7 +197,7 @@ def _attention_bwd_query_kernel(
     prefix_key_ptr, prefix_value_ptr, gate_ptr, mask_ptr, cu_seqlens_ptr, row_ids_ptr,
     GRAD_QUERY_STRIDES, GRAD_OUT_STRIDES, QUERY_STRIDES, KEY_STRIDES, VALUE_STRIDES, PREFIX_KEY_STRIDES,
     PREFIX_VALUE_STRIDES, GATE_STRIDES, MASK_STRIDES,
-    softmax_scale, scale_log2, score_scale, cap_log2, window, num_prefixes, num_heads, num_kv_heads, q_len, kv_len,
+    softmax_scale, score_scale, softcap, window, num_prefixes, num_heads, num_kv_heads, q_len, kv_len,
     prefix_len, num_seqs, num_tiles,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr, GATED: tl.constexpr, TANH: tl.constexpr, HAS_ROW_IDS: tl.constexpr,
@@ -235,7 +235,7 @@ def _attention_bwd_query_kernel(
         prefix_delta = tl.load(prefix_delta_ptr + offs_stats, mask=mask_m, other=0.0)
     offs_p = tl.arange(0, BLOCK_P)
     prefix_dtype = prefix_key_ptr.dtype.element_ty
-    prefix_scale = scale_log2 if GATED else score_scale
+    prefix_scale = softmax_scale if GATED else score_scale
     pk_ptrs = _rows(prefix_key_ptr, PREFIX_KEY_STRIDES, entry, kv_head, offs_p, offs_d)
     pv_ptrs = _rows(prefix_value_ptr, PREFIX_VALUE_STRIDES, entry, kv_head, offs_p, offs_d)
     for start in tl.range(0, tl.where(adapted & (factor != 0.0), prefix_len, 0), BLOCK_P, num_stages=1):
@@ -243,7 +243,7 @@ def _attention_bwd_query_kernel(
         k = _prefix_tile(pk_ptrs, PREFIX_KEY_STRIDES, start, mask_p, mask_d, HEAD_DIM)  # (BLOCK_P, BLOCK_D)
         v = _prefix_tile(pv_ptrs, PREFIX_VALUE_STRIDES, start, mask_p, mask_d, HEAD_DIM)  # (BLOCK_P, BLOCK_D)
         p, dp, cap = _prefix_probs(q.to(prefix_dtype), do.to(prefix_dtype), k, v, prefix_shift, mask_p, prefix_scale,
-                                   cap_log2, HAS_SOFTCAP and not GATED, PRECISION)  # fmt: skip
+                                   softcap, HAS_SOFTCAP and not GATED, PRECISION)  # fmt: skip
         ds = tl.where(mask_p[None, :], p * factor * (dp - prefix_delta[:, None]) * cap, 0.0)
         dq = _dot_fp32_by(ds, k, dq, WIDE, PRECISION)
 
@@ -259,18 +259,18 @@ def _attention_bwd_query_kernel(
     if HAS_WINDOW:
         dq = _query_from_keys(
             dq, q, do, shift, delta, k_ptrs, v_ptrs, mask_ptrs, KEY_STRIDES, VALUE_STRIDES, MASK_STRIDES, low,
-            full_low, offs_m, mask_d, score_scale, cap_log2, length, keys, window,
+            full_low, offs_m, mask_d, score_scale, softcap, length, keys, window,
             BLOCK_N, HEAD_DIM, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, MASK_KIND, PRECISION, True,
         )  # fmt: skip
     if MASK_KIND == 0:
         dq = _query_from_keys(
             dq, q, do, shift, delta, k_ptrs, v_ptrs, mask_ptrs, KEY_STRIDES, VALUE_STRIDES, MASK_STRIDES, full_low,
-            full_high, offs_m, mask_d, score_scale, cap_log2, length, keys, window,
+            full_high, offs_m, mask_d, score_scale, softcap, length, keys, window,
             BLOCK_N, HEAD_DIM, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, MASK_KIND, PRECISION, False,
         )  # fmt: skip
     dq = _query_from_keys(
         dq, q, do, shift, delta, k_ptrs, v_ptrs, mask_ptrs, KEY_STRIDES, VALUE_STRIDES, MASK_STRIDES, full_high,
-        high, offs_m, mask_d, score_scale, cap_log2, length, keys, window,
+        high, offs_m, mask_d, score_scale, softcap, length, keys, window,
         BLOCK_N, HEAD_DIM, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, MASK_KIND, PRECISION, True,
     )  # fmt: skip
     dq = tl.where((row_id < -1) | (row_id >= num_prefixes), float("nan"), dq * softmax_scale)
@@ -302,7 +302,7 @@ def attention_backward(
     options = (softmax_scale, gate_fn, is_causal, window, softcap)
     operands = (query, key, value, prefix_key, prefix_value, gate if prefix_lse is not None else None)
     shared = attention.shared_arguments(*operands, attn_mask, cu_seqlens, row_ids, *options)
-    shared |= {"grad_out_ptr": grad_out, "GRAD_OUT_STRIDES": grad_out.stride()}
+    shared |= {"grad_out_ptr": grad_out, "GRAD_OUT_STRIDES": attention.row_strides(grad_out)}
     gated = shared["GATED"]
     stats = [torch.empty_like(lse, dtype=torch.float32) for _ in range(1 + gated)]
     shared |= {"delta_ptr": stats[0], "prefix_delta_ptr": stats[-1]}
@@ -321,7 +321,8 @@ def attention_backward(
             attention.launch(
                 _attention_bwd_keys_kernel, num_tiles * rows * key.shape[1], shared, tiles, query.shape[-1],
                 grad_key_ptr=grads[1], grad_value_ptr=grads[2], lse_ptr=lse,
-                GRAD_KEY_STRIDES=grads[1].stride(), GRAD_VALUE_STRIDES=grads[2].stride(), num_tiles=num_tiles,
+                GRAD_KEY_STRIDES=attention.row_strides(grads[1]), GRAD_VALUE_STRIDES=attention.row_strides(grads[2]),
+                num_tiles=num_tiles,
             )  # fmt: skip
         if need_query and not fuse_query:
             tiles = _tiles("query", *operands)
@@ -331,7 +332,7 @@ def attention_backward(
             attention.launch(
                 _attention_bwd_query_kernel, num_tiles * rows * query.shape[1], shared, tiles, query.shape[-1],
                 grad_query_ptr=grads[0], lse_ptr=lse, prefix_lse_ptr=prefix_lse,
-                GRAD_QUERY_STRIDES=grads[0].stride(), num_tiles=num_tiles,
+                GRAD_QUERY_STRIDES=attention.row_strides(grads[0]), num_tiles=num_tiles,
             )  # fmt: skip
     return tuple(grads)
 
@@ -366,7 +367,8 @@ def _launch_prefix(
         attention.launch(
             _attention_bwd_prefix_kernel, num_slots * num_kv_heads * num_blocks, shared, tiles, head_dim,
             grad_query_ptr=grad_query, partial_ptr=partial, out_ptr=out, lse_ptr=lse,
-            GRAD_QUERY_STRIDES=grad_query.stride() if query_too else query.stride(), OUT_STRIDES=out.stride(),
+            GRAD_QUERY_STRIDES=attention.row_strides(grad_query if query_too else query),
+            OUT_STRIDES=attention.row_strides(out),
             num_tiles=num_tiles, tiles_per_slot=tiles_per_slot, slots_per_row=slots_per_row, kv_columns=kv_columns,
             columns=columns, ONE_BLOCK=one_block, FIRST=first, NEED_GATE=need_gate and first, **flags,
         )  # fmt: skip

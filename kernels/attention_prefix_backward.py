@@ -12,15 +12,15 @@ from fastadapter.kernels.attention import (
     _rows,
     _sequence_of,
 )
-from fastadapter.kernels.gated_prefix import _gate_factor
+from fastadapter.kernels.gated_prefix_tiles import _gate_factor
 
 RUN_LENGTHS = ["tiles_per_slot", "slots_per_row", "slot_len", "kv_columns", "columns", "num_rows"]
 
 
 @triton.jit
 def _shift(lse):
-    """What to subtract from scores in units of log 2; where nothing is visible, 0 instead of -inf."""
-    return tl.where(lse == float("-inf"), 0.0, lse * 1.4426950408889634)
+    """What to subtract from scores; where nothing is visible, 0 instead of -inf."""
+    return tl.where(lse == float("-inf"), 0.0, lse)
 
 
 @triton.jit
@@ -30,11 +30,11 @@ def _prefix_tile(ptrs, STRIDES, start, mask_p, mask_d, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _prefix_probs(q, do, k, v, shift, mask_p, score_scale, cap_log2, HAS_SOFTCAP: tl.constexpr,
+def _prefix_probs(q, do, k, v, shift, mask_p, score_scale, softcap, HAS_SOFTCAP: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
     """p, dO Vp^T and the slope of the cap for one prefix block, (BLOCK_M, BLOCK_P)."""
-    s, slope = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), score_scale, cap_log2, HAS_SOFTCAP)
-    p = tl.exp2(tl.where(mask_p[None, :], s, float("-inf")) - shift[:, None])
+    s, slope = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), score_scale, softcap, HAS_SOFTCAP)
+    p = tl.exp(tl.where(mask_p[None, :], s, float("-inf")) - shift[:, None])
     return p, tl.dot(do, tl.trans(v), input_precision=PRECISION), slope
 
 
@@ -44,7 +44,7 @@ def _attention_bwd_prefix_kernel(
     query_ptr, prefix_key_ptr, prefix_value_ptr, gate_ptr, cu_seqlens_ptr, row_ids_ptr,
     GRAD_QUERY_STRIDES, GRAD_OUT_STRIDES, OUT_STRIDES, QUERY_STRIDES, PREFIX_KEY_STRIDES, PREFIX_VALUE_STRIDES,
     GATE_STRIDES,
-    softmax_scale, scale_log2, score_scale, cap_log2, num_prefixes, num_heads, num_kv_heads, q_len, prefix_len,
+    softmax_scale, score_scale, softcap, num_prefixes, num_heads, num_kv_heads, q_len, prefix_len,
     num_seqs, num_tiles, tiles_per_slot, slots_per_row, kv_columns, columns,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
     GATED: tl.constexpr, TANH: tl.constexpr, HAS_ROW_IDS: tl.constexpr, PACKED: tl.constexpr,
@@ -87,7 +87,7 @@ def _attention_bwd_prefix_kernel(
     offs_p = tl.arange(0, BLOCK_P)
     mask_p = first_p + offs_p < prefix_len
     prefix_dtype = prefix_key_ptr.dtype.element_ty
-    prefix_scale = scale_log2 if GATED else score_scale
+    prefix_scale = softmax_scale if GATED else score_scale
     k_ptrs = _rows(prefix_key_ptr, PREFIX_KEY_STRIDES, entry, kv_head, offs_p, offs_d)
     v_ptrs = _rows(prefix_value_ptr, PREFIX_VALUE_STRIDES, entry, kv_head, offs_p, offs_d)
     NEED_DELTA: tl.constexpr = FIRST and (
@@ -149,14 +149,14 @@ def _attention_bwd_prefix_kernel(
                         kn = _prefix_tile(k_ptrs, PREFIX_KEY_STRIDES, start, mask_n, mask_d, HEAD_DIM)
                         vn = _prefix_tile(v_ptrs, PREFIX_VALUE_STRIDES, start, mask_n, mask_d, HEAD_DIM)
                         p, dp, _ = _prefix_probs(
-                            q, do, kn, vn, shift, mask_n, scale_log2, 0.0, False, PRECISION
+                            q, do, kn, vn, shift, mask_n, softmax_scale, 0.0, False, PRECISION
                         )
                         total += tl.sum(p, axis=1)
                         delta += tl.sum(p * dp, axis=1)
                     delta = delta / tl.where(total == 0.0, 1.0, total)
                 if NEED_BLOCK:
                     p, dp, cap = _prefix_probs(
-                        q, do, k, v, shift, mask_p, prefix_scale, cap_log2, HAS_SOFTCAP and not GATED, PRECISION
+                        q, do, k, v, shift, mask_p, prefix_scale, softcap, HAS_SOFTCAP and not GATED, PRECISION
                     )  # fmt: skip
                     if NEED_DELTA and ONE_BLOCK:
                         # p by its own sum: dP - delta cancels, and the lse that p comes from was rounded

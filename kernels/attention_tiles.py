@@ -1,13 +1,13 @@
 """Tiles of the single-pass attention kernels: one small table, filled by what they compile to, no autotuning.
 
-``fastadapter bench audit`` shows registers, spills and matrix instructions of its cases; bf16 at
-head_dim 40 still spills there on NVIDIA, nothing else. Nothing here depends on batch or sequence lengths: a row or a
-packed sequence has the same bits alone and in any batch.
+``fastadapter bench audit`` shows registers, spills and matrix instructions of its cases. Nothing here depends on batch
+or sequence lengths: a row or a packed sequence has the same bits alone and in any batch.
 """
 
 from typing import NamedTuple
 
 import torch
+from fastadapter.kernels.gated_prefix_tiles import block_d
 
 
 class Tiles(NamedTuple):
@@ -40,6 +40,7 @@ _SMALL = {
     "query": ((32, 64, 4, 2), (32, 64, 4, 2), (32, 32, 8, 1)),
 }
 _QUERY = ((64, 64, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1))
+_ALL_REGISTERS = {("query", "sm_90", 0), ("query", "sm_100", 1)}  # 0, 1: place in the rows above
 
 
 def config(kernel: str, arch: str, activation, prefix, head_dim: int, prefix_len: int) -> Tiles:
@@ -61,13 +62,16 @@ def config(kernel: str, arch: str, activation, prefix, head_dim: int, prefix_len
     if prefix == torch.float32 and kernel != "keys":  # the prefix likewise, beside matrix units
         if not nvidia and size == 2 and kernel in ("prefix", "query"):
             return Tiles(16, 16, 16, 4, 1)
-        block_m = 16 if kernel != "query" and (size or kernel != "forward") else 32
+        small = (arch, size) == ("sm_90", 2) if kernel == "query" else size or kernel != "forward"
+        block_m = 16 if small else 32
         all_registers = nvidia and (kernel == "query" or (kernel == "prefix" and size == 2))
         return Tiles(block_m, 32, 16, 8, 1, all_registers=all_registers)
     if kernel == "forward":
         rows = _FORWARD_ON.get(arch, _FORWARD)
-    elif kernel == "query" and arch != "sm_90":
-        rows = _QUERY
+    elif (
+        kernel == "query" and arch != "sm_90" and not (arch == "sm_80" and head_dim < block_d(head_dim) <= 64)
+    ):
+        rows = _QUERY  # on sm_80, the masks of a padded head_dim are what a tile of 64 has no registers for
     else:
         rows = _SMALL[kernel]
     block_m, block_n, num_warps, num_stages = rows[size]
@@ -75,5 +79,5 @@ def config(kernel: str, arch: str, activation, prefix, head_dim: int, prefix_len
         num_warps, num_stages = min(num_warps, 4), 1
         block_m = 16 if kernel == "keys" and size == 2 else block_m
     block_p = 16 if prefix_len <= 16 or head_dim > 128 else 32
-    all_registers = (nvidia and kernel == "prefix") or (kernel, arch, size) == ("query", "sm_100", 1)
+    all_registers = nvidia and (kernel == "prefix" or (kernel, arch, size) in _ALL_REGISTERS)
     return Tiles(block_m, block_n, block_p, num_warps, num_stages, all_registers=all_registers)

@@ -82,10 +82,16 @@ def _scores(q, k, scale_log2, mask_p):
 
 
 @triton.jit
-def _rescale(m_i, s):
-    """The next running maximum, a finite stand-in for it to subtract, and the factor for earlier sums."""
+def _running_max(m_i, s):
+    """The next running maximum, and a finite stand-in for it to subtract."""
     m_new = tl.maximum(m_i, tl.max(s, axis=1))
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    return m_new, tl.where(m_new == float("-inf"), 0.0, m_new)
+
+
+@triton.jit
+def _rescale(m_i, s):
+    """:func:`_running_max` of scores in units of log 2, and the factor for earlier sums."""
+    m_new, shift = _running_max(m_i, s)
     return m_new, shift, tl.exp2(m_i - shift)
 
 

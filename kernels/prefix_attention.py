@@ -39,7 +39,7 @@ from torch import Tensor
 def _prefix_merge_fwd_kernel(
     out_ptr, lse_ptr, base_ptr, base_lse_ptr, query_ptr, prefix_key_ptr, prefix_value_ptr, row_ids_ptr,
     OUT_STRIDES, BASE_STRIDES, BASE_LSE_STRIDES, QUERY_STRIDES, PREFIX_KEY_STRIDES, PREFIX_VALUE_STRIDES,
-    score_scale, cap_log2, num_prefixes, num_heads, num_kv_heads, q_len, prefix_len, num_tiles,
+    score_scale, softcap, num_prefixes, num_heads, num_kv_heads, q_len, prefix_len, num_tiles,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_ROW_IDS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -67,14 +67,14 @@ def _prefix_merge_fwd_kernel(
         # a base that saw no key is no part of the result, whatever it holds
         visible = lse != float("-inf")
         acc, m_i, l_i = _attend_prefix(
-            tl.where(visible[:, None], base.to(tl.float32), 0.0), lse * 1.4426950408889634,
+            tl.where(visible[:, None], base.to(tl.float32), 0.0), lse,
             tl.where(visible, 1.0, 0.0), q.to(prefix_key_ptr.dtype.element_ty), k_ptrs, v_ptrs, PREFIX_KEY_STRIDES,
-            PREFIX_VALUE_STRIDES, tl.where(adapted, prefix_len, 0), mask_d, score_scale, cap_log2,
+            PREFIX_VALUE_STRIDES, tl.where(adapted, prefix_len, 0), mask_d, score_scale, softcap,
             BLOCK_P, HEAD_DIM, HAS_SOFTCAP, PRECISION, _prefix_stages(k_ptrs),
         )  # fmt: skip
         # a device cannot raise, so an id outside the bank has to show in the result
         l_i = tl.where(adapted, l_i, float("nan"))
-        lse = (m_i + tl.log2(l_i)) * 0.6931471805599453
+        lse = m_i + tl.log(l_i)
         out = (acc * (1.0 / l_i)[:, None]).to(base.dtype)
     out_ptrs = _rows(out_ptr, OUT_STRIDES, row, head, offs_m, offs_d)
     tl.store(out_ptrs, out, mask=mask_m[:, None] & mask_d)
@@ -177,7 +177,7 @@ def prefix_merge_forward(
     with torch.cuda.device_of(query):
         attention.launch(
             _prefix_merge_fwd_kernel, num_tiles * rows * num_heads, shared, tiles, head_dim,
-            out_ptr=out, lse_ptr=merged_lse, base_ptr=base, base_lse_ptr=lse, OUT_STRIDES=out.stride(),
-            BASE_STRIDES=base.stride(), BASE_LSE_STRIDES=lse.stride(), num_tiles=num_tiles,
+            out_ptr=out, lse_ptr=merged_lse, base_ptr=base, base_lse_ptr=lse, OUT_STRIDES=attention.row_strides(out),
+            BASE_STRIDES=attention.row_strides(base), BASE_LSE_STRIDES=lse.stride(), num_tiles=num_tiles,
         )  # fmt: skip
     return out, merged_lse

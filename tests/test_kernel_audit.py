@@ -19,33 +19,6 @@ import torch
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
-# Spills that are left, by kernel and architecture, kept in sight and never to grow: bf16 at head_dim 40, whose rows are
-# no multiple of 16 numbers, so that nothing is known of their alignment.
-OPEN = {
-    ("attention_bwd_keys_kernel", "sm_100"): 852,
-    ("attention_bwd_keys_kernel", "sm_80"): 231,
-    ("attention_bwd_keys_kernel", "sm_90"): 850,
-    ("attention_bwd_query_kernel", "sm_100"): 203,
-    ("attention_bwd_query_kernel", "sm_80"): 716,
-    ("attention_bwd_query_kernel", "sm_90"): 60,
-    ("attention_fwd_kernel", "sm_80"): 632,
-    ("attention_fwd_kernel", "sm_90"): 426,
-}
-
-
-def is_open(row):
-    known = OPEN.get((row.kernel, row.arch), 0)
-    return (
-        row.dtype == "bf16" and "-d40-" in row.case and 0 < row.spills <= known and sound_but_for_spills(row)
-    )
-
-
-def sound_but_for_spills(row):
-    from fastadapter.benchmarks.audit import report
-
-    return not report.faults(dataclasses.replace(row, spills=0, stack=0))
-
-
 def audit(*options, **environment):
     """The rows of one run of the audit, as they would be stored."""
     from fastadapter.benchmarks.audit import report
@@ -63,7 +36,7 @@ def assert_sound(rows):
     assert rows
     stored = {row.key: row for row in report.load()}
     for row in rows:
-        assert not report.faults(row) or is_open(row), row
+        assert not report.faults(row), row
         if row.op == "gated_prefix" and row.arch == "sm_90":
             # ptxas before 13.3 may corrupt wgmma operands; the tiles are small to stay clear of it
             assert row.matrix != "wgmma", row
@@ -82,11 +55,11 @@ def test_every_kernel_is_sound(arch):
 
 
 def test_the_stored_table_is_sound():
-    """It has rows of every case on every architecture and no others, none of them faulty but the known ones."""
+    """It has rows of every case on every architecture and no others, none of them faulty."""
     from fastadapter.benchmarks.audit import cases, command, report
 
     stored = report.load()
-    assert not [row for row in stored if report.faults(row) and not is_open(row)]
+    assert not [row for row in stored if report.faults(row)]
     present = {row.key[:-1] for row in stored}
     wanted = {
         (case.op, case.direction, case.dtype, str(case), arch)

@@ -44,10 +44,14 @@ def _flops(case: Case) -> int:
 
 def _cases(op: str) -> Iterator[Case]:
     llama = {"b": 8, "h": 32, "kv": 8, "q": 1, "s": 2048, "d": 128, "p": 10, "n": 0}
-    for d in (128, 64, 80, 256):
+    for d in (128, 64, 80, 256, 40, 96):  # the last two are padded to a power of two
         yield Case(op, "forward", "bf16", llama | {"d": d})
-    for dtype in ("fp16", "fp32", "bf16+fp32"):
-        yield Case(op, "forward", dtype, llama)
+    yield Case(op, "forward", "fp16", llama)
+    for dtype in ("fp32", "bf16+fp32"):
+        for d in (128, 256):
+            yield Case(op, "forward", dtype, llama | {"d": d})
+    for option in ("softcap", "mask"):
+        yield Case(op, "forward", "bf16", llama, {option: True})
     yield Case(op, "forward", "bf16", llama | {"b": 64, "n": 64})
     yield Case(op, "forward", "bf16", llama | {"q": 16})
     yield Case(op, "forward", "bf16", llama | {"kv": 32})

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         "--case", nargs="+", metavar="TEXT", help="only cases whose name contains one of these"
     )
     parser.add_argument(
-        "--sample", action="store_true", help="one case of every op and pass, two architectures"
+        "--sample", action="store_true", help="one case of every op and pass, architectures in rotation"
     )
     parser.add_argument(
         "--traffic", action="store_true", help="count the bytes that small calls touch, in the interpreter"

@@ -4,6 +4,7 @@ from .record import of_file
 
 TESTS = "tests/test_attention_triton.py -k within_budget"
 FAR = "tests/test_attention_triton.py -k 32_bits"
+LARGE = "tests/test_attention_triton.py -k huge_logits"
 DECODE = "tests/test_decode_triton.py -k within_budget"
 
 ATTENTION = [
@@ -19,9 +20,9 @@ ATTENTION = [
             "visible = visible & (offs_n >= offs_m - window)",
         ),
         mask_dropped=("visible = visible & (given != 0)", "visible = visible & (given == given)"),
-        float_mask_in_natural_units=(
-            "s += given.to(tl.float32) * 1.4426950408889634",
+        float_mask_in_base_two=(
             "s += given.to(tl.float32)",
+            "s += given.to(tl.float32) * 1.4426950408889634",
         ),
         softcap_slope_dropped=("slope = 1.0 - t * t", "slope = 1.0"),
         whole_tiles_reach_past_the_diagonal=(
@@ -46,8 +47,13 @@ ATTENTION = [
             "return first, tl.minimum(last + 1, total) - first",
         ),
         lse_in_base_two=(
-            "tl.store(lse_ptr + lse_offs, (m_i + tl.log2(some)) * 0.6931471805599453, mask=mask_m)",
+            "tl.store(lse_ptr + lse_offs, m_i + tl.log(some), mask=mask_m)",
             "tl.store(lse_ptr + lse_offs, m_i + tl.log2(some), mask=mask_m)",
+        ),
+        lse_rounded_once_more=(
+            "tl.store(lse_ptr + lse_offs, m_i + tl.log(some), mask=mask_m)",
+            "tl.store(lse_ptr + lse_offs, (m_i * 1.44269504 + tl.log2(some)) * 0.693147181, mask=mask_m)",
+            LARGE,
         ),
         minus_one_attends_entry_zero=(
             "return row_id, entry, (row_id >= 0) & (row_id < num_prefixes)",

@@ -42,8 +42,9 @@ def quick_interpreter():
 def products_by_element():
     """Products of tiles as matrix units form them: an element is one chain of sums, wherever in its tile it is.
 
-    The interpreter asks BLAS, which rounds an element by its place in the tile. A row of the bottleneck without row
-    ids is at another place when it is alone, and could not have the same bits.
+    The interpreter asks BLAS, which rounds an element by its place in the tile. The scores of a transposed product then
+    differ from those of the product; and a row of the bottleneck without row ids is at another place when it is alone,
+    and could not have the same bits.
     """
     from triton.runtime import interpreter
 
