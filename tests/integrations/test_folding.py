@@ -11,6 +11,8 @@ import torch
 
 import fastadapter as fa
 from fastadapter.checkpoints.files import read_tensors
+from fastadapter.training.config import UserError
+from fastadapter.training.targets import AdapterTarget
 from tests.support.budget import assert_within_budget, same_bits
 from tests.support.methods import CONFIGS, train_a_little
 from tests.support.models import FAMILIES, build, output_of, token_ids
@@ -201,6 +203,8 @@ def test_prompts_of_a_folded_adapter_train_and_scales_wait():
     model(ids, labels=ids).loss.backward()
     assert all(parameter.grad is not None for _, parameter in fa.trainable_parameters(model))
     assert all(p.grad is None for key, p in model.named_parameters() if "fa_prefix" not in key)
+    with pytest.raises(UserError, match="folded into the model's weights; unfold it to train it"):
+        AdapterTarget(model, "default")
 
 
 def test_a_head_folds_too():
