@@ -25,7 +25,7 @@ setup:
 	@$(SETUP)
 
 setup-bench:
-	@$(SETUP) --extras triton,hf,dev,bench
+	@$(SETUP) --extras triton,hf,compare,dev,bench
 
 demo: setup
 	$(BIN)/fastadapter demo $(ARGS)

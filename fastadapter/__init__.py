@@ -10,6 +10,7 @@ from fastadapter.integrations.transformers import (
     rows,
     set_active,
     trainable_parameters,
+    unfold,
 )
 from fastadapter.methods import (
     BottleneckConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "save",
     "set_active",
     "trainable_parameters",
+    "unfold",
     "verify",
     "warmup",
 ]

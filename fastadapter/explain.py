@@ -7,7 +7,7 @@ from torch import nn
 
 from fastadapter.integrations.prefix import PromptSlot
 from fastadapter.integrations.transformers import attachments, hosts, unwrap
-from fastadapter.nn import Bottleneck, GatedPrefix, PrefixTuning
+from fastadapter.nn import Bottleneck, ChannelScale, GatedPrefix, ModuleCopy, PrefixTuning
 from fastadapter.ops.backends import automatic_backend
 
 _COLUMNS = ("module", "adapter", "parameters", "base_attention", "projection", "backend", "reason")
@@ -46,7 +46,8 @@ def explain(model: nn.Module) -> Explanation:
     """Describe what is attached to ``model`` and how it runs.
 
     ``*`` marks the active adapter. ``projection`` says how the prompt becomes keys and values: by the layer's key
-    and value projections alone, or, where these do not give the same bits, by the layer's own forward.
+    and value projections alone, or, where these do not give the same bits, by the layer's own forward. Backend
+    ``weights``: the adapter is folded, nothing of it runs there.
 
     >>> import torch
     >>> print(explain(torch.nn.Linear(2, 2)))
@@ -67,6 +68,8 @@ def explain(model: nn.Module) -> Explanation:
                 backend, reason = "torch", "no op of its own"
                 if op is not None:
                     backend, reason = automatic_backend(device, getattr(model, "dtype", torch.float32), op)
+                if record.folded is not None and isinstance(adapter, ChannelScale | ModuleCopy):
+                    backend, reason = "weights", "folded into the module's own"
                 projection = ""
                 if isinstance(adapter, GatedPrefix):
                     projection = "key/value modules" if host.fast_projection else "layer forward"

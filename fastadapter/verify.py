@@ -8,7 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastadapter.integrations.transformers import adapter_modules, attachments, set_active, unwrap
+from fastadapter.integrations.transformers import (
+    adapter_modules,
+    attachments,
+    set_active,
+    unfolded,
+    unwrap,
+)
 from fastadapter.nn import Bottleneck, ChannelScale, GatedPrefix, ModuleCopy
 
 _NEW_TOKENS = 4
@@ -39,6 +45,8 @@ def verify(model: nn.Module, batch: dict[str, Any] | None = None) -> list[Check]
        such state, so they are not checked for it.
     2. The adapter changes the outputs; an untrained one with these parts moved a little.
     3. For models that generate: greedy generation with a cache gives the logits of one full forward.
+    4. An adapter that is folded into the weights: they give its outputs, up to rounding. The others are checked on it
+       unfolded, and it is folded again.
 
     Args:
         batch: keyword arguments of the model's forward; random token ids unless given.
@@ -55,6 +63,8 @@ def verify(model: nn.Module, batch: dict[str, Any] | None = None) -> list[Check]
         raise ValueError("model: no adapter is active on it; attach one or call set_active")
     name = record.active
     batch = batch if batch is not None else _random_batch(model)
+    if record.folded is not None:
+        return _verify_folded(model, batch, name)
     parts = [
         part
         for path, module in adapter_modules(model, name).items()
@@ -62,11 +72,9 @@ def verify(model: nn.Module, batch: dict[str, Any] | None = None) -> list[Check]
     ]
     kept = [part.parameter.clone() for part in parts]
     trained = any(not torch.equal(part.parameter, part.neutral) for part in parts)
-    was_training = {path: module.training for path, module in model.named_modules()}
     checks = []
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _evaluating(model):
         try:
-            model.eval()
             set_active(model, None)
             base = _output(model, batch)
             set_active(model, name)
@@ -93,12 +101,34 @@ def verify(model: nn.Module, batch: dict[str, Any] | None = None) -> list[Check]
             for part, value in zip(parts, kept, strict=True):
                 part.parameter.copy_(value)
             set_active(model, name)
-            for path, module in model.named_modules():
-                module.training = was_training[path]
+    return _require_passed(checks)
+
+
+def _verify_folded(model: nn.Module, batch: dict[str, Any], name: str) -> list[Check]:
+    with _evaluating(model):
+        found = _output(model, batch)
+        with unfolded(model, name):
+            expected = _output(model, batch)
+            checks = verify(model, batch)
+    return checks + _require_passed([_check_close("folded weights give its outputs", found, expected, model)])
+
+
+def _require_passed(checks: list[Check]) -> list[Check]:
     failed = [check for check in checks if not check.passed]
     if failed:
         raise VerificationError("; ".join(f"{check.name}: {check.detail}" for check in failed))
     return checks
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = {path: module.training for path, module in model.named_modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for path, module in model.named_modules():
+            module.training = was_training[path]
 
 
 class _Part(NamedTuple):
@@ -181,15 +211,20 @@ def _check_generation(model: nn.Module, batch: dict[str, Any]) -> Check:
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(mask.shape[0], _NEW_TOKENS - 1)], dim=1)
         full = model(input_ids=sequences[:, :-1], attention_mask=mask).logits
-    full = full[:, -_NEW_TOKENS:].float()
     # The two differ by the rounding of matrix products of other shapes, not by the adapter.
+    return _check_close("cached generation is the full forward", stepwise, full[:, -_NEW_TOKENS:], model)
+
+
+def _check_close(name: str, a: Tensor, b: Tensor, model: nn.Module) -> Check:
+    """Whether two outputs differ by no more than rounding."""
+    a, b = a.float(), b.float()
     dtype = next(model.parameters()).dtype
     tolerance = (
-        64 * torch.finfo(dtype if dtype.is_floating_point else torch.float32).eps * full.abs().max().item()
+        64 * torch.finfo(dtype if dtype.is_floating_point else torch.float32).eps * b.abs().max().item()
     )
-    difference = (stepwise - full).abs().max().item()
+    difference = (a - b).abs().max().item()
     return Check(
-        "cached generation is the full forward",
+        name,
         difference <= tolerance,
         f"largest difference {difference:.3g}, allowed {tolerance:.3g}",
     )

@@ -14,6 +14,7 @@ from fastadapter.integrations.transformers import (
     attach,
     attachments,
     detach,
+    require_unfolded,
     set_active,
     unwrap,
 )
@@ -77,10 +78,12 @@ def load(
     Returns: ``model``.
     Raises:
         CheckpointError: the file is missing, foreign, damaged or made for another model; the model is untouched.
-        ValueError: malformed ``name``, or an adapter with another configuration is attached under it.
+        ValueError: malformed ``name``, an adapter with another configuration is attached under it, or the model's
+            weights hold a folded adapter.
         TypeError: the model cannot be hooked.
     """
     model = unwrap(model)
+    require_unfolded(attachments(model))
     found: dict[str, Any] = {}
 
     def check(header: Header, metadata: dict[str, str]) -> None:
@@ -139,8 +142,10 @@ def set_adapter_tensors(
 ) -> None:
     """Copy ``tensors``, named as by :func:`adapter_tensors`, into an attached adapter; all of them or none.
 
-    Raises: ValueError: a name is missing or unexpected, or a tensor has another shape or dtype, or is not finite.
+    Raises: ValueError: a name is missing or unexpected, or a tensor has another shape or dtype, or is not finite; or
+        the adapter is folded into the model's weights.
     """
+    require_unfolded(attachments(model))
     expected = adapter_tensors(model, name)
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unexpected:

@@ -99,7 +99,7 @@ def compare(
         command: starts a process that does the job in the folder given as last word.
         learning_rates: of methods, in place of the table's.
         threads: of every process; ``None``: PyTorch's choice.
-        after_run: called with the results so far whenever one comes in.
+        after_run: called with the results so far whenever a run ends, and with all of them.
     Returns: the results, method by method, seed by seed.
     Raises:
         UserError: a run failed (its own message is on stderr), or was made with another learning rate or options.
@@ -124,7 +124,8 @@ def compare(
             _run([*command, str(folder)], method.name, seed)
         result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         results.append(result)
-        if after_run is not None:
+        # of runs that are only read back, the last one reports for all
+        if after_run is not None and (not finished or number == len(pairs)):
             after_run(results)
     return results
 

@@ -204,6 +204,10 @@ class ReparamHost(Host):
     CHILD: ClassVar[str] = "fa_reparam"
 
 
+# An adapter's module in a model: the path of the module it is in, and the kind of host there.
+Place = tuple[str, type[Host]]
+
+
 def host_of(module: nn.Module, host: type[Host]) -> Any:
     """The host of one kind in a module, if it has one."""
     return cast("Host | None", module._modules.get(host.CHILD))

@@ -12,14 +12,19 @@ from torch.utils.hooks import RemovableHandle
 from fastadapter.integrations import attention as hook
 from fastadapter.integrations import discovery
 from fastadapter.integrations.bottleneck import BottleneckHost, watch_input
-from fastadapter.integrations.host import Host, ReparamHost, State, host_of
+from fastadapter.integrations.folding import (
+    Folded,
+    fold_weights,
+    foldable,
+    require_foldable,
+    restore_weights,
+)
+from fastadapter.integrations.host import Host, Place, ReparamHost, State, host_of
 from fastadapter.integrations.plans import plan
-from fastadapter.methods import MethodConfig, PrefixTuningConfig
+from fastadapter.methods import LlamaAdapterV2Config, MethodConfig, PrefixTuningConfig
 
 _ATTRIBUTE = "_fastadapter"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-# An adapter's module in a model: the path of the module it is in, and the kind of host there.
-Place = tuple[str, type[Host]]
 
 
 @dataclass
@@ -32,6 +37,7 @@ class Attachments:
     handles: dict[Place, list[RemovableHandle]] = field(default_factory=dict)
     watches: dict[tuple[str, Place], list[RemovableHandle]] = field(default_factory=dict)
     state: State = field(default_factory=State)
+    folded: Folded | None = None
 
     @property
     def active(self) -> str | None:
@@ -56,7 +62,8 @@ def attach(
         tokenizer: the model's, for ``SoftPromptConfig(init_text=...)`` alone.
     Returns: ``model``.
     Raises:
-        ValueError: the name is taken or malformed, or a size does not fit the model.
+        ValueError: the name is taken or malformed, a size does not fit the model, or the model's weights hold a folded
+            adapter.
         TypeError: ``config`` is not a configuration, or the model cannot be hooked, or the method is not defined for
             it, with the reason.
         Nothing is attached then.
@@ -82,6 +89,7 @@ def attach(
             f"name: an adapter {name!r} is already attached; detach it first or choose another name"
         )
     _require_no_rows(record)
+    require_unfolded(record)
     hook.install_hook()
     try:
         with record.state.only(None):
@@ -98,9 +106,7 @@ def attach(
         if host is None:
             host = make(record.state)
             module.add_module(kind.CHILD, host)
-            block = discovery.checkpointed_block(model, path)
-            gradients = block.register_forward_pre_hook(discovery.let_gradients_in)
-            record.handles[path, kind] = [*host.hooks(module), gradients]
+            record.handles[path, kind] = _hooks(model, path, host)
         host.add(name, adapter, **(options or {}))
         host.train(module.training)
         if watch is not None:
@@ -117,14 +123,17 @@ def attach(
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Remove one adapter, or all of them; after the last the model is what it was before, bit for bit.
 
-    ``requires_grad`` of the model's own parameters is restored too.
+    ``requires_grad`` of the model's own parameters is restored too, and weights that the adapter was folded into.
 
     Raises: ValueError: no adapter of that name.
     """
     model = unwrap(model)
     record = _require_attachments(model)
     _require_no_rows(record)
-    for each in list(record.configs) if name is None else [_require_name(record, name)]:
+    leaving = list(record.configs) if name is None else [_require_name(record, name)]
+    if record.folded is not None and record.folded.name in leaving:
+        unfold(model, record.folded.name)
+    for each in leaving:
         for place in record.places[each]:
             path, kind = place
             module = model.get_submodule(path)
@@ -155,11 +164,14 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 def set_active(model: nn.Module, name: str | None) -> None:
     """Choose the adapter that acts from now on; ``None`` is the base model.
 
-    Raises: ValueError: no adapter of that name.
+    Raises: ValueError: no adapter of that name, or the weights hold another, folded.
     """
     record = _require_attachments(unwrap(model))
     _require_no_rows(record)
-    record.state.active = None if name is None else _require_name(record, name)
+    if name is not None:
+        _require_name(record, name)
+    require_unfolded(record, unless=name)
+    record.state.active = name
 
 
 @contextlib.contextmanager
@@ -173,8 +185,8 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
 
     Args:
         names: an adapter, or ``None`` for the base model, for every row.
-    Raises: ValueError: no adapter of that name, no names, a context in a context; and in the forward pass a batch of
-        another number of rows.
+    Raises: ValueError: no adapter of that name, no names, a context in a context, rows without an adapter that is
+        folded into the weights; and in the forward pass a batch of another number of rows.
 
     >>> with rows(model, ["reviews", None, "legal"]):  # doctest: +SKIP
     ...     model.generate(**batch)
@@ -186,6 +198,8 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
         raise ValueError(f"rows must be a list of names, one per row of the batch, got {names!r}")
     state = record.state
     chosen = tuple(None if each is None else _require_name(record, each) for each in names)
+    for each in chosen:
+        require_unfolded(record, unless=each)
     expand: Any = getattr(inner, "_expand_inputs_for_generation", None)
 
     def expanding(expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
@@ -204,19 +218,48 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
 
 
 def fold(model: nn.Module, name: str = "default") -> nn.Module:
-    """Replace the network behind a prefix by the keys and values that it gives now.
+    """Put what an adapter needs for training alone into what it is at inference.
 
-    What ``PrefixTuningConfig(reparam_size=...)`` is trained with is not needed for inference. The outputs stay the
-    same, bit for bit; training cannot be resumed as it was.
+    Prefix tuning with ``reparam_size``: the network behind the prefix is replaced by the keys and values that it gives
+    now. The outputs stay the same, bit for bit; training cannot be resumed as it was.
+
+    LLaMA-Adapter V2: scales and biases go into the weights and biases of the linear layers, which no longer cost
+    anything then; the adapter's norms and head into the model's. The gated prompts stay an adapter: they depend on the
+    query. Products are formed in fp32 and rounded once to the weights' dtype (:meth:`ChannelScale.folded`), so outputs
+    differ by rounding, and by no more than scaled activations do in that dtype. While the weights hold an adapter, the
+    model's own weights wait in main memory, no other can be attached, chosen or loaded, and :func:`save` still writes
+    the adapter itself; :func:`unfold` and :func:`detach` put the weights back, bit for bit.
 
     Returns: ``model``.
-    Raises: ValueError: no adapter of that name, or one without such a network.
+    Raises:
+        ValueError: no adapter of that name, one without anything to fold, or (V2) one that is folded already, not
+            active or not alone on the model; or a weight is tied, hooked by others, or would overflow.
+        TypeError: (V2) a layer is quantised, derived, wrapped or sharded.
+        Nothing is changed then.
+
+    >>> fold(model)  # doctest: +SKIP
     """
     inner = unwrap(model)
     record = _require_attachments(inner)
     config = record.configs[_require_name(record, name)]
+    if isinstance(config, LlamaAdapterV2Config):
+        _require_no_rows(record)
+        require_unfolded(record)
+        if list(record.configs) != [name]:
+            others = ", ".join(each for each in record.configs if each != name)
+            raise ValueError(
+                f"name: beside adapter {name!r} there is {others}, made for weights without it; detach the others "
+                "before folding"
+            )
+        if record.active != name:
+            raise ValueError(f"name: adapter {name!r} is not the active one; call set_active before folding")
+        require_foldable(inner, name, foldable(record.places[name]), record.handles)
+        _fold_into_weights(inner, record, name)
+        return model
     if not isinstance(config, PrefixTuningConfig) or config.reparam_size is None:
-        raise ValueError(f"name: adapter {name!r} has no network to fold, its configuration is {config}")
+        raise ValueError(
+            f"name: adapter {name!r} has no network to fold and no scales, its configuration is {config}"
+        )
     kept = []
     for path, kind in record.places[name]:
         host = host_of(inner.get_submodule(path), kind)
@@ -231,6 +274,57 @@ def fold(model: nn.Module, name: str = "default") -> nn.Module:
     record.places[name] = kept
     record.configs[name] = replace(config, reparam_size=None)
     return model
+
+
+def unfold(model: nn.Module, name: str = "default") -> nn.Module:
+    """Take an adapter out of the weights that :func:`fold` put it into: they are what they were, bit for bit.
+
+    The adapter acts on, as before folding, and can be trained again. In a model that was cast since, the weights are
+    what casting them gives; values that were written into them since are lost.
+
+    Returns: ``model``.
+    Raises: ValueError: no adapter of that name, or its weights are not folded (the network behind a prefix is gone).
+
+    >>> unfold(model)  # doctest: +SKIP
+    """
+    inner = unwrap(model)
+    record = _require_attachments(inner)
+    _require_no_rows(record)
+    _require_name(record, name)
+    if record.folded is None or record.folded.name != name:
+        raise ValueError(
+            f"name: the model's weights do not hold adapter {name!r}; there is nothing to unfold"
+        )
+    restore_weights(inner, record.folded)
+    record.folded = None
+    for path, kind in foldable(record.places[name]):
+        record.handles[path, kind] = _hooks(inner, path, host_of(inner.get_submodule(path), kind))
+    return model
+
+
+@contextlib.contextmanager
+def unfolded(model: nn.Module, name: str) -> Iterator[None]:
+    """The folded adapter ``name`` out of the weights while the context lasts."""
+    unfold(model, name)
+    try:
+        yield
+    finally:
+        _fold_into_weights(model, _require_attachments(model), name)
+
+
+def _fold_into_weights(model: nn.Module, record: Attachments, name: str) -> None:
+    places = foldable(record.places[name])
+    record.folded = fold_weights(model, name, places)
+    for place in places:
+        for handle in record.handles.pop(place):
+            handle.remove()
+
+
+def _hooks(model: nn.Module, path: str, host: Host) -> list[RemovableHandle]:
+    """Let a host act in its module, the one at ``path``."""
+    block = discovery.checkpointed_block(model, path)
+    gradients = block.register_forward_pre_hook(discovery.let_gradients_in)
+    return [*host.hooks(model.get_submodule(path)), gradients]
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -290,8 +384,19 @@ def _require_name(record: Attachments, name: str) -> str:
     return name
 
 
+def require_unfolded(record: Attachments | None, unless: str | None = None) -> None:
+    """Refuse what would act on weights that hold an adapter as if they were the base model's.
+
+    Raises: ValueError: the weights hold an adapter other than ``unless``.
+    """
+    if record is not None and record.folded is not None and record.folded.name != unless:
+        raise ValueError(
+            f"model: its weights hold adapter {record.folded.name!r}, folded; unfold or detach it first"
+        )
+
+
 def _require_no_rows(record: Attachments) -> None:
     if record.state.rows is not None:
         raise ValueError(
-            "model: inside rows(...) its adapters cannot be attached, detached, chosen or named again"
+            "model: inside rows(...) its adapters cannot be attached, detached, folded, chosen or named again"
         )

@@ -31,6 +31,10 @@ class AdapterTarget:
         record = _record(model)
         if record.active != name:
             raise UserError(f"name: adapter {name!r} is not the active one, which is {record.active!r}")
+        if record.folded is not None:
+            raise UserError(
+                f"name: adapter {name!r} is folded into the model's weights; unfold it to train it"
+            )
         saved = {tensor.data_ptr() for tensor in adapter_tensors(unwrap(model), name).values()}
         self.parameters = trainable_parameters(model)
         strays = [key for key, parameter in self.parameters if parameter.data_ptr() not in saved]
