@@ -21,13 +21,11 @@ operand lies in registers, and p is such an operand. Tiles for sm_90 are therefo
 ``mma.sync``: it needs 64 rows and four warps for ``wgmma``, the tiles here have fewer of one or the other.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from fastadapter.kernels import target
-from fastadapter.kernels.attention_tiles import Tiles, config
+from fastadapter.kernels.attention_tiles import Tiles, _load, _rows, config, row_strides
 from fastadapter.kernels.gated_prefix_tiles import (
     ALL_REGISTERS,
     _gate_factor,
@@ -100,40 +98,6 @@ def _adapter_of(row_ids_ptr, seq, num_seqs, num_prefixes, HAS_ROW_IDS: tl.conste
     else:
         row_id, entry = _row_entry(row_ids_ptr, seq, num_prefixes, HAS_ROW_IDS)
     return row_id, entry, (row_id >= 0) & (row_id < num_prefixes)
-
-
-@triton.jit
-def _rows(ptr, STRIDES, row, head, offs, offs_d):
-    """Pointers (rows, BLOCK_D) into a 4-d tensor; offsets are 64-bit, a view may span more than 2^31 elements."""
-    FACTOR: tl.constexpr = STRIDES[4]
-    outer = row * STRIDES[0] + head * STRIDES[1]
-    rows = offs.to(tl.int64)[:, None] * STRIDES[2]
-    if FACTOR > 1:
-        outer = tl.multiple_of(outer, FACTOR)
-        rows = tl.multiple_of(rows, (FACTOR, FACTOR))
-    return (ptr + outer) + (rows + offs_d[None, :] * STRIDES[3])
-
-
-def row_strides(x: Tensor) -> tuple:
-    """Strides of a 4-d tensor for ``_rows``, and the power of two that all but the last share.
-
-    Triton looks for 16 by itself. Rows of head_dim 40 share 8, which is enough for 16-byte loads of half precision;
-    loaded element by element, their addresses would not fit into the registers.
-    """
-    shared = math.gcd(16, *x.stride()[:3])
-    return *x.stride(), tl.constexpr(shared if shared < 16 else 1)
-
-
-@triton.jit
-def _load(ptrs, mask, mask_d, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """A tile of rows; padding is zero. ``mask`` counts only where MASKED."""
-    if MASKED:
-        x = tl.load(ptrs, mask=mask[:, None] & mask_d, other=0.0)
-    elif ptrs.shape[1] != HEAD_DIM:
-        x = tl.load(ptrs, mask=mask_d, other=0.0)
-    else:
-        x = tl.load(ptrs)
-    return x
 
 
 @triton.jit

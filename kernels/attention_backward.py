@@ -27,9 +27,7 @@ from fastadapter.kernels.attention import (
     _dot_fp32_by,
     _hide,
     _key_ranges,
-    _load,
     _locate,
-    _rows,
 )
 from fastadapter.kernels.attention_prefix_backward import (
     _attention_bwd_prefix_kernel,
@@ -38,6 +36,7 @@ from fastadapter.kernels.attention_prefix_backward import (
     _prefix_tile,
     _shift,
 )
+from fastadapter.kernels.attention_tiles import _load, _rows
 from fastadapter.kernels.gated_prefix_tiles import _gate_factor
 from torch import Tensor
 

@@ -8,10 +8,9 @@ from fastadapter.kernels.attention import (
     _bounds,
     _capped,
     _dot_fp32_by,
-    _load,
-    _rows,
     _sequence_of,
 )
+from fastadapter.kernels.attention_tiles import _load, _rows
 from fastadapter.kernels.gated_prefix_tiles import _gate_factor
 
 RUN_LENGTHS = ["tiles_per_slot", "slots_per_row", "slot_len", "kv_columns", "columns", "num_rows"]

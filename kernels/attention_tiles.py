@@ -1,13 +1,19 @@
-"""Tiles of the single-pass attention kernels: one small table, filled by what they compile to, no autotuning.
+"""Tiles of the single-pass attention kernels: how they are loaded, and their sizes.
+
+The sizes are one small table, filled by what the kernels compile to, no autotuning.
 
 ``fastadapter bench audit`` shows registers, spills and matrix instructions of its cases. Nothing here depends on batch
 or sequence lengths: a row or a packed sequence has the same bits alone and in any batch.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from fastadapter.kernels.gated_prefix_tiles import block_d
+from torch import Tensor
 
 
 class Tiles(NamedTuple):
@@ -81,3 +87,37 @@ def config(kernel: str, arch: str, activation, prefix, head_dim: int, prefix_len
     block_p = 16 if prefix_len <= 16 or head_dim > 128 else 32
     all_registers = nvidia and (kernel == "prefix" or (kernel, arch, size) in _ALL_REGISTERS)
     return Tiles(block_m, block_n, block_p, num_warps, num_stages, all_registers=all_registers)
+
+
+@triton.jit
+def _rows(ptr, STRIDES, row, head, offs, offs_d):
+    """Pointers (rows, BLOCK_D) into a 4-d tensor; offsets are 64-bit, a view may span more than 2^31 elements."""
+    FACTOR: tl.constexpr = STRIDES[4]
+    outer = row * STRIDES[0] + head * STRIDES[1]
+    rows = offs.to(tl.int64)[:, None] * STRIDES[2]
+    if FACTOR > 1:
+        outer = tl.multiple_of(outer, FACTOR)
+        rows = tl.multiple_of(rows, (FACTOR, FACTOR))
+    return (ptr + outer) + (rows + offs_d[None, :] * STRIDES[3])
+
+
+def row_strides(x: Tensor) -> tuple:
+    """Strides of a 4-d tensor for ``_rows``, and the power of two that all but the last share.
+
+    Triton looks for 16 by itself. Rows of head_dim 40 share 8, which is enough for 16-byte loads of half precision;
+    loaded element by element, their addresses would not fit into the registers.
+    """
+    shared = math.gcd(16, *x.stride()[:3])
+    return *x.stride(), tl.constexpr(shared if shared < 16 else 1)
+
+
+@triton.jit
+def _load(ptrs, mask, mask_d, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """A tile of rows; padding is zero. ``mask`` counts only where MASKED."""
+    if MASKED:
+        x = tl.load(ptrs, mask=mask[:, None] & mask_d, other=0.0)
+    elif ptrs.shape[1] != HEAD_DIM:
+        x = tl.load(ptrs, mask=mask_d, other=0.0)
+    else:
+        x = tl.load(ptrs)
+    return x

@@ -27,11 +27,10 @@ from fastadapter.kernels.attention import (
     LENGTHS,
     _adapter_of,
     _attend_prefix,
-    _load,
     _locate,
     _prefix_stages,
-    _rows,
 )
+from fastadapter.kernels.attention_tiles import _load, _rows
 from torch import Tensor
 
 

@@ -270,6 +270,19 @@ def test_every_element_is_written(op, poisoned_memory):
             assert results[name].isfinite().all(), f"{shape} {name}"
 
 
+@BOTH
+def test_the_value_of_a_hidden_key_may_be_any_number(op):
+    """A cache may hold what it likes behind a mask: also a value whose product with the gradient overflows."""
+    inputs = make_inputs(Shape(2, 4, 2, 20, 40, 16, 3, mask="bool"), torch.float32)
+    inputs = inputs._replace(grad_out=inputs.grad_out.abs() + 1)
+    inputs.attn_mask[..., 5] = False
+    value = inputs.value.clone()
+    inputs.value[:, :, 5] = 0.0
+    value[:, :, 5] = torch.finfo(torch.float32).max / 2
+    expected = run(op, inputs, "cpp")
+    assert_same_results(op, run(op, inputs._replace(value=value), "cpp"), expected)
+
+
 GRAD_SHAPES = [
     Shape(2, 2, 1, 5, 6, 3, 2, num_prefixes=2, mask="float", softcap=1.5),
     Shape(1, 4, 2, 6, 6, 4, 3, mask="causal", window=3),

@@ -191,6 +191,7 @@ CPP += [
         hidden_keys_let_nan_through=(
             "p == 0 ? Vec<C>{} : p * (load(grad + j) - delta) * slope",
             "p * (load(grad + j) - delta) * slope",
+            "tests/test_attention_cpp.py -k hidden_key",
         ),
         gate_factor_missing=("const Vec<C> p = load(s + j) * factor;", "const Vec<C> p = load(s + j);"),
         query_gradient_without_scale=(

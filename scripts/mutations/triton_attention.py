@@ -64,8 +64,12 @@ ATTENTION = [
             "        acc, m_i, l_i",
         ),
         int32_rows=("return row.to(tl.int64), head", "return row, head", FAR),
-        int32_positions=("offs.to(tl.int64)[:, None] * STRIDES[2]", "offs[:, None] * STRIDES[2]", FAR),
         gated_term_without_gate=("weight = factor / tl.where(", "weight = 1.0 / tl.where("),
+    ),
+    *of_file(
+        "kernels/attention_tiles.py",
+        FAR,
+        int32_positions=("offs.to(tl.int64)[:, None] * STRIDES[2]", "offs[:, None] * STRIDES[2]"),
     ),
     *of_file(
         "kernels/attention_backward.py",
