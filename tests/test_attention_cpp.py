@@ -237,6 +237,16 @@ def test_layouts_do_not_change_a_bit(op, layout, shape, dtype):
     assert actual["out"].stride() == torch.empty_like(changed.query).stride()
 
 
+@BOTH
+def test_keys_and_values_of_different_layouts(op):
+    """Where few query rows walk over several blocks of keys, each tensor goes by its own strides."""
+    inputs = make_inputs(Shape(2, 4, 2, 1, 300, 24, 3), torch.float32)
+    expected = forward_only(op, inputs)
+    for name in ("key", "value"):
+        changed = inputs._replace(**{name: spread(getattr(inputs, name), 2, 3)})
+        assert same_bits(forward_only(op, changed), expected), name
+
+
 @pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("q_len", [2, 20])

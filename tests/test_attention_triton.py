@@ -129,7 +129,9 @@ def test_half_precision_is_within_budget(op, dtype):
 @pytest.mark.parametrize("shape", GRID, ids=str)
 def test_grid(op, shape, dtype):
     inputs = make_inputs(shape, dtype)
-    check(op, inputs, launch(op, inputs))
+    # the gates stay: their slope scales the error of their gradient
+    others = [make_inputs(shape, dtype, seed=seed)._replace(gate=inputs.gate) for seed in range(1, 10)]
+    check(op, inputs, launch(op, inputs), neighbours=others)
 
 
 @EITHER

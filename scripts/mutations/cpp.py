@@ -173,11 +173,12 @@ CPP += [
         few_rows_use_the_first_head=(
             "kv_head * op.group + r / sequence.q_len,\n                         sequence.first",
             "kv_head * op.group,\n                         sequence.first",
+            "tests/test_attention_cpp.py -k few_query_rows",
         ),
         value_rows_of_the_key_stride=(
             "value + begin * value_view.stride[2], count",
             "value + begin * key_view.stride[2], count",
-            attention_tests("strides"),
+            "tests/test_attention_cpp.py -k different_layouts",
         ),
     ),
     *of_file(
