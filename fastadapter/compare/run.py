@@ -162,6 +162,12 @@ def _prepare_run(folder: Path, job: dict[str, Any]) -> bool:
     if file.exists():
         old = json.loads(file.read_text(encoding="utf-8"))
         different = [key for key in job if key not in _FREE and old.get(key) != job[key]]
+        if (folder / RESULT).exists():
+            # of a finished run it is known which kind of model it had: the other kind's rate is nothing to it
+            kind = json.loads((folder / RESULT).read_text(encoding="utf-8"))["model_kind"]
+            rates = "default_learning_rates"
+            if rates in different and old[rates].get(kind) == job[rates].get(kind):
+                different.remove(rates)
         if different:
             what = "; ".join(f"{key} was {old.get(key)!r}, now {job[key]!r}" for key in different)
             raise UserError(f"{folder} holds a run with other settings: {what}; remove it to run it again")

@@ -178,6 +178,19 @@ def test_another_comparison_or_another_rate_in_the_folder_is_refused(compare, ca
     assert (tmp_path / "out" / "comparison.md").read_text() == page
 
 
+def test_a_new_rate_of_the_other_kind_of_model_leaves_finished_runs_valid(compare, calls, tmp_path):
+    assert compare("last-layers", seeds="0") == 0
+    job = tmp_path / "out" / "runs" / "last-layers" / "seed-0" / "job.json"
+    old = json.loads(job.read_text())
+    assert old["default_learning_rates"].keys() == {"encoder", "decoder"}
+    for kind, status in (("decoder", 0), ("encoder", 2)):
+        job.write_text(
+            json.dumps({**old, "default_learning_rates": {**old["default_learning_rates"], kind: 0.7}})
+        )
+        assert compare("last-layers", seeds="0") == status
+    assert calls == ["last-layers/0"]
+
+
 @pytest.mark.parametrize(
     "methods, options, message",
     [
