@@ -12,6 +12,7 @@ from tests.support.budget import assert_within_budget, assert_within_budget_of
 from tests.support.gated_prefix import device_of, on_device
 
 GATED, SHARED = "gated_prefix_attention", "prefix_attention"
+FEW = 128  # numbers that eager can get all right by luck
 OPERANDS = {
     GATED: ("query", "key", "value", "prefix_key", "prefix_value", "gate"),
     SHARED: ("query", "key", "value", "prefix_key", "prefix_value"),
@@ -243,7 +244,7 @@ def eager(op, inputs, compute_dtype):
 def check(op, inputs, actual, label="", neighbours=()):
     """Output, ``lse`` and every gradient within the budget; infinite statistics in the same places.
 
-    ``neighbours``: for long runs, inputs of the same shapes whose errors of eager count as well.
+    ``neighbours``: for long runs, inputs of the same shapes whose errors of eager count as well in results of ``FEW``.
     """
     dtype = inputs.query.dtype
     plain, exact = eager(op, inputs, dtype), eager(op, inputs, torch.float64)
@@ -265,7 +266,7 @@ def check(op, inputs, actual, label="", neighbours=()):
             else:
                 assert torch.equal(actual[name] != float("-inf"), visible), f"{label} {name}: visible queries"
                 parts = [torch.where(visible, x, 0) for x in parts]
-        if neighbours and not name.endswith("lse"):
+        if neighbours and not name.endswith("lse") and parts[0].numel() <= FEW:
             assert_within_budget_of(others, *parts, f"{label} {name}".strip())
         else:
             assert_within_budget(*parts, f"{label} {name}".strip())
