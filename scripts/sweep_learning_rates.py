@@ -1,6 +1,8 @@
 """Find the learning rates of ``fastadapter compare``: each method with a few, judged on training records alone.
 
     python scripts/sweep_learning_rates.py --model minilm --out benchmarks/results/learning_rates_minilm.json
+    python scripts/sweep_learning_rates.py --model smollm2 --template 'Review: {text}\\nSentiment:' --count 320 \\
+        --num-train-epochs 1 --out benchmarks/results/learning_rates_smollm2.json
 
 The reviews that ``compare`` trains on are drawn as it draws them; a fifth of those taken is held out to judge by, so
 that no test record has a say. The best rate is that of the lowest held-out loss after the last epoch: on a few hundred
@@ -17,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from fastadapter.cli import assets  # noqa: E402
 from fastadapter.cli.compare import REVIEW_TEST, REVIEW_TRAIN  # noqa: E402
+from fastadapter.cli.finetune import unescape  # noqa: E402
 from fastadapter.compare import METHODS_TO_COMPARE, compare, prepare, resolve_methods  # noqa: E402
 from fastadapter.training import Example, write_json  # noqa: E402
 
@@ -46,6 +49,9 @@ def main() -> None:
     parser.add_argument("--num-train-epochs", type=int, default=2)
     parser.add_argument("--methods", nargs="+", default=list(CANDIDATES))
     parser.add_argument("--rates", nargs="+", type=float, help="in place of each method's own candidates")
+    parser.add_argument(
+        "--template", type=unescape, default="{text}", help=r"around each text; \n is a new line"
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--work-dir", type=Path, help="gets the runs; beside --out if not given")
     parser.add_argument("--out", type=Path, required=True, help="JSON file, written after every run")
@@ -64,7 +70,8 @@ def main() -> None:
     record = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
     record["about"] = (
         f"{args.model}, {len(examples) - held_out} training and {held_out} held-out reviews, all from the training "
-        f"records of fastadapter compare, {args.num_train_epochs} epochs, batches of 16, seed 0"
+        f"records of fastadapter compare, {args.num_train_epochs} epochs, batches of 16, seed 0, "
+        f"template {args.template!r}"
     )
     for method in resolve_methods(args.methods):
         for rate in args.rates or CANDIDATES[method.name]:
@@ -75,6 +82,7 @@ def main() -> None:
                 examples[:held_out],
                 names={"model": args.model, "data": "training reviews"},
                 training=training,
+                template=args.template,
             )
             result = compare(
                 comparison,

@@ -65,26 +65,29 @@ def _curves(path: Path, results: Sequence[dict[str, Any]], colours: dict[str, st
     import matplotlib.pyplot as plt
 
     figure, (losses, accuracies) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    named: set[str] = set()
-    for result in results:
-        name, count = result["method"], len(result["losses"])
-        label = None if name in named else name
-        named.add(name)
-        window = max(1, count // 20)
-        steps = range(window, count + 1)
-        means = [sum(result["losses"][step - window : step]) / window for step in steps]
-        losses.plot(steps, means, color=colours[name], linewidth=0.9)
-        values = [result["accuracy_before"], *(epoch["eval_accuracy"] for epoch in result["epochs"])]
+    for name in dict.fromkeys(result["method"] for result in results):
+        mine = [result for result in results if result["method"] == name]
+        steps_loss = _means([result["losses"] for result in mine])
+        window = max(1, len(steps_loss) // 20)
+        steps = range(window, len(steps_loss) + 1)
+        smooth = [sum(steps_loss[step - window : step]) / window for step in steps]
+        losses.plot(steps, smooth, color=colours[name], linewidth=0.9)
+        values = _means(
+            [
+                [result["accuracy_before"], *(epoch["eval_accuracy"] for epoch in result["epochs"])]
+                for result in mine
+            ]
+        )
         accuracies.plot(
             range(len(values)),
             [100 * value for value in values],
             "o-",
             color=colours[name],
             markersize=3,
-            label=label,
+            label=name,
         )
     losses.set_xlabel("step")
-    losses.set_ylabel("training loss, running mean")
+    losses.set_ylabel("training loss, running mean (of all seeds)")
     accuracies.set_xlabel("epoch")
     accuracies.set_ylabel("test accuracy, %")
     accuracies.xaxis.get_major_locator().set_params(integer=True)
@@ -94,3 +97,8 @@ def _curves(path: Path, results: Sequence[dict[str, Any]], colours: dict[str, st
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
+
+
+def _means(curves: Sequence[Sequence[float]]) -> list[float]:
+    """Over the seeds, step by step; as far as all of them go."""
+    return [sum(values) / len(values) for values in zip(*curves, strict=False)]

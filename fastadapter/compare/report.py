@@ -1,5 +1,6 @@
 """The table of a comparison, as Markdown and JSON, and what was measured where."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,11 +78,13 @@ def markdown(
 ) -> str:
     """The report as a page."""
     counts, training = settings["rows"], settings["training"]
+    template = json.dumps(settings["template"], ensure_ascii=False)
     lines = [
         f"# {settings['model']} on {settings['data']}",
         "",
         f"{counts['train']:,} training and {counts['test']:,} test records, the same for every method; "
-        f"{training['num_train_epochs']} epochs, batches of {training['batch_size']}. {_where(results)}",
+        f"{training['num_train_epochs']} epochs, batches of {training['batch_size']}; "
+        f"texts put into `{template}`. {_where(results)}",
         "",
         *table(rows),
         "",

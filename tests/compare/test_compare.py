@@ -295,7 +295,7 @@ def test_the_table_says_what_a_method_that_is_not_defined_is_not():
     )
     assert lines[3].startswith("| soft-prompt | not defined for this model |")
     assert {line.count("|") for line in lines} == {11}
-    settings = {"model": "m", "data": "d", "rows": {"train": 3, "test": 100},
+    settings = {"model": "m", "data": "d", "template": "It says:\n{text}", "rows": {"train": 3, "test": 100},
                 "training": {"num_train_epochs": 1, "batch_size": 2}}  # fmt: skip
     page = markdown(settings, rows, made)
     assert "soft-prompt: no decoder." in page and "±4.9 points" in page
