@@ -1,8 +1,10 @@
 # Every target prepares .venv itself (scripts/setup_env.py); once it is up to date no pip runs and no network is needed.
-# Variables: PYTHON (interpreter the environment is made with), TORCH_INDEX, TORCH_ALLOW_CUDA (see the script).
+# Variables: PYTHON (interpreter the environment is made with), TORCH_INDEX, TORCH_ALLOW_CUDA (see the script);
+# WORKERS (processes that share the tests; auto: one per core).
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= auto
 export TORCH_INDEX TORCH_ALLOW_CUDA
 
 SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV)
@@ -31,7 +33,7 @@ demo: setup
 	$(BIN)/fastadapter demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .
