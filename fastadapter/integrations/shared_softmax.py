@@ -56,9 +56,11 @@ def attend_shared(
         mask = _with_bias(bias, mask, is_causal, query.shape[2], key.shape[2])
         is_causal = False
     softmax_scale, softcap = options.get("scaling"), options.get("softcap")
-    dropout = options.get("dropout") or 0.0
-    if dropout and attention.training:
-        # torch's attention drops weights; the op has no such option
+    dropout = (options.get("dropout") or 0.0) if attention.training else 0.0
+    # A position bias can be trained, and asks for a gradient behind re-entrant checkpointing even where it is frozen.
+    bias_gradient = mask is not None and mask.requires_grad and torch.is_grad_enabled()
+    if dropout or bias_gradient:
+        # torch's attention drops weights and differentiates its mask; the op does neither
         return _concatenated(
             query,
             key,
@@ -92,9 +94,11 @@ def _with_bias(bias: Tensor, mask: Tensor | None, is_causal: bool, q_len: int, k
 def _concatenated(
     query, key, value, mask, is_causal, prefix_key, prefix_value, row_ids, softmax_scale, softcap, dropout
 ) -> Tensor:
-    """The same attention by torch's own on joined keys, for the attention dropout of models in training."""
+    """The same attention by torch's own on joined keys: with dropout of its weights, and a gradient for the mask."""
     if softcap is not None:
-        raise ValueError("attention dropout and softcap do not go together under a prefix or soft prompt")
+        raise ValueError(
+            "softcap goes neither with attention dropout nor with a trained position bias under a prefix or soft prompt"
+        )
     batch, kv_len, prefix_len = query.shape[0], key.shape[2], prefix_key.shape[2]
     if row_ids is None:
         prefix_key, prefix_value = (each.expand(batch, -1, -1, -1) for each in (prefix_key, prefix_value))

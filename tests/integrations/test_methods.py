@@ -441,3 +441,31 @@ def test_attention_dropout_goes_on_under_a_prefix():
     torch.manual_seed(0)
     one = output_of(model, {"input_ids": ids})
     assert not torch.equal(one, quiet)
+
+
+def test_a_trained_position_bias_has_its_gradient_under_a_prefix():
+    """T5's bias, unfrozen beside a prefix: against a difference of outputs. Frozen, it is only passed on."""
+    model, inputs = build(NAMED["t5-encoder"]).double().eval(), NAMED["t5-encoder"].inputs()
+    fa.attach(model, CONFIGS["prefix"])
+    train_a_little(model)
+    [bias] = [p for key, p in model.named_parameters() if "relative_attention_bias" in key]
+
+    def loss():
+        return output_of(model, inputs).square().sum()
+
+    fused = loss().detach()
+    bias.requires_grad_(True)
+    value = loss()
+    torch.testing.assert_close(value.detach(), fused)
+    value.backward()
+    with torch.no_grad():
+        step = torch.zeros_like(bias)
+        step[0] = 1e-2  # of the distance 0, for every head; T5 rounds its norms to fp32
+        difference = []
+        for sign in (1, -1):
+            bias += sign * step
+            difference.append(loss())
+            bias -= sign * step
+    torch.testing.assert_close(
+        bias.grad[0].sum(), (difference[0] - difference[1]) / 2e-2, rtol=1e-3, atol=1e-5
+    )
