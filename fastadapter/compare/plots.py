@@ -65,8 +65,10 @@ def _curves(path: Path, results: Sequence[dict[str, Any]], colours: dict[str, st
     import matplotlib.pyplot as plt
 
     figure, (losses, accuracies) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for name in dict.fromkeys(result["method"] for result in results):
+    for name in colours:
         mine = [result for result in results if result["method"] == name]
+        if not mine:
+            continue
         steps_loss = _means([result["losses"] for result in mine])
         window = max(1, len(steps_loss) // 20)
         steps = range(window, len(steps_loss) + 1)

@@ -84,7 +84,7 @@ def markdown(
         "",
         f"{counts['train']:,} training and {counts['test']:,} test records, the same for every method; "
         f"{training['num_train_epochs']} epochs, batches of {training['batch_size']}; "
-        f"texts put into `{template}`. {_where(results)}",
+        f"texts put into `{template}`; {_seeds(rows)}. {_where(results)}",
         "",
         *table(rows),
         "",
@@ -129,6 +129,17 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
             ]
         lines.append(f"| {' | '.join([row['method'], *cells, article])} |")
     return lines
+
+
+def _seeds(rows: Sequence[dict[str, Any]]) -> str:
+    """Which seeds the figures are of, and which rows have others."""
+    methods: dict[str, list[str]] = {}
+    for row in rows:
+        if row["method"] != "features":  # whose result no seed changes
+            methods.setdefault(", ".join(map(str, row["seeds"])), []).append(row["method"])
+    most = max(methods, key=lambda seeds: len(methods[seeds]), default="none")
+    others = [f"{seeds} of {', '.join(names)}" for seeds, names in methods.items() if seeds != most]
+    return "; ".join([f"seeds {most}", *others])
 
 
 def _where(results: Sequence[dict[str, Any]]) -> str:

@@ -299,6 +299,7 @@ def test_the_table_says_what_a_method_that_is_not_defined_is_not():
                 "training": {"num_train_epochs": 1, "batch_size": 2}}  # fmt: skip
     page = markdown(settings, rows, made)
     assert "soft-prompt: no decoder." in page and "±4.9 points" in page
+    assert r'texts put into `"It says:\n{text}"`; seeds 0, 1; 0 of soft-prompt.' in page
 
 
 def test_the_quick_form_is_small(compare, calls, tmp_path, monkeypatch):
