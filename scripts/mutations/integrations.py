@@ -53,11 +53,7 @@ INTEGRATIONS = [
         "fastadapter/integrations/host.py",
         ROWS,
         beams_are_not_repeated=("for _ in range(self.factor))", "for _ in range(1))"),
-        a_kept_bank_outlives_its_sources=(
-            "if kept is None or kept[0] != now:",
-            "if kept is None:",
-            f"{ROWS} {METHODS}",
-        ),
+        a_kept_bank_outlives_its_sources=("if kept is None or kept[0] != now:", "if kept is None:"),
         rows_of_the_first_mix_are_kept=("key = (rows, device)", "key = device"),
     ),
     *of_file(

@@ -177,13 +177,28 @@ def test_adapters_come_and_go_while_others_stay():
     assert same_bits(first[0], kept[0]) and same_bits(second[0], kept[0])
     assert same_bits(second[1], alone(model, None, ids)[1])  # a fresh one has no effect
     assert not same_bits(first[1], second[1])
-    with fa.rows(model, ["prefix", "llama-adapter"]):
-        before = model(ids).logits
+
+
+@pytest.mark.parametrize("name", ["llama-adapter", "prefix", "prefix-reparam", "soft-prompt", "houlsby"])
+@torch.no_grad()
+def test_weights_written_in_place_are_seen(name):
+    """What is kept of an adapter between forward passes is made anew when its weights change, alone and in a mix."""
+    model, ids = adapted(), token_ids(batch=2, length=6)
+
+    def outputs():
+        with fa.rows(model, [name, "houlsby-twin"]):
+            mixed = model(ids).logits
+        return mixed[0], mixed[1], alone(model, name, ids)[0]
+
+    before = outputs()
+    assert all(map(same_bits, outputs(), before))
     for key, parameter in fa.trainable_parameters(model):
-        if ".llama-adapter." in key:
+        if f".{name}." in key:
             parameter.mul_(2)
-    with fa.rows(model, ["prefix", "llama-adapter"]):
-        assert not same_bits(model(ids).logits[1], before[1])
+    after = outputs()
+    assert same_bits(after[1], before[1])
+    assert not same_bits(after[0], before[0]) and not same_bits(after[2], before[2])
+    assert same_bits(after[0], after[2])
 
 
 @pytest.mark.parametrize(
