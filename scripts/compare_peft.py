@@ -143,8 +143,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         figures = []
         for key in ("fastadapter_accuracy", "accuracy"):
             values = [row[key] for row in mine]
-            spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-            figures.append(f"{statistics.mean(values):.1%} (sd {spread:.1%})")
+            spread = f" (sd {statistics.stdev(values):.1%})" if len(values) > 1 else ""
+            figures.append(f"{statistics.mean(values):.1%}{spread}")
         lines.append(
             f"{method:15} rate {rate:<6g} fastadapter {figures[0]}, PEFT {figures[1]}, {len(mine)} seeds"
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fastadapter.compare.report import write_report  # noqa: E402
+from fastadapter.compare.report import write_page  # noqa: E402
 from fastadapter.compare.run import SETTINGS  # noqa: E402
 from fastadapter.compare.worker import RESULT  # noqa: E402
 from fastadapter.training import write_json  # noqa: E402
@@ -38,9 +38,7 @@ def main() -> None:
         json.loads(file.read_text(encoding="utf-8"))
         for file in sorted(args.target.glob(f"runs/*/*/{RESULT}"))
     ]
-    write_report(args.target, settings["settings"], results)
-    # everything in it is in the runs
-    (args.target / "results.json").unlink()
+    write_page(args.target, settings["settings"], results)
 
 
 if __name__ == "__main__":

@@ -57,17 +57,25 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_report(folder: Path, settings: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[Path]:
-    """``comparison.md``, ``results.json`` and three plots in ``folder``.
+    """``results.json`` and the page with its plots in ``folder``.
+
+    Returns: the files written.
+    """
+    record = {"settings": settings, "rows": summarise(results), "runs": list(results)}
+    write_json(folder / "results.json", record)
+    return [folder / "results.json", *write_page(folder, settings, results)]
+
+
+def write_page(folder: Path, settings: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[Path]:
+    """``comparison.md`` and three plots in ``folder``.
 
     Returns: the files written.
     """
     rows = summarise(results)
-    record = {"settings": settings, "rows": rows, "runs": list(results)}
-    write_json(folder / "results.json", record)
     plots = draw(folder, rows, results)
     text = markdown(settings, rows, results, [path.name for path in plots])
     write_atomically(folder / "comparison.md", text.encode())
-    return [folder / "comparison.md", folder / "results.json", *plots]
+    return [folder / "comparison.md", *plots]
 
 
 def markdown(

@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from fastadapter.cli import compare as command
-from fastadapter.cli import compare_job, main
-from fastadapter.cli.loading import load_classifier
+from fastadapter.cli import compare_job
 from fastadapter.compare import METHODS_TO_COMPARE, resolve_methods, summarise, worker
 from fastadapter.compare import run as runs
 from fastadapter.compare.baselines import STRENGTHS, embed, fit_regression
@@ -25,57 +24,6 @@ from fastadapter.training import TrainingInterrupted, classification
 from tests.training.toy import make_classifier, make_examples, make_tokenizer
 
 FAST = ("features", "last-layers", "llama-adapter")
-
-
-@pytest.fixture(autouse=True)
-def one_thread(default_threads):
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    found = {}
-    for kind, part in (("bert", "bert"), ("llama", "model")):
-        found[kind] = tmp_path_factory.mktemp(kind)
-        getattr(make_classifier(kind), part).save_pretrained(found[kind])
-        make_tokenizer().save_pretrained(found[kind])
-    return found
-
-
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "texts.jsonl"
-    rows = [{"text": e.prompt.replace("\n", " "), "label": e.label} for e in make_examples(40)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Do the jobs in this process; the folders of those that were done."""
-    done = []
-
-    def here(words, name, seed):
-        folder = Path(words[-1])
-        worker.execute(worker.read_job(folder / "job.json"), folder, load_classifier)
-        done.append(f"{name}/{seed}")
-
-    monkeypatch.setattr(runs, "_run", here)
-    return done
-
-
-@pytest.fixture
-def compare(folders, data, tmp_path):
-    def run(*methods, kind="bert", **options):
-        options = {"model": folders[kind], "data": data, "eval_count": 10, "num_train_epochs": 2, "batch_size": 4,
-                   "output_dir": tmp_path / "out", "threads": 1, "seeds": "0 1", **options}  # fmt: skip
-        words = ["--methods", *methods] if methods else []
-        for name, value in options.items():
-            if value is not None:
-                words += [f"--{name.replace('_', '-')}", *([] if value is True else str(value).split(" "))]
-        return main(["compare", *words])
-
-    return run
 
 
 def results(folder):

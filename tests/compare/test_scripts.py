@@ -1,0 +1,73 @@
+"""What is done with a finished comparison: keeping it in the repository, and PEFT's methods on its records."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    def run(name, *words):
+        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        spec.loader.exec_module(module)
+        module.main()
+
+    return run
+
+
+def test_a_stored_comparison_names_no_folder_and_goes_on(compare, calls, script, tmp_path):
+    assert compare("features", "last-layers") == 0
+    stored, copy = tmp_path / "stored", tmp_path / "copy"
+    script("store_comparison", tmp_path / "out", stored)
+    page = (stored / "comparison.md").read_text()
+    assert page == (tmp_path / "out" / "comparison.md").read_text()
+    assert {file.name for file in stored.glob("*.png")} == {
+        "accuracy_parameters.png",
+        "accuracy_time.png",
+        "learning_curves.png",
+    }
+    texts = [file.read_text() for file in stored.rglob("*") if file.suffix in (".json", ".md")]
+    assert len(texts) == 2 + 2 * 4 and not any(str(tmp_path) in text for text in texts)
+
+    shutil.copytree(stored, copy)
+    calls.clear()
+    assert compare("features", "last-layers", "llama-adapter", output_dir=copy) == 0
+    assert calls == ["llama-adapter/0", "llama-adapter/1"], "stored runs must be read back"
+
+
+def test_a_second_comparison_is_added_to_the_stored_one(compare, calls, script, tmp_path):
+    for folder, method in (("one", "features"), ("two", "last-layers")):
+        assert compare(method, seeds="0", output_dir=tmp_path / folder) == 0
+        script("store_comparison", tmp_path / folder, tmp_path / "stored")
+    page = (tmp_path / "stored" / "comparison.md").read_text()
+    assert "| features |" in page and "| last-layers |" in page
+
+
+def test_peft_is_trained_on_the_records_of_a_comparison(compare, calls, script, tmp_path, capsys):
+    methods = ("prefix-tuning", "soft-prompt", "llama-adapter")
+    assert compare(*methods, kind="llama", seeds="0", num_train_epochs=1) == 0
+    words = (tmp_path / "out", "--seeds", 0, "--threads", 1, "--out", tmp_path / "peft.json")
+    script("compare_peft", *words, "--methods", *methods[:1])
+    first = json.loads((tmp_path / "peft.json").read_text())["rows"]
+    script("compare_peft", *words)
+    rows = json.loads((tmp_path / "peft.json").read_text())["rows"]
+    assert rows[:1] == first and [row["method"] for row in rows] == list(methods)
+    runs = {run["method"]: run for run in json.loads((tmp_path / "out" / "results.json").read_text())["runs"]}
+    for row in rows:
+        mine = runs[row["method"]]
+        # PEFT has one gate for each of the two layers, we have one for each of their four heads
+        gates = 2 * 3 if row["method"] == "llama-adapter" else 0
+        assert row["trainable_parameters"] == mine["trainable_parameters"] - gates, row["method"]
+        assert len(row["losses"]) == len(mine["losses"]) == 8 and row["losses"] != mine["losses"]
+        assert 0 <= row["accuracy"] <= 1 and row["fastadapter_accuracy"] == mine["accuracy"]
+    printed = capsys.readouterr().out
+    assert all(f"{name:15} rate" in printed for name in methods)
