@@ -3,7 +3,8 @@
     python -m benchmarks.table README.md           # rewrite every table
     python -m benchmarks.table README.md --check   # exit status 1 if one is out of date
 
-A table stands between ``<!-- benchmark: NAME, NAME -->`` and ``<!-- end -->``; the names are entries.
+A table stands between ``<!-- benchmark: NAME, NAME -->`` and ``<!-- end -->``; the names are entries. Tables of stored
+comparisons have markers of their own (``benchmarks/comparisons.py``).
 """
 
 import argparse
@@ -11,10 +12,10 @@ import re
 import sys
 from pathlib import Path
 
-from . import rows
+from . import comparisons, rows
 from .rows import Row
 
-MARKED = re.compile(r"(<!-- benchmark: ([\w, -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (benchmark|comparison[a-z-]*): ([\w, -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 EXTRA = {
     "gb_per_s": "GB/s",
     "percent_of_copy": "% of copy",
@@ -92,8 +93,9 @@ def rewrite(text: str, stored: list[Row]) -> str:
     """``text`` with every marked table drawn anew."""
 
     def draw(match: re.Match) -> str:
-        names = [name.strip() for name in match[2].split(",")]
-        return f"{match[1]}{render(names, stored)}\n{match[3]}"
+        names = [name.strip() for name in match[3].split(",")]
+        drawn = render(names, stored) if match[2] == "benchmark" else comparisons.DRAW[match[2]](names)
+        return f"{match[1]}{drawn}\n{match[4]}"
 
     drawn, count = MARKED.subn(draw, text)
     if not count:

@@ -1,13 +1,14 @@
 """The benchmarks' own arithmetic: interleaving by a clock that is made up, rows, tables. Nothing is timed here."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 
-from benchmarks import rows, runner, table
+from benchmarks import comparisons, rows, runner, table
 from benchmarks.runner import Case, Settings, Variant
 
 ENVIRONMENT = {
@@ -232,6 +233,34 @@ def test_document_is_checked_or_rewritten(tmp_path, monkeypatch):
     assert table.main([str(document), "--check"]) == 1
     assert table.main([str(document)]) == 0
     assert table.main([str(document), "--check"]) == 0
+
+
+def test_stored_comparisons_are_drawn_too(tmp_path, monkeypatch):
+    def store(folder, method, **figures):
+        run = tmp_path / folder / "runs" / method / f"seed-{figures['seed']}"
+        run.mkdir(parents=True)
+        common = {"method": method, "trainable_parameters": 50, "model_parameters": 1000, "seconds_per_epoch": 7.4,
+                  "seconds": 14.8, "peak_memory_bytes": 2**20, "file_bytes": 2**10, "learning_rate": 0.01}  # fmt: skip
+        (run / "result.json").write_text(json.dumps(common | figures))
+
+    monkeypatch.setattr(comparisons, "ROOT", tmp_path)
+    store("compare_one", "soft-prompt", seed=0, accuracy=0.80)
+    store("compare_one", "soft-prompt", seed=1, accuracy=0.85)
+    store("compare_two", "features", seed=0, accuracy=0.70)
+    both = table.rewrite("<!-- comparison-short: compare_one, compare_two -->\nold\n<!-- end -->", [])
+    assert "| method | one: accuracy | one: trained | one: s per epoch | two: accuracy |" in both
+    assert "| soft-prompt | 82.5 % (80.0 to 85.0) | 5.00% | 7 |  |  |  |" in both
+    assert "| features |  |  |  | 70.0 % | 5.00% | 7 |" in both and "old" not in both
+    one = table.rewrite("<!-- comparison: compare_one -->\n<!-- end -->", [])
+    assert "| soft-prompt | 82.5 % (80.0 to 85.0) | 50 | 5.000% | 7.4 |" in one and "features" not in one
+    with pytest.raises(ValueError, match="no stored comparison in benchmarks/results/compare_three"):
+        table.rewrite("<!-- comparison: compare_three -->\n<!-- end -->", [])
+
+    peft = [{"method": "soft-prompt", "learning_rate": 0.01, "seed": seed, "accuracy": 0.5 + seed / 10,
+             "fastadapter_accuracy": 0.8} for seed in (0, 1)]  # fmt: skip
+    (tmp_path / "compare_one" / "peft.json").write_text(json.dumps({"rows": peft}))
+    beside = table.rewrite("<!-- comparison-peft: compare_one -->\n<!-- end -->", [])
+    assert "| soft-prompt | 0.01 | 0, 1 | 80.0 % | 55.0 % (50.0 to 60.0) |" in beside
 
 
 def test_process_restarts_once_with_the_allocator_that_timing_needs():

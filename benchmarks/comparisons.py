@@ -1,0 +1,76 @@
+"""Tables of the comparisons stored by ``scripts/store_comparison.py``, for the documents.
+
+Their markers: ``<!-- comparison: FOLDER -->`` every column of one comparison, ``<!-- comparison-short: FOLDER, FOLDER
+-->`` accuracies and shares side by side, ``<!-- comparison-peft: FOLDER -->`` what ``scripts/compare_peft.py`` found.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastadapter.compare import METHODS_TO_COMPARE, summarise
+from fastadapter.compare.report import table
+from fastadapter.compare.worker import RESULT
+
+ROOT = Path(__file__).parent / "results"
+
+
+def rows(folder: str) -> list[dict[str, Any]]:
+    """One summary per method of a stored comparison.
+
+    Raises: ValueError: nothing is stored there.
+    """
+    files = sorted((ROOT / folder).glob(f"runs/*/*/{RESULT}"))
+    if not files:
+        raise ValueError(f"no stored comparison in benchmarks/results/{folder}")
+    return summarise([json.loads(file.read_text(encoding="utf-8")) for file in files])
+
+
+def full(folders: Sequence[str]) -> str:
+    return "\n\n".join("\n".join(table(rows(folder))) for folder in folders)
+
+
+def short(folders: Sequence[str]) -> str:
+    """Accuracy, trained share and time per epoch of each method, the folders side by side."""
+    found = {folder: {row["method"]: row for row in rows(folder)} for folder in folders}
+    models = [folder.removeprefix("compare_") for folder in folders]
+    head = [
+        "method",
+        *(f"{model}: {what}" for model in models for what in ("accuracy", "trained", "s per epoch")),
+    ]
+    lines = [head, ["---", *["---", "---:", "---:"] * len(models)]]
+    for method in METHODS_TO_COMPARE:
+        mine = [found[folder].get(method) for folder in folders]
+        if any(mine):
+            lines.append([method, *(cell for row in mine for cell in _cells(row))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def peft(folders: Sequence[str]) -> str:
+    """Accuracies of PEFT beside ours, of the seeds that both were trained with."""
+    lines = ["| method | learning rate | seeds | fastadapter | PEFT |", "| --- | ---: | ---: | --- | --- |"]
+    for folder in folders:
+        stored = json.loads((ROOT / folder / "peft.json").read_text(encoding="utf-8"))["rows"]
+        for method, rate in dict.fromkeys((row["method"], row["learning_rate"]) for row in stored):
+            mine = [row for row in stored if (row["method"], row["learning_rate"]) == (method, rate)]
+            seeds = ", ".join(str(row["seed"]) for row in mine)
+            figures = [_spread([row[key] for row in mine]) for key in ("fastadapter_accuracy", "accuracy")]
+            lines.append(f"| {method} | {rate:g} | {seeds} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+DRAW = {"comparison": full, "comparison-short": short, "comparison-peft": peft}
+
+
+def _cells(row: dict[str, Any] | None) -> list[str]:
+    if row is None or "not_defined" in row:
+        return ["", "", ""]
+    accuracy = _spread([row["accuracy_min"], row["accuracy_max"]], row["accuracy"])
+    return [accuracy, f"{row['trainable_share']:.2%}", f"{row['seconds_per_epoch']:.0f}"]
+
+
+def _spread(values: Sequence[float], mean: float | None = None) -> str:
+    low, high = min(values), max(values)
+    mean = sum(values) / len(values) if mean is None else mean
+    return f"{100 * mean:.1f} %" + (f" ({100 * low:.1f} to {100 * high:.1f})" if low < high else "")
