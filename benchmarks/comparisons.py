@@ -67,7 +67,7 @@ def _cells(row: dict[str, Any] | None) -> list[str]:
     if row is None or "not_defined" in row:
         return ["", "", ""]
     accuracy = _spread([row["accuracy_min"], row["accuracy_max"]], row["accuracy"])
-    return [accuracy, f"{row['trainable_share']:.2%}", f"{row['seconds_per_epoch']:.0f}"]
+    return [accuracy, f"{row['trainable_share']:.3%}", f"{row['seconds_per_epoch']:.0f}"]
 
 
 def _spread(values: Sequence[float], mean: float | None = None) -> str:

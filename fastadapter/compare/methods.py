@@ -2,8 +2,8 @@
 
 They are the best of ``scripts/sweep_learning_rates.py`` on training records of the reviews alone (few candidates, one
 seed; ``benchmarks/results/learning_rates_*.json``): for encoders after 100 steps, for decoders after 50
-(``prefix-tuning``, ``soft-prompt``, ``llama-adapter-v2``) or only 16 (the others; ``last-blocks`` and ``parallel`` of
-decoders are not swept). ``houlsby`` on encoders is a step below the best, at which one seed of two got stuck at the
+(``prefix-tuning``, ``soft-prompt``, ``llama-adapter``, ``llama-adapter-v2``) or only 16 (the others; ``last-blocks``
+and ``parallel`` of decoders are not swept). ``houlsby`` on encoders is a step below the best, at which one seed of two got stuck at the
 loss of chance for 800 steps.
 """
 
@@ -59,7 +59,7 @@ _TABLE = (
     ),
     Method("prefix-tuning", "adapter", _rates(3e-2, 3e-3), adapter="prefix-tuning"),
     Method("soft-prompt", "adapter", _rates(3e-2, 1e-2), adapter="soft-prompt"),
-    Method("llama-adapter", "adapter", _rates(3e-2, 1e-2), adapter="llama-adapter"),
+    Method("llama-adapter", "adapter", _rates(3e-2, 3e-3), adapter="llama-adapter"),
     Method("llama-adapter-v2", "adapter", _rates(3e-3, 1e-3), adapter="llama-adapter-v2"),
 )
 METHODS_TO_COMPARE: dict[str, Method] = {method.name: method for method in _TABLE}

@@ -86,12 +86,13 @@ def markdown(
 ) -> str:
     """The report as a page."""
     counts, training = settings["rows"], settings["training"]
+    epochs = training["num_train_epochs"]
     template = json.dumps(settings["template"], ensure_ascii=False)
     lines = [
         f"# {settings['model']} on {settings['data']}",
         "",
         f"{counts['train']:,} training and {counts['test']:,} test records, the same for every method; "
-        f"{training['num_train_epochs']} epochs, batches of {training['batch_size']}; "
+        f"{epochs} {'epoch' if epochs == 1 else 'epochs'}, batches of {training['batch_size']}; "
         f"texts put into `{template}`; {_seeds(rows)}. {_where(results)}",
         "",
         *table(rows),

@@ -249,8 +249,8 @@ def test_stored_comparisons_are_drawn_too(tmp_path, monkeypatch):
     store("compare_two", "features", seed=0, accuracy=0.70)
     both = table.rewrite("<!-- comparison-short: compare_one, compare_two -->\nold\n<!-- end -->", [])
     assert "| method | one: accuracy | one: trained | one: s per epoch | two: accuracy |" in both
-    assert "| soft-prompt | 82.5 % (80.0 to 85.0) | 5.00% | 7 |  |  |  |" in both
-    assert "| features |  |  |  | 70.0 % | 5.00% | 7 |" in both and "old" not in both
+    assert "| soft-prompt | 82.5 % (80.0 to 85.0) | 5.000% | 7 |  |  |  |" in both
+    assert "| features |  |  |  | 70.0 % | 5.000% | 7 |" in both and "old" not in both
     one = table.rewrite("<!-- comparison: compare_one -->\n<!-- end -->", [])
     assert "| soft-prompt | 82.5 % (80.0 to 85.0) | 50 | 5.000% | 7.4 |" in one and "features" not in one
     with pytest.raises(ValueError, match="no stored comparison in benchmarks/results/compare_three"):
