@@ -3,8 +3,8 @@
 They are the best of ``scripts/sweep_learning_rates.py`` on training records of the reviews alone (few candidates, one
 seed; ``benchmarks/results/learning_rates_*.json``): for encoders after 100 steps, for decoders after 50
 (``prefix-tuning``, ``soft-prompt``, ``llama-adapter``, ``llama-adapter-v2``) or only 16 (the others; ``last-blocks``
-and ``parallel`` of decoders are not swept). ``houlsby`` on encoders is a step below the best, at which one seed of two got stuck at the
-loss of chance for 800 steps.
+and ``parallel`` of decoders are not swept). ``houlsby`` on encoders is a step below the best, at which one seed of two
+got stuck at the loss of chance for 800 steps.
 """
 
 from collections.abc import Mapping, Sequence
