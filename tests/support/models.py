@@ -43,6 +43,10 @@ def _vit():
     return tf.ViTModel(config)
 
 
+def _vit_inputs():
+    return {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+
+
 def _t5():
     return tf.T5EncoderModel(
         tf.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, vocab_size=64)
@@ -97,7 +101,7 @@ FAMILIES = [
     Family("roberta", lambda: tf.RobertaModel(tf.RobertaConfig(**_SIZES))),
     Family("distilbert", _distilbert),
     Family("t5-encoder", _t5),
-    Family("vit", _vit, inputs=lambda: {"pixel_values": torch.randn(2, 3, 16, 16)}),
+    Family("vit", _vit, inputs=_vit_inputs),
     Family("whisper", _whisper, inputs=_whisper_inputs),
 ]
 # Attention outside transformers' interface: they must be refused.
