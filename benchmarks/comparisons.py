@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastadapter.compare import METHODS_TO_COMPARE, summarise
-from fastadapter.compare.report import table
+from fastadapter.compare.report import accuracy, table
 from fastadapter.compare.worker import RESULT
 
 ROOT = Path(__file__).parent / "results"
@@ -48,15 +48,27 @@ def short(folders: Sequence[str]) -> str:
 
 
 def peft(folders: Sequence[str]) -> str:
+    """What ``scripts/compare_peft.py`` stored in these folders."""
+    files = [ROOT / folder / "peft.json" for folder in folders]
+    return peft_table([row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]])
+
+
+def peft_table(stored: Sequence[dict[str, Any]]) -> str:
     """Accuracies of PEFT beside ours, of the seeds that both were trained with."""
-    lines = ["| method | learning rate | seeds | fastadapter | PEFT |", "| --- | ---: | ---: | --- | --- |"]
-    for folder in folders:
-        stored = json.loads((ROOT / folder / "peft.json").read_text(encoding="utf-8"))["rows"]
-        for method, rate in dict.fromkeys((row["method"], row["learning_rate"]) for row in stored):
-            mine = [row for row in stored if (row["method"], row["learning_rate"]) == (method, rate)]
-            seeds = ", ".join(str(row["seed"]) for row in mine)
-            figures = [_spread([row[key] for row in mine]) for key in ("fastadapter_accuracy", "accuracy")]
-            lines.append(f"| {method} | {rate:g} | {seeds} | {' | '.join(figures)} |")
+    lines = ["| method | PEFT's rate | seeds | fastadapter | PEFT |", "| --- | ---: | ---: | --- | --- |"]
+    for method, rate in dict.fromkeys((row["method"], row["learning_rate"]) for row in stored):
+        mine = [row for row in stored if (row["method"], row["learning_rate"]) == (method, rate)]
+        seeds = [row["seed"] for row in mine]
+        cells = [method, f"{rate:g}", ", ".join(map(str, seeds))]
+        for key in ("fastadapter_accuracy", "accuracy"):
+            values = [row[key] for row in mine]
+            figures = {
+                "accuracy": sum(values) / len(values),
+                "accuracy_min": min(values),
+                "accuracy_max": max(values),
+            }
+            cells.append(accuracy({**figures, "seeds": seeds}))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -66,11 +78,4 @@ DRAW = {"comparison": full, "comparison-short": short, "comparison-peft": peft}
 def _cells(row: dict[str, Any] | None) -> list[str]:
     if row is None or "not_defined" in row:
         return ["", "", ""]
-    accuracy = _spread([row["accuracy_min"], row["accuracy_max"]], row["accuracy"])
-    return [accuracy, f"{row['trainable_share']:.3%}", f"{row['seconds_per_epoch']:.0f}"]
-
-
-def _spread(values: Sequence[float], mean: float | None = None) -> str:
-    low, high = min(values), max(values)
-    mean = sum(values) / len(values) if mean is None else mean
-    return f"{100 * mean:.1f} %" + (f" ({100 * low:.1f} to {100 * high:.1f})" if low < high else "")
+    return [accuracy(row), f"{row['trainable_share']:.3%}", f"{row['seconds_per_epoch']:.0f}"]

@@ -15,7 +15,8 @@ from pathlib import Path
 from . import comparisons, rows
 from .rows import Row
 
-MARKED = re.compile(r"(<!-- (benchmark|comparison[a-z-]*): ([\w, -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+KINDS = "|".join(["benchmark", *comparisons.DRAW])
+MARKED = re.compile(rf"(<!-- ({KINDS}): ([\w, -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 EXTRA = {
     "gb_per_s": "GB/s",
     "percent_of_copy": "% of copy",

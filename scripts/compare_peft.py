@@ -10,7 +10,6 @@ the figures are compared by their spread over the seeds; that the same start giv
 import argparse
 import glob
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import fastadapter  # noqa: E402
+from benchmarks.comparisons import peft_table  # noqa: E402
 from fastadapter.cli.loading import load_classifier  # noqa: E402
 from fastadapter.compare.worker import RESULT, read_job  # noqa: E402
 from fastadapter.training import TrainingConfig, class_names, finetune, read_examples, write_json  # noqa: E402
@@ -132,23 +132,7 @@ def main() -> None:
                 )
                 rows.append({**key, "fastadapter_accuracy": mine["accuracy"], **found})
                 write_json(args.out, {"rows": rows})
-    print(table(rows))
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Means over the seeds, and their standard deviations."""
-    lines = []
-    for method, rate in dict.fromkeys((row["method"], row["learning_rate"]) for row in rows):
-        mine = [row for row in rows if (row["method"], row["learning_rate"]) == (method, rate)]
-        figures = []
-        for key in ("fastadapter_accuracy", "accuracy"):
-            values = [row[key] for row in mine]
-            spread = f" (sd {statistics.stdev(values):.1%})" if len(values) > 1 else ""
-            figures.append(f"{statistics.mean(values):.1%}{spread}")
-        lines.append(
-            f"{method:15} rate {rate:<6g} fastadapter {figures[0]}, PEFT {figures[1]}, {len(mine)} seeds"
-        )
-    return "\n".join(lines)
+    print(peft_table(rows))
 
 
 if __name__ == "__main__":

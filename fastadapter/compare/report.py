@@ -125,9 +125,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
             cells = ["not defined for this model", *[""] * 7]
         else:
             cells = [
-                f"{100 * row['accuracy']:.1f} % ({100 * row['accuracy_min']:.1f} to {100 * row['accuracy_max']:.1f})"
-                if len(row["seeds"]) > 1
-                else f"{100 * row['accuracy']:.1f} %",
+                accuracy(row),
                 f"{row['trainable_parameters']:,}",
                 f"{row['trainable_share']:.3%}",
                 f"{row['seconds_per_epoch']:.1f}",
@@ -138,6 +136,14 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
             ]
         lines.append(f"| {' | '.join([row['method'], *cells, article])} |")
     return lines
+
+
+def accuracy(row: dict[str, Any]) -> str:
+    """The mean over the seeds; of several, also the lowest and the highest."""
+    text = f"{100 * row['accuracy']:.1f} %"
+    if len(row["seeds"]) > 1:
+        text += f" ({100 * row['accuracy_min']:.1f} to {100 * row['accuracy_max']:.1f})"
+    return text
 
 
 def _seeds(rows: Sequence[dict[str, Any]]) -> str:
