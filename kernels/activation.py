@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from fastadapter.kernels.gated_prefix import _tanh
+from fastadapter.kernels.prefix_tiles import _tanh
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "identity")
 

@@ -1,106 +1,111 @@
-"""Attentions of torch that return their ``lse``, as the base of a merge (docs/maths.md, "prefix_merge").
+"""Attentions that return their ``lse``, as the base of a prefix term (docs/maths.md, "prefix_merge").
 
 Their backward recomputes the probabilities as ``exp(score - lse)`` and takes ``delta = rowsum(grad_out * out)``. Given
 the merged ``out`` and ``lse`` it therefore returns the keys' part of the merged attention's gradient, exactly.
+
+All but "reference" are torch's own: a base is as deterministic as ``scaled_dot_product_attention`` is, which is to say
+in backward on a GPU under ``torch.use_deterministic_algorithms(True)`` (docs/design.md).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastadapter.ops.attention import Options
-
-FORMS = ("auto", "single", "merge")
-# What form="auto" takes, by device. On a CPU the single pass took less time than the merge in every shape tried
-# (q_len 1 to 1024, fp32 and bf16): benchmarks/bench_prefix_attention.py. On a GPU the two have not been compared.
-PREFERRED = {"cpu": "single", "cuda": "single"}
-# The bases of a device, by priority: the first that can run a call does.
-PRIORITY = {"cpu": ("flash_cpu",), "cuda": ("cudnn", "flash")}
+from fastadapter import reference
+from fastadapter.ops.attention import Options, reference_options
 
 _aten = torch.ops.aten
+_HALF = (torch.bfloat16, torch.float16)
+_NEVER = float("-inf")
 
 
 class Base(NamedTuple):
-    """``forward(query, key, value, attn_mask, is_causal, scale) -> out, lse, state`` and ``backward(grad_out, query,
-    key, value, out, lse, attn_mask, is_causal, scale, state) -> grads`` of the first three."""
+    """One attention.
 
-    forward: Callable
-    backward: Callable
-    limit: Callable  # (query, key, options) -> why it cannot run such a call, or None
-
-
-def choose_form(form: str, query: Tensor, key: Tensor, options: Options) -> str | None:
-    """The base to merge into, ``None`` for the single pass: by device, dtype, sizes and options, never by values.
-
-    Raises:
-        ValueError: unknown form, or ``"merge"`` for a call that no base can compute, with the reasons.
+    ``forward(query, key, value, options) -> out, lse, state``: out like ``query``, lse ``(batch, num_heads, q_len)`` of
+    any strides, -inf where a query sees no key (``out`` is then anything finite).
+    ``backward(grad_out, query, key, value, out, lse, options, state)``: gradients of query, key and value.
+    ``limit(query, key, options)``: why it cannot run such a call, or ``None``.
     """
-    if form not in FORMS:
-        raise ValueError(f"prefix_attention: form must be one of {', '.join(FORMS)}, got {form!r}")
-    device = query.device.type
-    if form == "single" or (form == "auto" and PREFERRED.get(device) != "merge"):
-        return None
+
+    forward: Callable[..., tuple[Tensor, Tensor, tuple[Any, ...]]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    limit: Callable[[Tensor, Tensor, Options], str | None]
+
+
+def choose_base(query: Tensor, key: Tensor, options: Options) -> tuple[str, list[str]]:
+    """The first of the device's bases that can run a call, and why those before it cannot.
+
+    Decided by device, dtype, sizes and options, never by values; "reference" can run anything.
+    """
     reasons = []
-    for name in PRIORITY.get(device, ()):
-        reason = _limit(query, key, options) or BASES[name].limit(query, key, options)
+    for name in _priority(query):
+        reason = BASES[name].limit(query, key, options)
         if reason is None:
-            return name
+            return name, reasons
         reasons.append(f"{name}: {reason}")
-    if form == "auto":
-        return None
-    why = "; ".join(reasons) or f"torch has no attention that returns lse on {device}"
-    raise ValueError(f"prefix_attention: form='merge' cannot run here: {why}")
+    return "reference", reasons
 
 
-def _limit(query: Tensor, key: Tensor, options: Options) -> str | None:
-    """What no base can do."""
+def _priority(query: Tensor) -> tuple[str, ...]:
+    """Fastest first, by the rows in benchmarks/results/gpu.jsonl."""
+    if query.device.type == "cpu":
+        return ("flash_cpu",)
+    if query.device.type != "cuda":
+        return ()
+    if query.shape[2] == 1:  # flash splits the keys of a single query over the device
+        return ("flash", "cudnn", "efficient")
+    return ("cudnn", "flash", "efficient")
+
+
+def _empty_limit(query: Tensor, key: Tensor) -> str | None:
+    return "there are no queries or no keys" if 0 in (*query.shape, key.shape[2]) else None
+
+
+def _flash_cpu_limit(query: Tensor, key: Tensor, options: Options) -> str | None:
     if options.cu_seqlens is not None:
         return "cu_seqlens is given"
     if options.window or options.softcap:
         return "window or softcap is given"
-    if 0 in (query.shape[0], query.shape[2], key.shape[2]):
-        return "there are no queries or no keys"
-    return None
+    return _empty_limit(query, key)
 
 
-def _flash_cpu_limit(query: Tensor, key: Tensor, options: Options) -> str | None:
-    return None
-
-
-def _flash_cpu_forward(query, key, value, attn_mask, is_causal, scale):
-    mask = _additive(attn_mask, query)
+def _flash_cpu_forward(query, key, value, options):
+    mask = _additive(options.attn_mask, query)
     query, key, value = map(_unit_stride, (query, key, value))
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
+        query, key, value, 0.0, options.is_causal, attn_mask=mask, scale=options.softmax_scale
     )
     if mask is not None:  # it reports an lse of 0 for a query that sees no key
-        lse = lse.masked_fill((mask == float("-inf")).all(-1), float("-inf"))
+        lse = lse.masked_fill((mask == _NEVER).all(-1), _NEVER)
     return out, lse, ()
 
 
-def _flash_cpu_backward(grad_out, query, key, value, out, lse, attn_mask, is_causal, scale, state):
-    mask = _additive(attn_mask, query)
+def _flash_cpu_backward(grad_out, query, key, value, out, lse, options, state):
+    mask = _additive(options.attn_mask, query)
     if mask is not None:
-        lse = lse.masked_fill(lse == float("-inf"), 0.0)  # its own convention; no -inf - -inf
+        lse = lse.masked_fill(lse == _NEVER, 0.0)  # its own convention; no -inf - -inf
     operands = map(_unit_stride, (grad_out, query, key, value, out))
     return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *operands, lse, 0.0, is_causal, attn_mask=mask, scale=scale
+        *operands, lse, 0.0, options.is_causal, attn_mask=mask, scale=options.softmax_scale
     )
 
 
-def _gpu_limit(query: Tensor, key: Tensor, options: Options) -> str | None:
-    """What both GPU bases need; a mask would have to be padded and expanded for cuDNN."""
-    if query.dtype not in (torch.bfloat16, torch.float16):
+def _gpu_limit(query: Tensor, key: Tensor, options: Options, largest: int) -> str | None:
+    """What cuDNN's and flash attention need."""
+    if query.dtype not in _HALF:
         return f"it computes bf16 and fp16, got {query.dtype}"
-    if query.shape[3] % 8 or query.shape[3] > 128:
-        return f"head_dim must be a multiple of 8 up to 128, got {query.shape[3]}"
+    if query.shape[3] % 8 or query.shape[3] > largest:
+        return f"head_dim must be a multiple of 8 up to {largest}, got {query.shape[3]}"
     if options.attn_mask is not None:
         return "attn_mask is given"
+    if options.softcap:
+        return "softcap is given"
     if options.is_causal and query.shape[2] != key.shape[2]:
         return "is_causal with q_len other than kv_len"
-    return None
+    return _empty_limit(query, key)
 
 
 def _cudnn_limit(query: Tensor, key: Tensor, options: Options) -> str | None:
@@ -108,40 +113,153 @@ def _cudnn_limit(query: Tensor, key: Tensor, options: Options) -> str | None:
         return "it needs cuDNN 9.1"
     if torch.cuda.get_device_capability(query.device)[0] < 9:
         return "slower than flash attention before sm_90"
-    return _gpu_limit(query, key, options)
+    if options.window or options.cu_seqlens is not None:
+        return "window or cu_seqlens is given"
+    return _gpu_limit(query, key, options, 128)
 
 
-def _cudnn_forward(query, key, value, attn_mask, is_causal, scale):
+def _cudnn_forward(query, key, value, options):
     query, key, value = map(_unit_stride, (query, key, value))
     out, lse, *_, seed, offset, _ = _aten._scaled_dot_product_cudnn_attention(
-        query, key, value, None, True, 0.0, is_causal, False, scale=scale
+        query, key, value, None, True, 0.0, options.is_causal, False, scale=options.softmax_scale
     )
     return out, lse.view(query.shape[:3]), (seed, offset)
 
 
-def _cudnn_backward(grad_out, query, key, value, out, lse, attn_mask, is_causal, scale, state):
-    seed, offset = state
+def _cudnn_backward(grad_out, query, key, value, out, lse, options, state):
     operands = map(_unit_stride, (grad_out, query, key, value, out))
     lengths = (None, None, query.shape[2], key.shape[2])  # None: not packed
     return _aten._scaled_dot_product_cudnn_attention_backward(
-        *operands, lse.unsqueeze(-1), seed, offset, None, *lengths, 0.0, is_causal, scale=scale
+        *operands, lse.unsqueeze(-1), *state, None, *lengths, 0.0, options.is_causal, scale=options.softmax_scale
     )
 
 
-def _flash_forward(query, key, value, attn_mask, is_causal, scale):
-    query, key, value = map(_unit_stride, (query, key, value))
-    out, lse, *_, state, unused, _ = _aten._scaled_dot_product_flash_attention(
-        query, key, value, 0.0, is_causal, False, scale=scale
-    )
-    return out, lse, (state, unused)
+def _flash_limit(query: Tensor, key: Tensor, options: Options) -> str | None:
+    if torch.cuda.get_device_capability(query.device)[0] < 8:
+        return "it needs sm_80"
+    return _gpu_limit(query, key, options, 256)
 
 
-def _flash_backward(grad_out, query, key, value, out, lse, attn_mask, is_causal, scale, state):
-    operands = map(_unit_stride, (grad_out, query, key, value, out))
-    lengths = (None, None, query.shape[2], key.shape[2])  # None: not packed
-    return _aten._scaled_dot_product_flash_attention_backward(
-        *operands, lse, *lengths, 0.0, is_causal, *state, scale=scale
+def _flash_call(query, key, options) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Offsets and lengths, and the scale and window, of torch's low-level flash attention."""
+    ends = options.cu_seqlens
+    window = {"window_size_left": options.window - 1, "window_size_right": 0} if options.window else {}
+    # The true longest sequence is on the device; the sum of all bounds it without a look there.
+    return (ends, ends, query.shape[2], key.shape[2]), {"scale": options.softmax_scale} | window
+
+
+def _tokens_first(x: Tensor, packed: bool) -> Tensor:
+    """``(batch, seq, heads, head_dim)``, or ``(tokens, heads, head_dim)``; dense in the last dimension."""
+    x = _unit_stride(x).transpose(1, 2)
+    return x[0] if packed else x
+
+
+def _heads_first(x: Tensor, packed: bool) -> Tensor:
+    return (x[None] if packed else x).transpose(1, 2)
+
+
+def _flash_forward(query, key, value, options):
+    packed = options.cu_seqlens is not None
+    lengths, keywords = _flash_call(query, key, options)
+    operands = (_tokens_first(x, packed) for x in (query, key, value))
+    out, lse, state, unused, _ = _aten._flash_attention_forward(
+        *operands, *lengths, 0.0, options.is_causal, False, **keywords
     )
+    return _heads_first(out, packed), lse.view(query.shape[:3]), (state, unused)
+
+
+def _flash_backward(grad_out, query, key, value, out, lse, options, state):
+    packed = options.cu_seqlens is not None
+    lengths, keywords = _flash_call(query, key, options)
+    operands = (_tokens_first(x, packed) for x in (grad_out, query, key, value, out))
+    grads = _aten._flash_attention_backward(
+        *operands, lse[0] if packed else lse, *lengths, 0.0, options.is_causal, *state, **keywords
+    )
+    return tuple(_heads_first(x, packed) for x in grads)
+
+
+def _efficient_limit(query: Tensor, key: Tensor, options: Options) -> str | None:
+    if query.dtype not in (*_HALF, torch.float32):
+        return f"it computes fp32, bf16 and fp16, got {query.dtype}"
+    step = 16 // query.element_size()
+    if query.shape[3] % step:
+        return f"head_dim must be a multiple of {step}, got {query.shape[3]}"
+    if options.softcap:
+        return "softcap is given"
+    if options.window or options.cu_seqlens is not None:
+        return "window or cu_seqlens is given"
+    return _empty_limit(query, key)
+
+
+def _efficient_operands(query, key, value):
+    """``(batch, seq, num_heads, head_dim)``; keys and values copied per query head, which it needs."""
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    return [_tokens_first(x, False) for x in (query, key, value)]
+
+
+def _efficient_bias(query: Tensor, options: Options) -> tuple[Tensor | None, Tensor | None]:
+    """An additive mask with rows of 16 bytes, and which queries see a key at all, ``(.., q_len)``.
+
+    A row of -inf alone has no softmax: it is let see everything here, and counts for nothing by its ``lse``.
+    """
+    mask = _additive(options.attn_mask, query)
+    if mask is None:
+        return None, None
+    seen = (mask != _NEVER).any(-1)
+    kv_len = mask.shape[-1]
+    padded = mask.new_zeros((*mask.shape[:-1], -(-kv_len // 16) * 16))[..., :kv_len]
+    padded.copy_(mask.masked_fill(~seen[..., None], 0.0))
+    return padded.expand(*query.shape[:3], kv_len), seen.expand(query.shape[:3])
+
+
+def _efficient_forward(query, key, value, options):
+    bias, seen = _efficient_bias(query, options)
+    operands = _efficient_operands(query, key, value)
+    out, lse, seed, offset, *_ = _aten._efficient_attention_forward(
+        *operands, bias, None, None, None, None, 0.0, int(options.is_causal), True, scale=options.softmax_scale
+    )
+    out, lse = out.transpose(1, 2), lse[..., : query.shape[2]]
+    if seen is not None:
+        out, lse = out.masked_fill(~seen[..., None], 0.0), lse.masked_fill(~seen, _NEVER)
+    return out, lse, (seed, offset)
+
+
+def _efficient_backward(grad_out, query, key, value, out, lse, options, state):
+    bias, seen = _efficient_bias(query, options)
+    q_len, kv_len = query.shape[2], key.shape[2]
+    # its rows of lse are multiples of 32; inf is a probability of zero
+    stats = lse.new_full((*lse.shape[:2], -(-q_len // 32) * 32), float("inf"))
+    stats[..., :q_len] = lse if seen is None else lse.masked_fill(~seen, float("inf"))
+    operands = _efficient_operands(query, key, value)
+    grads = _aten._efficient_attention_backward(
+        _tokens_first(grad_out, False), *operands, bias, _tokens_first(out, False), None, None, q_len, kv_len, stats, 0.0,
+        *state, int(options.is_causal), False, scale=options.softmax_scale,
+    )[:3]  # fmt: skip
+    grad_query, *on_keys = (x.transpose(1, 2) for x in grads)
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        on_keys = [x.unflatten(1, (key.shape[1], group)).sum(2) for x in on_keys]
+    return grad_query, *on_keys
+
+
+def _reference_call(query: Tensor, key: Tensor, options: Options) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+    """A prefix that no row uses, and the options: what is left is the attention over the keys."""
+    rows = query.shape[0] if options.cu_seqlens is None else options.cu_seqlens.shape[0] - 1
+    nobody = torch.full((rows,), -1, dtype=torch.int32, device=query.device)
+    prefix = query.new_zeros((1, key.shape[1], 1, query.shape[3]))
+    return (prefix, prefix), reference_options(*options._replace(row_ids=nobody))
+
+
+def _reference_forward(query, key, value, options):
+    prefix, keywords = _reference_call(query, key, options)
+    return *reference.prefix_attention(query, key, value, *prefix, **keywords), ()
+
+
+def _reference_backward(grad_out, query, key, value, out, lse, options, state):
+    prefix, keywords = _reference_call(query, key, options)
+    return reference.prefix_attention_backward(grad_out, query, key, value, *prefix, out, lse, **keywords)[:3]
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -159,11 +277,13 @@ def _additive(attn_mask: Tensor | None, query: Tensor) -> Tensor | None:
     if attn_mask.dtype != torch.bool:
         return attn_mask.to(query.dtype)
     additive = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
-    return additive.masked_fill_(~attn_mask, float("-inf"))
+    return additive.masked_fill_(~attn_mask, _NEVER)
 
 
 BASES = {
     "flash_cpu": Base(_flash_cpu_forward, _flash_cpu_backward, _flash_cpu_limit),
     "cudnn": Base(_cudnn_forward, _cudnn_backward, _cudnn_limit),
-    "flash": Base(_flash_forward, _flash_backward, _gpu_limit),
+    "flash": Base(_flash_forward, _flash_backward, _flash_limit),
+    "efficient": Base(_efficient_forward, _efficient_backward, _efficient_limit),
+    "reference": Base(_reference_forward, _reference_backward, lambda query, key, options: None),
 }

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastadapter import reference
 from fastadapter.ops import checks
-from fastadapter.ops.backends import choose_backend
+from fastadapter.ops.backends import automatic_backend, choose_backend
 from fastadapter.ops.registration import fake_bank_grad, fake_grad, only_needed, register
 
 GATE_FUNCTIONS = checks.GATE_FUNCTIONS
@@ -142,7 +142,7 @@ class _GatedPrefix(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * 4
         if need_query or need_key or need_value or need_gate:
             needs = (need_query, need_key or need_value, need_gate)
-            computed = _backward(ctx.backend, grad_out, *ctx.saved_tensors, *ctx.constants, *needs)
+            computed = run_backward(ctx.backend, grad_out, *ctx.saved_tensors, *ctx.constants, *needs)
             wanted = (need_query, need_key, need_value, need_gate)
             grads = [grad if want else None for grad, want in zip(computed, wanted, strict=True)]
         return (grad_out if need_base else None, *grads, None, None, None, None)
@@ -194,6 +194,26 @@ def _fake_backward(
     )
 
 
+def _reference_backward_onto(grad_out, base_grad, query, *rest):
+    grad_query, *others = _reference_backward(grad_out, query, *rest)
+    return _onto(base_grad, grad_query, query), *others
+
+
+def _cpu_backward_onto(grad_out, base_grad, query, *rest):
+    backend = automatic_backend("cpu", query.dtype, "gated_prefix")[0]
+    grad_query, *others = run_backward(backend, grad_out, query, *rest)
+    return _onto(base_grad, grad_query, query), *others
+
+
+def _onto(base_grad: Tensor, grad_query: Tensor, query: Tensor) -> Tensor:
+    """The two parts of the gradient of ``query``, strided like it."""
+    return torch.empty_like(query).copy_(grad_query.add_(base_grad)) if grad_query.numel() else grad_query
+
+
+def _fake_backward_onto(grad_out, base_grad, *rest):
+    return _fake_backward(grad_out, *rest)
+
+
 _OPERANDS = "Tensor query, Tensor prefix_key, Tensor prefix_value, Tensor gate, Tensor? row_ids"
 _CONSTANTS = "float softmax_scale, str gate_fn"
 
@@ -207,12 +227,22 @@ run_forward = register(
     fake=_fake_forward,
     launcher="gated_prefix_forward",
 )
-_backward = register(
+_NEEDS = "bool need_query, bool need_prefix, bool need_gate"
+run_backward = register(
     "gated_prefix",
     "gated_prefix_backward",
-    f"(Tensor grad_out, {_OPERANDS}, {_CONSTANTS}, bool need_query, bool need_prefix, bool need_gate) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad_out, {_OPERANDS}, {_CONSTANTS}, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_reference_backward,
     fake=_fake_backward,
     launcher="gated_prefix_backward",
+)
+# The same where the base's part of the gradient of query is known: on a GPU the two meet in the kernel.
+run_backward_onto = register(
+    "gated_prefix",
+    "gated_prefix_backward_onto",
+    f"(Tensor grad_out, Tensor base_grad, {_OPERANDS}, {_CONSTANTS}, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_reference_backward_onto,
+    fake=_fake_backward_onto,
+    launcher="gated_prefix_backward_onto",
+    cpu=_cpu_backward_onto,
 )

@@ -1,4 +1,6 @@
-"""Attention and LLaMA-Adapter's gated prefix in one pass: public function, registration, autograd."""
+"""Attention and LLaMA-Adapter's gated prefix: public function, registration, autograd.
+
+In one pass on a CPU; on a GPU an attention of torch (``base_attention.py``) with our term on top (``composed.py``)."""
 
 import torch
 from torch import Tensor
@@ -8,6 +10,8 @@ from fastadapter import reference
 from fastadapter.ops import checks
 from fastadapter.ops.attention import OPTIONS_SCHEMA, check_operands, check_options, reference_options
 from fastadapter.ops.backends import choose_backend
+from fastadapter.ops.base_attention import choose_base
+from fastadapter.ops.composed import gated_over_base
 from fastadapter.ops.registration import fake_bank_grad, fake_grad, only_needed, register
 
 _OP = "gated_prefix_attention"
@@ -34,9 +38,11 @@ def gated_prefix_attention(
     """Attention plus gated attention over a learned prefix, each with its own softmax.
 
     Equivalent to ``scaled_dot_product_attention(query, key, value) + tanh(gate) * softmax(query @ prefix_key.mT *
-    softmax_scale) @ prefix_value`` with one gate per head (LLaMA-Adapter, arXiv:2303.16199, eq. 6-8), in one pass.
+    softmax_scale) @ prefix_value`` with one gate per head (LLaMA-Adapter, arXiv:2303.16199, eq. 6-8).
     A zero gate gives the bits of the attention alone, whatever the prefix holds. Mask, causality, window and soft
-    cap are the attention's alone. Deterministic, forward and backward.
+    cap are the attention's alone. One pass on a CPU, deterministic; on a GPU torch's own attention, the first of
+    cuDNN's, flash and memory-efficient that can run the call, and else the plain reference, with our kernel on its
+    output: as deterministic as ``scaled_dot_product_attention``.
 
     Args:
         query: ``(batch, num_heads, q_len, head_dim)`` in fp32, bf16, fp16 or fp64; any strides.
@@ -90,7 +96,11 @@ def gated_prefix_attention(
         row_ids=row_ids,
     )
     chosen = choose_backend(backend, query.device.type, query.dtype, _OP)
-    args = (query, key, value, prefix_key, prefix_value, gate, *options.gated(gate_fn))
+    operands = (query, key, value, prefix_key, prefix_value, gate)
+    if chosen == "triton":
+        base, _ = choose_base(query, key, options)
+        return gated_over_base(base, chosen, *operands, gate_fn, options)
+    args = (*operands, *options.gated(gate_fn))
     if torch.is_grad_enabled() and any(x.requires_grad for x in args[:6]):
         return _GatedPrefixAttention.apply(chosen, *args)
     return run_forward(chosen, *args, False)[0]
@@ -168,7 +178,7 @@ run_forward = register(
     f"({_OPERANDS}, {_OPTIONS}, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_reference_forward,
     fake=_fake_forward,
-    launcher="gated_prefix_attention_forward",
+    launcher=None,
 )
 _backward = register(
     _OP,
@@ -178,5 +188,5 @@ _backward = register(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_reference_backward,
     fake=_fake_backward,
-    launcher="gated_prefix_attention_backward",
+    launcher=None,
 )

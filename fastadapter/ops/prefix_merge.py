@@ -10,7 +10,7 @@ from fastadapter import reference
 from fastadapter.ops import checks
 from fastadapter.ops.attention import BANK_AXES, QUERY_AXES, check_prefix, scale_or_default, softcap_or_zero
 from fastadapter.ops.backends import choose_backend
-from fastadapter.ops.prefix_attention import prefix_gradients, run_merge
+from fastadapter.ops.registration import fake_bank_grad, fake_grad, only_needed, register
 
 _OP = "prefix_merge"
 
@@ -82,7 +82,7 @@ def prefix_merge(
     args = (base, base_lse, query, prefix_key, prefix_value, row_ids, *constants)
     if torch.is_grad_enabled() and any(x.requires_grad for x in args[:5]):
         return PrefixMerge(*_PrefixMerge.apply(chosen, *args))
-    return PrefixMerge(*run_merge(chosen, *args))
+    return PrefixMerge(*run_forward(chosen, *args))
 
 
 class _PrefixMerge(torch.autograd.Function):
@@ -91,7 +91,7 @@ class _PrefixMerge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, *args):
         base, base_lse, query, prefix_key, prefix_value, row_ids, *constants = args
-        out, lse = run_merge(backend, *args)
+        out, lse = run_forward(backend, *args)
         ctx.backend = backend
         ctx.constants = constants
         ctx.set_materialize_grads(False)
@@ -116,9 +116,8 @@ class _PrefixMerge(torch.autograd.Function):
             needs = (need_query, need_prefix_key or need_prefix_value)
 
             def on_prefix(grad, values, merged):
-                return prefix_gradients(
-                    ctx.backend, grad, query, prefix_key, values, merged, lse, row_ids, *ctx.constants, *needs
-                )
+                operands = (query, prefix_key, values, merged, lse, None, row_ids, *ctx.constants)
+                return list(run_backward(ctx.backend, grad, *operands, *needs))
 
             grads[2:] = on_prefix(grad_out, prefix_value, out)
             if grad_lse is not None and (need_query or need_prefix_key):
@@ -133,3 +132,80 @@ class _PrefixMerge(torch.autograd.Function):
                 grads[3] = grads[3] + through[1] if need_prefix_key else None
             grads[2:] = [grad if need else None for grad, need in zip(grads[2:], needed)]
         return (None, *grads, None, None, None)
+
+
+def _reference_forward(base, lse, query, prefix_key, prefix_value, row_ids, softmax_scale, softcap):
+    return reference.prefix_merge(
+        base,
+        lse,
+        query,
+        prefix_key,
+        prefix_value,
+        softmax_scale=softmax_scale,
+        softcap=softcap or None,
+        row_ids=row_ids,
+    )
+
+
+def _fake_forward(base, lse, *rest):
+    return torch.empty_like(base), lse.new_empty(lse.shape)
+
+
+def _by_attention(backward):
+    """The backward of a merge by that of :func:`fastadapter.ops.prefix_attention`, without keys."""
+
+    def on_prefix(grad_out, query, prefix_key, prefix_value, out, lse, base_grad, *rest):
+        row_ids, softmax_scale, softcap, need_query, need_prefix = rest
+        nothing = query.new_empty(query.shape[0], prefix_key.shape[1], 0, query.shape[3])
+        inputs = (query, nothing, nothing, prefix_key, prefix_value)
+        options = (None, None, row_ids, softmax_scale, False, 0, softcap)
+        grads = backward(grad_out, *inputs, out, lse, *options, need_query, False, need_prefix)
+        on_query = grads[0]
+        if need_query and base_grad is not None:
+            on_query = torch.empty_like(query).copy_(on_query.add_(base_grad))
+        return on_query, grads[3], grads[4]
+
+    return on_prefix
+
+
+def _attention_reference(grad_out, *args):
+    *inputs, need_query, _, need_prefix = args
+    *operands, _, _, row_ids, softmax_scale, _, _, softcap = inputs
+    grads = reference.prefix_attention_backward(
+        grad_out, *operands, softmax_scale=softmax_scale, softcap=softcap or None, row_ids=row_ids
+    )
+    return only_needed(grads, (need_query, False, False, need_prefix, need_prefix))
+
+
+def _fake_backward(grad_out, query, prefix_key, prefix_value, *rest):
+    need_query, need_prefix = rest[-2:]
+    return (
+        fake_grad(query, need_query),
+        fake_bank_grad(prefix_key, need_prefix),
+        fake_bank_grad(prefix_value, need_prefix),
+    )
+
+
+# A resolved backend on checked arguments in the order of the schema, without autograd.
+run_forward = register(
+    _OP,
+    _OP,
+    "(Tensor base, Tensor lse, Tensor query, Tensor prefix_key, Tensor prefix_value, Tensor? row_ids, "
+    "float softmax_scale, float softcap) -> (Tensor, Tensor)",
+    reference=_reference_forward,
+    fake=_fake_forward,
+    launcher="prefix_merge_forward",
+)
+# The prefix's part of the gradients, from the merged out and lse; base_grad, the base's part of that of query, is added.
+run_backward = register(
+    _OP,
+    "prefix_merge_backward",
+    "(Tensor grad_out, Tensor query, Tensor prefix_key, Tensor prefix_value, Tensor out, Tensor lse, "
+    "Tensor? base_grad, Tensor? row_ids, float softmax_scale, float softcap, bool need_query, bool need_prefix) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference=_by_attention(_attention_reference),
+    fake=_fake_backward,
+    launcher="prefix_merge_backward",
+    # by name: that op is registered later, with or without the extension
+    cpu=_by_attention(lambda *args: torch.ops.fastadapter.prefix_attention_backward.default(*args)),
+)

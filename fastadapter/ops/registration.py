@@ -22,8 +22,9 @@ def register(
     *,
     reference: Callable,
     fake: Callable,
-    launcher: str,
+    launcher: str | None,
     kernel_file: str | None = None,
+    cpu: Callable | None = None,
 ) -> Callable[..., Any]:
     """Define ``fastadapter::<name>`` and return the function that runs it: ``run(backend, *args)``.
 
@@ -36,27 +37,33 @@ def register(
         kernel_file: ``op`` unless given.
         schema: arguments and results, without the name. The first argument is an activation tensor.
         reference, fake: plain PyTorch and tracing implementations with the arguments of the schema.
+        launcher: ``None`` where there is no kernel of that name: on a GPU the op is then the reference.
+        cpu: what implements it for CPU tensors, from other registered ops; a kernel of the extension unless given.
     """
     library.define(f"{name}{schema}")
     qualified = f"fastadapter::{name}"
     file = f"fastadapter.kernels.{kernel_file or op}"
 
     def triton(*args):
+        if launcher is None:
+            return reference(*args)
         kernels = importlib.import_module(file)
         return getattr(kernels, launcher)(*args)
 
     def cuda(*args):
         backend, _ = automatic_backend("cuda", args[0].dtype, op)
-        if backend != "triton":
+        if backend != "triton" or launcher is None:
             return reference(*args)
         self_check.ensure(op, args[0])
         return triton(*args)
 
-    error = extension_error(name)
+    error = None if cpu is not None else extension_error(name)
+    if cpu is not None:
+        library.impl(name, cpu, "CPU")
     if error:
         library.impl(name, reference, "CPU")
         lack(op, "cpp", error)
-    if importlib.util.find_spec(file) is None:
+    if launcher is not None and importlib.util.find_spec(file) is None:
         lack(op, "triton", f"there is no Triton kernel of {op}")
     library.impl(name, cuda, "CUDA")
     torch.library.register_fake(qualified, fake, lib=library)

@@ -1,0 +1,327 @@
+"""Backward of the prefix term (kernels/prefix_term.py has the forward; docs/maths.md the derivation).
+
+    gated:  p = softmax(S),      f the factor,  delta = rowsum(p * (dO Vp^T)),   dgate_h = f' * sum delta
+    merge:  p = exp(S - lse),    f = 1,         delta = rowsum(dO * O)           O, lse: the merged ones
+    dS = p * (dO Vp^T - delta)
+    dQ = grad_query of the base + f * softmax_scale * dS Kp,   dKp = f * softmax_scale * dS^T Q,   dVp = f * p^T dO
+
+With the merged O and lse the base's own backward gives its part of dQ; the two meet here instead of in an addition of
+three tensors.
+
+Backward is deterministic without atomics. A program owns one slot, kv head and block of prefix positions; a slot is a
+run of query tiles, of one batch row if there are row ids, else of the whole batch. It keeps dKp and dVp in registers
+over its run and writes one fp32 partial, and delta of every query position; a second kernel sums them for each bank
+entry in a fixed order. Slots follow from shapes and the architecture, and with row ids not from the batch size either,
+so the gradient of a row has the same bits alone and in a batch.
+
+What is not needed is not written and not reduced, by lengths of zero at run time: code compiled without it would round
+elsewhere, and a gradient would have other bits when another one is asked for.
+
+Tiles have fewer than 64 rows, and blocks fewer than 64 prefix positions, so that Hopper runs ``mma.sync``: p and dS
+are operands from registers (see the forward), and dS^T is one of those that Triton 3.4 to 3.7.0 gets wrong.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from fastadapter.kernels import target
+from fastadapter.kernels.prefix_tiles import (
+    LENGTHS,
+    PROCESSORS,
+    _factor,
+    _prefix_block,
+    _row_entry,
+    _running_max,
+    _scores,
+    _tanh,
+    _tile,
+    check,
+    config,
+    operands,
+)
+from torch import Tensor
+
+RUN_LENGTHS = ["num_tiles", "tiles_per_slot", "slots_per_row", "kv_columns", "columns", "written_rows", "written_positions"]
+REDUCE_LENGTHS = ["num_rows", "slots_per_row", "kv_columns", "columns", "num_heads", "q_len", "gate_rows", "num_prefixes"]
+REDUCE_ROWS, REDUCE_COLUMNS, REDUCE_LENGTH = 8, 128, 1024
+# Parts of backward that a launch does: all of it, or one of two for a prefix of several blocks.
+BOTH, QUERY, PREFIX = "both", "query", "prefix"
+
+
+@triton.jit(do_not_specialize=LENGTHS + RUN_LENGTHS)
+def _prefix_term_bwd_kernel(
+    grad_query_ptr, partial_ptr, delta_ptr, lse_ptr, base_grad_ptr, grad_out_ptr, out_ptr, query_ptr, key_ptr, value_ptr,
+    gate_ptr, row_ids_ptr,
+    GRAD_QUERY_STRIDES, BASE_GRAD_STRIDES, GRAD_OUT_STRIDES, OUT_STRIDES, QUERY_STRIDES, KEY_STRIDES, VALUE_STRIDES,
+    GATE_STRIDES,
+    softmax_scale, softcap, num_prefixes, num_heads, num_kv_heads, q_len, prefix_len,
+    num_tiles, tiles_per_slot, slots_per_row, kv_columns, columns, written_rows, written_positions,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_ROW_IDS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BASE_GRAD: tl.constexpr, PART: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dQ and delta of a run of query tiles, and that run's part of dKp and dVp.
+
+    ``PART`` "both" does all of it, for a prefix of one block. Otherwise "query" does dQ and leaves lse and delta of
+    every query position, and "prefix" does one block of dKp and dVp per program from them.
+    """
+    pid = tl.program_id(0)
+    num_blocks = tl.cdiv(prefix_len, BLOCK_P) if PART == "prefix" else 1
+    first_p = (pid % num_blocks) * BLOCK_P
+    kv_head = ((pid // num_blocks) % num_kv_heads).to(tl.int64)
+    slot = (pid // (num_blocks * num_kv_heads)).to(tl.int64)
+    group_size = num_heads // num_kv_heads
+    tiles_per_row = tl.cdiv(q_len, BLOCK_M)
+    first_row = slot // slots_per_row if HAS_ROW_IDS else slot * 0
+    first_tile = (slot % slots_per_row).to(tl.int32) * tiles_per_slot
+    tiles = tl.minimum(first_tile + tiles_per_slot, num_tiles) - first_tile
+    row_id, entry = _row_entry(row_ids_ptr, first_row, num_prefixes, HAS_ROW_IDS)
+
+    DTYPE: tl.constexpr = query_ptr.dtype.element_ty
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    mask_d = offs_d[None, :] < HEAD_DIM
+    offs_p = tl.arange(0, BLOCK_P).to(tl.int64)
+    k_ptrs = _tile(key_ptr, KEY_STRIDES, entry, kv_head, offs_p, offs_d)
+    v_ptrs = _tile(value_ptr, VALUE_STRIDES, entry, kv_head, offs_p, offs_d)
+    k, v, mask_p = _prefix_block(k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, first_p, prefix_len, mask_d, DTYPE)
+    dk = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    # one loop over heads and tiles: the next tile is on its way at the end of a head, too
+    for visit in tl.range(0, group_size * tiles, num_stages=STAGES):
+        head = kv_head * group_size + visit // tiles
+        tile = first_tile + visit % tiles
+        row = first_row + tile // tiles_per_row
+        offs_m = ((tile % tiles_per_row) * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < q_len
+        mask_md = mask_m[:, None] & mask_d
+        q = tl.load(_tile(query_ptr, QUERY_STRIDES, row, head, offs_m, offs_d), mask=mask_md, other=0.0)
+        do = tl.load(_tile(grad_out_ptr, GRAD_OUT_STRIDES, row, head, offs_m, offs_d), mask=mask_md, other=0.0)
+        factor = _factor(gate_ptr, GATE_STRIDES, row_id, entry, num_prefixes, head, FORM)
+        offs_stats = (row * num_heads + head) * q_len + offs_m  # (BLOCK_M,) in (batch, num_heads, q_len)
+        lse = tl.zeros((BLOCK_M,), tl.float32)
+        delta = tl.zeros((BLOCK_M,), tl.float32)
+        if FORM == "merge" or PART == "prefix":
+            lse = tl.load(lse_ptr + offs_stats, mask=mask_m, other=0.0)
+        if PART == "prefix":
+            delta = tl.load(delta_ptr + offs_stats, mask=mask_m, other=0.0)
+        else:
+            if FORM == "merge":
+                o_ptrs = _tile(out_ptr, OUT_STRIDES, row, head, offs_m, offs_d)
+                o = tl.load(o_ptrs, mask=mask_md, other=0.0)
+                delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
+
+        if PART != "query":
+            s, slope = _scores(q, k, softmax_scale, softcap, mask_p, HAS_SOFTCAP, PRECISION)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # (BLOCK_M, BLOCK_P)
+            if FORM == "merge" or PART == "prefix":
+                p = tl.exp(s - lse[:, None])
+            else:
+                _, shift, _ = _running_max(tl.full((BLOCK_M,), float("-inf"), tl.float32), s)
+                p = tl.exp(s - shift[:, None])
+                l_i = tl.sum(p, axis=1)
+                delta = tl.sum(p * dp, axis=1) / l_i
+                p = p / l_i[:, None]
+            ds = p * (dp - delta[:, None])
+            if HAS_SOFTCAP:
+                ds = ds * slope
+        elif FORM != "merge":
+            m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            l_i = tl.zeros((BLOCK_M,), tl.float32)
+            for start in range(0, prefix_len, BLOCK_P):
+                kn, vn, mask_n = _prefix_block(
+                    k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, start, prefix_len, mask_d, DTYPE
+                )
+                s, _ = _scores(q, kn, softmax_scale, softcap, mask_n, HAS_SOFTCAP, PRECISION)
+                m_i, shift, alpha = _running_max(m_i, s)
+                p = tl.exp(s - shift[:, None])
+                dp = tl.dot(do, tl.trans(vn), input_precision=PRECISION)
+                l_i = l_i * alpha + tl.sum(p, axis=1)
+                delta = delta * alpha + tl.sum(p * dp, axis=1)
+            delta = delta / l_i
+            lse = m_i + tl.log(l_i)
+            tl.store(lse_ptr + offs_stats, lse, mask=mask_m)
+
+        if PART != "prefix":
+            if FORM != "merge" or PART == "query":
+                tl.store(delta_ptr + offs_stats, delta, mask=mask_m)
+            mask_w = (offs_m < written_rows)[:, None] & mask_d
+            dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+            # no product with zero: Inf or NaN in the prefix stay out of what has no adapter
+            if factor != 0.0:
+                if PART == "both":
+                    # the factor comes after the product: in fp16 a small gate would flush dS to zero
+                    dq = tl.dot(ds.to(DTYPE), k, input_precision=PRECISION)
+                else:
+                    for start in range(0, prefix_len, BLOCK_P):
+                        kn, vn, mask_n = _prefix_block(
+                            k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, start, prefix_len, mask_d, DTYPE
+                        )
+                        s, slope = _scores(q, kn, softmax_scale, softcap, mask_n, HAS_SOFTCAP, PRECISION)
+                        dp = tl.dot(do, tl.trans(vn), input_precision=PRECISION)
+                        dsn = tl.exp(s - lse[:, None]) * (dp - delta[:, None])
+                        if HAS_SOFTCAP:
+                            dsn = dsn * slope
+                        dq = tl.dot(dsn.to(DTYPE), kn, dq, input_precision=PRECISION)
+                dq = dq * (factor * softmax_scale)
+            if HAS_BASE_GRAD:
+                base_ptrs = _tile(base_grad_ptr, BASE_GRAD_STRIDES, row, head, offs_m, offs_d)
+                dq += tl.load(base_ptrs, mask=mask_w, other=0.0).to(tl.float32)
+            dq_ptrs = _tile(grad_query_ptr, GRAD_QUERY_STRIDES, row, head, offs_m, offs_d)
+            tl.store(dq_ptrs, dq.to(DTYPE), mask=mask_w)
+        if PART != "query":
+            if factor != 0.0:
+                dk += tl.dot(tl.trans(ds.to(DTYPE)), q, input_precision=PRECISION) * factor
+                dv += tl.dot(tl.trans(p.to(DTYPE)), do, input_precision=PRECISION) * factor
+    if PART != "query":
+        offs_pd = (kv_head * prefix_len + first_p + offs_p)[:, None] * HEAD_DIM + offs_d[None, :]
+        mask_pd = (first_p + offs_p < written_positions)[:, None] & mask_d
+        tl.store(partial_ptr + slot * columns + offs_pd, dk * softmax_scale, mask=mask_pd)
+        tl.store(partial_ptr + slot * columns + kv_columns + offs_pd, dv, mask=mask_pd)
+
+
+@triton.jit(do_not_specialize=REDUCE_LENGTHS)
+def _prefix_term_reduce_kernel(
+    grad_key_ptr, grad_value_ptr, grad_gate_ptr, partial_ptr, delta_ptr, gate_ptr, row_ids_ptr, GATE_STRIDES,
+    num_rows, slots_per_row, kv_columns, columns, num_heads, q_len, gate_rows, num_prefixes,
+    BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, HAS_ROW_IDS: tl.constexpr,
+    FORM: tl.constexpr,
+):  # fmt: skip
+    """Sum over the rows that use one bank entry: BLOCK_E columns of the partials (dKp | dVp), or delta of one head.
+
+    Rows are summed across a tile and slots along the loop: where a single row uses the entry, the sum does not
+    depend on that row's place in the batch.
+    """
+    pid = tl.program_id(0)
+    num_column_blocks = tl.cdiv(columns, BLOCK_E)
+    if pid < num_prefixes * num_column_blocks:
+        entry = (pid // num_column_blocks).to(tl.int64)
+        offs_e = (pid % num_column_blocks).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+        mask_e = offs_e < columns
+        acc = tl.zeros((BLOCK_R, BLOCK_E), tl.float32)
+        for start in range(0, num_rows, BLOCK_R):
+            offs_r = start + tl.arange(0, BLOCK_R)
+            mask_r = offs_r < num_rows
+            if HAS_ROW_IDS:
+                # only rows of this entry are read: others may hold NaN, or nothing yet
+                mask_r = mask_r & (tl.load(row_ids_ptr + offs_r, mask=mask_r, other=-1) == entry)
+            if tl.max(mask_r.to(tl.int32), axis=0) > 0:
+                for slot in range(slots_per_row):
+                    offs_s = offs_r.to(tl.int64) * slots_per_row + slot
+                    ptrs = partial_ptr + offs_s[:, None] * columns + offs_e[None, :]
+                    acc += tl.load(ptrs, mask=mask_r[:, None] & mask_e[None, :], other=0.0)  # (BLOCK_R, BLOCK_E)
+        total = tl.sum(acc, axis=0)
+        dtype = grad_key_ptr.dtype.element_ty
+        tl.store(grad_key_ptr + entry * kv_columns + offs_e, total.to(dtype), mask=offs_e < kv_columns)
+        is_value = (offs_e >= kv_columns) & mask_e
+        tl.store(grad_value_ptr + (entry - 1) * kv_columns + offs_e, total.to(dtype), mask=is_value)
+    elif FORM != "merge":
+        place = pid - num_prefixes * num_column_blocks
+        bank = (place // num_heads).to(tl.int64)
+        head = (place % num_heads).to(tl.int64)
+        total_delta = tl.zeros((BLOCK_T,), tl.float32)
+        for batch_row in range(gate_rows):
+            used = batch_row >= 0
+            if HAS_ROW_IDS:
+                used = tl.load(row_ids_ptr + batch_row) == bank
+            if used:
+                for start in range(0, q_len, BLOCK_T):
+                    offs_t = start + tl.arange(0, BLOCK_T)
+                    ptrs = delta_ptr + (tl.cast(batch_row, tl.int64) * num_heads + head) * q_len + offs_t
+                    total_delta += tl.load(ptrs, mask=offs_t < q_len, other=0.0)  # (BLOCK_T,)
+        slope = tl.full((), 1.0, tl.float32)
+        if FORM == "tanh":
+            factor = _tanh(tl.load(gate_ptr + bank * GATE_STRIDES[0] + head * GATE_STRIDES[1]))
+            slope = 1.0 - factor * factor
+        tl.store(grad_gate_ptr + bank * num_heads + head, tl.sum(total_delta, axis=0) * slope)
+
+
+def prefix_term_backward(
+    op: str, grad_out: Tensor, query: Tensor, prefix_key: Tensor, prefix_value: Tensor, gate: Tensor | None,
+    out: Tensor | None, lse: Tensor | None, base_grad: Tensor | None, row_ids: Tensor | None,
+    softmax_scale: float, softcap: float, form: str, need_query: bool, need_prefix: bool, need_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of query, prefix_key, prefix_value and gate (none in form "merge"), each in its argument's dtype.
+
+    Args: ``out`` and ``lse`` (fp32, contiguous) are the merged ones of form "merge". ``base_grad``, like query, is
+        the base's part of the gradient of query, to which the prefix's is added.
+    Those not needed come back with shape ``(0,)``. A row whose id is outside ``[-1, num_prefixes)`` gets NaN in
+    its gradient of query and adds nothing to the others. Errors as in :func:`prefix_term_forward`.
+    """
+    check(op, query, form)
+    batch, num_heads, q_len, head_dim = query.shape
+    num_prefixes, num_kv_heads, prefix_len, _ = prefix_key.shape
+    by_row = row_ids is not None
+    arch = target.arch(query)
+    tiles = config(arch, head_dim, prefix_len, query.dtype, "backward")
+    one_block = prefix_len <= tiles.block_p
+    merge = form == "merge"
+
+    grad_query = torch.empty_like(query) if need_query else query.new_empty(0)
+    grad_key = prefix_key.new_empty(prefix_key.shape if need_prefix else (0,))
+    grad_value = prefix_value.new_empty(prefix_value.shape if need_prefix else (0,))
+    grad_gate = None if gate is None else gate.new_empty(gate.shape if need_gate else (0,))
+
+    num_rows = batch if by_row else 1
+    num_tiles = triton.cdiv(q_len, tiles.block_m) * (1 if by_row else batch)
+    group_size = num_heads // num_kv_heads
+    tiles_per_slot = _tiles_per_slot(arch, tiles.programs, num_tiles, group_size, num_kv_heads, by_row)
+    slots_per_row = triton.cdiv(num_tiles, tiles_per_slot)
+    num_slots = num_rows * slots_per_row
+    kv_columns = num_kv_heads * prefix_len * head_dim if need_prefix else 0
+    partial = query.new_empty((num_slots, 2 * kv_columns), dtype=torch.float32)
+    stats = (batch, num_heads, q_len)
+    delta = query.new_empty(0 if merge and one_block else stats, dtype=torch.float32)
+    if lse is None:
+        lse = query.new_empty(0 if one_block else stats, dtype=torch.float32)
+
+    def launch(part: str) -> None:
+        tiles = config(arch, head_dim, prefix_len, query.dtype, f"backward-{part}".removesuffix("-both"))
+        num_blocks = triton.cdiv(prefix_len, tiles.block_p) if part == PREFIX else 1
+        _prefix_term_bwd_kernel[(num_slots * num_kv_heads * num_blocks,)](
+            grad_query_ptr=grad_query, partial_ptr=partial, delta_ptr=delta, lse_ptr=lse, base_grad_ptr=base_grad,
+            grad_out_ptr=grad_out, out_ptr=out, GRAD_QUERY_STRIDES=grad_query.stride() if need_query else query.stride(),
+            BASE_GRAD_STRIDES=query.stride() if base_grad is None else base_grad.stride(),
+            GRAD_OUT_STRIDES=grad_out.stride(), OUT_STRIDES=query.stride() if out is None else out.stride(),
+            num_tiles=num_tiles, tiles_per_slot=tiles_per_slot, slots_per_row=slots_per_row,
+            kv_columns=kv_columns, columns=2 * kv_columns, written_rows=q_len if need_query else 0,
+            written_positions=prefix_len if need_prefix else 0, HAS_BASE_GRAD=base_grad is not None, PART=part, STAGES=tiles.num_stages,
+            **operands(query, prefix_key, prefix_value, gate, row_ids, softmax_scale, softcap, form, tiles, arch),
+        )  # fmt: skip
+
+    with torch.cuda.device_of(query):
+        if num_slots * num_kv_heads:
+            if one_block:
+                launch(BOTH)
+            else:
+                launch(QUERY)
+                if need_prefix:
+                    launch(PREFIX)
+        column_blocks = triton.cdiv(2 * kv_columns, REDUCE_COLUMNS) * num_prefixes
+        gates = num_prefixes * num_heads if grad_gate is not None and need_gate else 0
+        if column_blocks + gates:
+            _prefix_term_reduce_kernel[(column_blocks + gates,)](
+                grad_key_ptr=grad_key, grad_value_ptr=grad_value, grad_gate_ptr=grad_gate,
+                partial_ptr=partial, delta_ptr=delta, gate_ptr=gate, row_ids_ptr=row_ids,
+                GATE_STRIDES=(0, 0) if gate is None else gate.stride(),
+                # without ids, the slots of the whole batch are the rows of a bank of one
+                num_rows=num_rows if by_row else num_slots, slots_per_row=slots_per_row if by_row else 1,
+                kv_columns=kv_columns, columns=2 * kv_columns, num_heads=num_heads, q_len=q_len, gate_rows=batch,
+                num_prefixes=num_prefixes, BLOCK_R=REDUCE_ROWS, BLOCK_E=REDUCE_COLUMNS, BLOCK_T=REDUCE_LENGTH,
+                HAS_ROW_IDS=by_row, FORM=form, num_warps=4,
+            )  # fmt: skip
+    return grad_query, grad_key, grad_value, grad_gate
+
+
+def _tiles_per_slot(
+    arch: str, programs: int, num_tiles: int, group_size: int, num_kv_heads: int, by_row: bool
+) -> int:
+    """How many query tiles one backward program sums before it writes its partial.
+
+    At least 16 visits (tiles times query heads), so that partials are a small part of the traffic. For a shared prefix
+    as many programs as the device holds at once, in one wave; with row ids the number must not depend on the batch.
+    """
+    tiles = triton.cdiv(16, group_size)
+    if by_row:
+        return tiles
+    slots = max(1, programs * PROCESSORS.get(arch, 128) // num_kv_heads)
+    return max(tiles, triton.cdiv(num_tiles, slots))
