@@ -11,10 +11,15 @@ from fastadapter.integrations.host import Group, Host, State, stamp
 from fastadapter.integrations.shared_softmax import attend_shared
 from fastadapter.nn import GatedPrefix, PrefixTuning
 from fastadapter.ops import gated_prefix
+from fastadapter.ops.attention import Options
 from fastadapter.ops.backends import choose_backend
+from fastadapter.ops.base_attention import base_of_sdpa
+from fastadapter.ops.composed import gated_over_base
 from fastadapter.ops.gated_prefix import run_forward
 
 KeyValue = tuple[Tensor, Tensor]
+# Where the base's part of a gradient is added in the kernel that computes ours; elsewhere it takes the same time.
+JOINED_DEVICES = {"cuda"}
 
 
 class PromptSlot(nn.Module):
@@ -95,6 +100,10 @@ class PrefixHost(Host):
         ):  # the model's own attention is not needed for any row
             bank = self._shared_bank(shared[0], attention, query.dtype, prompts)
             return attend_shared(attention, query, key, value, mask, *bank, shared[0].row_ids, options), None
+        if len(gated) == 1 and not shared:
+            joined = self._gated_attention(gated[0], attention, query, key, value, mask, options)
+            if joined is not None:
+                return joined, None
         output, weights = base()
         for group in shared:
             bank = self._shared_bank(group, attention, query.dtype, prompts)
@@ -173,6 +182,46 @@ class PrefixHost(Host):
         return gated_prefix(
             base, query, key, value, gate, softmax_scale=scale, gate_fn=gate_fn, row_ids=group.row_ids
         ).transpose(1, 2)
+
+    def _gated_attention(
+        self,
+        group: Group,
+        attention: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor | None:
+        """Attention and term as one function, ``(batch, q_len, num_heads, head_dim)``; ``None`` where they stay two.
+
+        Taken where a gradient of query is needed and the model's attention is torch's own without a mask: with the same
+        kernel and so the same bits, but the two gradients of query meet in ours.
+        """
+        asked = torch.is_grad_enabled() and query.requires_grad and not torch.compiler.is_compiling()
+        if not asked or query.device.type not in JOINED_DEVICES:
+            return None
+        dropout = (options.get("dropout") or 0.0) if attention.training else 0.0
+        altered = mask is not None or dropout or options.get("position_bias") is not None
+        if altered or attention.config._attn_implementation != "sdpa" or options.get("softcap") is not None:
+            return None
+        if {key.dtype, value.dtype} != {query.dtype} or torch.is_autocast_enabled(query.device.type):
+            return None
+        scale = float(options.get("scaling") or query.shape[3] ** -0.5)
+        is_causal = options.get("is_causal")
+        if is_causal is None:
+            is_causal = getattr(attention, "is_causal", True)
+        is_causal = query.shape[2] > 1 and bool(is_causal)
+        base = base_of_sdpa(query, key, value, is_causal, scale)
+        backend = choose_backend("auto", query.device.type, query.dtype, "gated_prefix")
+        if base is None or backend == "reference":
+            return None
+        bank = [self._operands(name, attention, query.dtype) for name in group.names]
+        bank = [torch.cat(each) if len(each) > 1 else each[0] for each in zip(*bank, strict=True)]
+        gate_fn = self.adapter(group.names[0]).gate_fn
+        constants = Options(None, None, group.row_ids, scale, is_causal, 0, 0.0)
+        out = gated_over_base(base, backend, query, key, value, *bank, gate_fn, constants)
+        return out.transpose(1, 2).contiguous()
 
     def _operands(self, name: str, attention: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         adapter = self.adapter(name)

@@ -11,7 +11,19 @@ from pathlib import Path
 import torch
 
 BACKENDS = ("auto", "triton", "cpp", "reference")
+# Types of device whose tensors the GPU kernels take. Tests add "cpu": kernels then run in Triton's interpreter, and all
+# that surrounds them as on a GPU.
+GPU_TYPES = {"cuda"}
 OPS = ("gated_prefix", "gated_prefix_attention", "prefix_attention", "prefix_merge", "bottleneck")
+
+
+class _Permission(str):
+    """Equal to the backend it names; told apart by identity."""
+
+
+# "triton" as the self-check names it: its own calls must not ask for the verdict that they are to find. The value goes
+# where the backend goes, from an op's forward to its backward on autograd's thread, and to no other call.
+UNCHECKED = _Permission("triton")
 
 library = torch.library.Library("fastadapter", "DEF")
 
@@ -77,12 +89,12 @@ def _triton_limit(device_type: str, dtype: torch.dtype, op: str | None) -> str |
 
 def automatic_backend(device_type: str, dtype: torch.dtype, op: str | None = None) -> tuple[str, str]:
     """The backend ``auto`` takes, and why."""
+    if device_type in GPU_TYPES:
+        error = _triton_limit(device_type, dtype, op)
+        return ("reference", error) if error else ("triton", "GPU kernel")
     if device_type == "cpu":
         error = _cpp_limit(device_type, op)
         return ("reference", f"no C++ extension: {error}") if error else ("cpp", "compiled extension")
-    if device_type == "cuda":
-        error = _triton_limit(device_type, dtype, op)
-        return ("reference", error) if error else ("triton", "GPU kernel")
     return "reference", f"no kernel for device type {device_type}"
 
 

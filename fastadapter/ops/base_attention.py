@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from fastadapter import reference
 from fastadapter.ops.attention import Options, reference_options
@@ -47,6 +48,26 @@ def choose_base(query: Tensor, key: Tensor, options: Options) -> tuple[str, list
             return name, reasons
         reasons.append(f"{name}: {reason}")
     return "reference", reasons
+
+
+def base_of_sdpa(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> str | None:
+    """The base that has the bits of ``scaled_dot_product_attention`` without a mask, ``None`` where none has.
+
+    What torch would take, which ``torch.nn.attention.sdpa_kernel`` decides with it.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    choice = torch._fused_sdp_choice(
+        query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=grouped
+    )
+    name = {
+        (SDPBackend.FLASH_ATTENTION.value, "cpu"): "flash_cpu",
+        (SDPBackend.FLASH_ATTENTION.value, "cuda"): "flash",
+        (SDPBackend.CUDNN_ATTENTION.value, "cuda"): "cudnn",
+    }.get((choice, query.device.type))
+    if name is None:
+        return None
+    options = Options(None, None, None, scale, is_causal, 0, 0.0)
+    return name if BASES[name].limit(query, key, options) is None else None
 
 
 def _priority(query: Tensor) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastadapter.ops import self_check
-from fastadapter.ops.backends import automatic_backend, extension_error, lack, library
+from fastadapter.ops.backends import GPU_TYPES, UNCHECKED, automatic_backend, extension_error, lack, library
 
 
 def register(
@@ -50,8 +50,8 @@ def register(
         kernels = importlib.import_module(file)
         return getattr(kernels, launcher)(*args)
 
-    def cuda(*args):
-        backend, _ = automatic_backend("cuda", args[0].dtype, op)
+    def gpu(*args):
+        backend, _ = automatic_backend(args[0].device.type, args[0].dtype, op)
         if backend != "triton" or launcher is None:
             return reference(*args)
         self_check.ensure(op, args[0])
@@ -65,17 +65,19 @@ def register(
         lack(op, "cpp", error)
     if launcher is not None and importlib.util.find_spec(file) is None:
         lack(op, "triton", f"there is no Triton kernel of {op}")
-    library.impl(name, cuda, "CUDA")
+    library.impl(name, gpu, "CUDA")
     torch.library.register_fake(qualified, fake, lib=library)
     registered = getattr(torch.ops.fastadapter, name).default
 
     def run(backend: str, *args):
+        if backend is UNCHECKED:
+            return triton(*args)
         if backend == "reference" and not (error and args[0].device.type == "cpu"):
             return reference(*args)
         # Where the CPU has no kernel the registered op is the reference, and opaque to torch.compile.
         # Triton's interpreter runs on CPU tensors, where the registered op is the C++ one.
         if backend == "triton" and args[0].device.type == "cpu":
-            return triton(*args)
+            return gpu(*args) if "cpu" in GPU_TYPES else triton(*args)
         return registered(*args)
 
     return run

@@ -8,6 +8,21 @@ a set. A failure raises and is noted nowhere: nothing falls back in silence.
 
 Nothing is checked in Triton's interpreter or on a CPU. While a CUDA graph is captured nothing can be compared, so a
 capture before the check raises; ``fastadapter.warmup()`` or one call beforehand avoids it.
+
+A check may start anywhere: in a forward, in a backward, inside the backward of another check. On a GPU autograd runs
+all backwards of a device on one thread of its own, so nothing here ever waits for another thread: a check that waits in
+a backward would hold up the thread that the other check needs. There is no lock; two threads at once check twice.
+What lets the calls of a probe through is no state of a thread, which would be lost on the way to autograd's, but the
+backend they name: :data:`fastadapter.ops.backends.UNCHECKED`, which an op hands from its forward to its backward. So
+nobody else's call can slip through while a verdict is out.
+
+=========  ===================================================================================================
+a key is   when
+=========  ===================================================================================================
+unknown    at first, and after a check that could not be finished (device lost, out of memory): the next tries again
+passed     in ``_passed`` until the process ends, on disk until one of the versions changes
+failed     in ``_failed`` until the process ends: every call raises the same, nothing is run again
+=========  ===================================================================================================
 """
 
 import contextlib
@@ -23,70 +38,107 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastadapter import reference
+from fastadapter.ops.backends import UNCHECKED
 
 Key = tuple[str, torch.device, torch.dtype]
 # Units in the last place of the largest value, granted on top of twice the reference's error; as in the tests.
 FLOOR_ULP = {torch.float32: 4, torch.bfloat16: 1, torch.float16: 1}
 
 _passed: set[Key] = set()
-_lock = threading.RLock()
-_running = threading.local()
+_failed: dict[Key, str] = {}
 
 
 def ensure(op: str, tensor: Tensor) -> None:
     """Return if the kernels of ``op`` are known to be right on the device and in the dtype of ``tensor``.
 
     Raises:
-        RuntimeError: they are not (with what was off, and the versions), or the check would fall into the capture of
-            a CUDA graph.
+        RuntimeError: they are not (with what was off, and the versions), the check could not be finished, or it would
+            fall into the capture of a CUDA graph.
     """
     key = (op, tensor.device, tensor.dtype)
-    if key in _passed or op in getattr(_running, "ops", ()):
-        return
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{op}: its kernels have not been checked on {tensor.device} in {tensor.dtype} yet, which cannot be done "
-            "while a CUDA graph is captured: call fastadapter.warmup() or the op once before"
-        )
-    check(op, tensor.device, tensor.dtype)
+    if key not in _passed:
+        _settle(key)
 
 
 def check(op: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Check unless a pass is noted; whether it had to run. Raises as :func:`ensure`."""
     key = (op, device, dtype)
-    with _lock:
-        if key in _passed:
-            return False
+    return key not in _passed and _settle(key)
+
+
+def _settle(key: Key) -> bool:
+    """Find the verdict on ``key`` and note it; whether a check had to run for it."""
+    op, device, dtype = key
+    if key in _failed:
+        raise RuntimeError(_failed[key])
+    with _on(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{op}: its kernels have not been checked on {device} in {dtype} yet, which cannot be done while a "
+                "CUDA graph is captured: call fastadapter.warmup() or the op once before"
+            )
         versions = describe(device)
         name = "; ".join([op, str(dtype).removeprefix("torch."), *(f"{k} {v}" for k, v in versions.items())])
         noted = name in _load()
         if not noted:
-            with _running_op(op):
-                if wrong := compare(op, device, dtype, "triton"):
-                    raise RuntimeError(
-                        f"{op}: the Triton kernels give wrong results on this device and are not used ({name}): "
-                        f"{'; '.join(wrong)}. `fastadapter doctor` shows known faults of these versions"
-                    )
+            try:
+                with _undisturbed(device):
+                    wrong = compare(op, device, dtype, UNCHECKED)
+            except torch.OutOfMemoryError:
+                raise  # callers handle it by its type
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"{op}: the check of its kernels on {device} in {dtype} could not be finished ({name}): {error}"
+                ) from error
+            if wrong:
+                _failed[key] = (
+                    f"{op}: the Triton kernels give wrong results on this device and are not used ({name}): "
+                    f"{'; '.join(wrong)}. `fastadapter doctor` shows known faults of these versions"
+                )
+                raise RuntimeError(_failed[key])
             _note(name)
-        _passed.add(key)
-        return not noted
+    _passed.add(key)
+    return not noted
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Its current stream is the one that a call with tensors of ``device`` would run on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Plain eager PyTorch, whatever the caller runs in.
+
+    Autocast would round the references too and so grant more error; hooks on saved tensors (activation checkpointing)
+    would count the probes' among their own; modes would see operations that no model made.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+        torch._C.DisableTorchFunction(),
+        _disable_current_modes(),
+    ):
+        yield
 
 
 def compare(op: str, device: torch.device, dtype: torch.dtype, backend: str) -> list[str]:
     """What of ``backend`` misses the budget in the probes of ``op``; empty when all is well."""
     wrong = []
-    with torch.inference_mode(False), torch.enable_grad():
-        for probe in PROBES[op]:
-            for trained in dict.fromkeys((dtype, torch.float32)):
-                inputs = probe.inputs(device, dtype, trained)
-                exact = probe.plain({name: x.double() for name, x in inputs.items()}, torch.float64)
-                plain = probe.plain(inputs, dtype)
-                found = probe.run(inputs, backend)
-                for name, value in found.items():
-                    if error := _over_budget(value, plain[name], exact[name]):
-                        wrong.append(f"{probe.name}, {name} with weights in {trained}: {error}")
+    for probe in PROBES[op]:
+        for trained in dict.fromkeys((dtype, torch.float32)):
+            inputs = probe.inputs(device, dtype, trained)
+            exact = probe.plain({name: x.double() for name, x in inputs.items()}, torch.float64)
+            plain = probe.plain(inputs, dtype)
+            found = probe.run(inputs, backend)
+            for name, value in found.items():
+                if error := _over_budget(value, plain[name], exact[name]):
+                    wrong.append(f"{probe.name}, {name} with weights in {trained}: {error}")
     return wrong
 
 
@@ -196,20 +248,6 @@ PROBES: dict[str, list[_Probe]] = {
 }
 
 
-@contextlib.contextmanager
-def _running_op(op: str) -> Iterator[None]:
-    """The probes call the op themselves: inside the block :func:`ensure` lets it through.
-
-    They may nest: the backward of one op can be the first use of another.
-    """
-    outer = getattr(_running, "ops", ())
-    _running.ops = (*outer, op)
-    try:
-        yield
-    finally:
-        _running.ops = outer
-
-
 def describe(device: torch.device) -> dict[str, str]:
     """What a verdict depends on: device, driver, and every compiler in between."""
     import triton
@@ -258,9 +296,9 @@ def _load() -> set[str]:
 
 
 def _note(name: str) -> None:
-    """Add a pass, whole or not at all; two processes at once lose at most a note, which costs a check."""
+    """Add a pass, whole or not at all; two writers at once lose at most a note, which costs a check."""
     path = verdicts()
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(sorted(_load() | {name}), indent=1) + "\n", encoding="utf-8")
