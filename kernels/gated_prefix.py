@@ -2,8 +2,8 @@
 
     O  = base + f * softmax(softmax_scale * Q Kp^T) Vp,    f = tanh(gate_h) or gate_h
 
-Kernels: prefix_term.py and prefix_term_backward.py, in the form of the gate. Nothing is saved for backward: p costs less
-to recompute than to read.
+Kernels: prefix_term.py and prefix_term_backward.py, in the form of the gate. Nothing is saved for backward: p costs
+less to recompute than to read.
 """
 
 from fastadapter.kernels.prefix_term import prefix_term_forward
@@ -17,7 +17,17 @@ def gated_prefix_forward(
 ) -> Tensor:  # fmt: skip
     """``base`` plus the gated prefix term, in the dtype and strides of ``base``; see :func:`prefix_term_forward`."""
     return prefix_term_forward(
-        "gated_prefix", base, None, query, prefix_key, prefix_value, gate, row_ids, softmax_scale, 0.0, gate_fn
+        "gated_prefix",
+        base,
+        None,
+        query,
+        prefix_key,
+        prefix_value,
+        gate,
+        row_ids,
+        softmax_scale,
+        0.0,
+        gate_fn,
     )[0]
 
 

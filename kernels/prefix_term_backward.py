@@ -41,8 +41,25 @@ from fastadapter.kernels.prefix_tiles import (
 )
 from torch import Tensor
 
-RUN_LENGTHS = ["num_tiles", "tiles_per_slot", "slots_per_row", "kv_columns", "columns", "written_rows", "written_positions"]
-REDUCE_LENGTHS = ["num_rows", "slots_per_row", "kv_columns", "columns", "num_heads", "q_len", "gate_rows", "num_prefixes"]
+RUN_LENGTHS = [
+    "num_tiles",
+    "tiles_per_slot",
+    "slots_per_row",
+    "kv_columns",
+    "columns",
+    "written_rows",
+    "written_positions",
+]
+REDUCE_LENGTHS = [
+    "num_rows",
+    "slots_per_row",
+    "kv_columns",
+    "columns",
+    "num_heads",
+    "q_len",
+    "gate_rows",
+    "num_prefixes",
+]
 REDUCE_ROWS, REDUCE_COLUMNS, REDUCE_LENGTH = 8, 128, 1024
 # Parts of backward that a launch does: all of it, or one of two for a prefix of several blocks.
 BOTH, QUERY, PREFIX = "both", "query", "prefix"
@@ -50,8 +67,8 @@ BOTH, QUERY, PREFIX = "both", "query", "prefix"
 
 @triton.jit(do_not_specialize=LENGTHS + RUN_LENGTHS)
 def _prefix_term_bwd_kernel(
-    grad_query_ptr, partial_ptr, delta_ptr, lse_ptr, base_grad_ptr, grad_out_ptr, out_ptr, query_ptr, key_ptr, value_ptr,
-    gate_ptr, row_ids_ptr,
+    grad_query_ptr, partial_ptr, delta_ptr, lse_ptr, base_grad_ptr, grad_out_ptr, out_ptr, query_ptr, key_ptr,
+    value_ptr, gate_ptr, row_ids_ptr,
     GRAD_QUERY_STRIDES, BASE_GRAD_STRIDES, GRAD_OUT_STRIDES, OUT_STRIDES, QUERY_STRIDES, KEY_STRIDES, VALUE_STRIDES,
     GATE_STRIDES,
     softmax_scale, softcap, num_prefixes, num_heads, num_kv_heads, q_len, prefix_len,
@@ -83,7 +100,9 @@ def _prefix_term_bwd_kernel(
     offs_p = tl.arange(0, BLOCK_P).to(tl.int64)
     k_ptrs = _tile(key_ptr, KEY_STRIDES, entry, kv_head, offs_p, offs_d)
     v_ptrs = _tile(value_ptr, VALUE_STRIDES, entry, kv_head, offs_p, offs_d)
-    k, v, mask_p = _prefix_block(k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, first_p, prefix_len, mask_d, DTYPE)
+    k, v, mask_p = _prefix_block(
+        k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, first_p, prefix_len, mask_d, DTYPE
+    )
     dk = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     # one loop over heads and tiles: the next tile is on its way at the end of a head, too
@@ -95,7 +114,9 @@ def _prefix_term_bwd_kernel(
         mask_m = offs_m < q_len
         mask_md = mask_m[:, None] & mask_d
         q = tl.load(_tile(query_ptr, QUERY_STRIDES, row, head, offs_m, offs_d), mask=mask_md, other=0.0)
-        do = tl.load(_tile(grad_out_ptr, GRAD_OUT_STRIDES, row, head, offs_m, offs_d), mask=mask_md, other=0.0)
+        do = tl.load(
+            _tile(grad_out_ptr, GRAD_OUT_STRIDES, row, head, offs_m, offs_d), mask=mask_md, other=0.0
+        )
         factor = _factor(gate_ptr, GATE_STRIDES, row_id, entry, num_prefixes, head, FORM)
         offs_stats = (row * num_heads + head) * q_len + offs_m  # (BLOCK_M,) in (batch, num_heads, q_len)
         lse = tl.zeros((BLOCK_M,), tl.float32)
@@ -208,7 +229,9 @@ def _prefix_term_reduce_kernel(
                 for slot in range(slots_per_row):
                     offs_s = offs_r.to(tl.int64) * slots_per_row + slot
                     ptrs = partial_ptr + offs_s[:, None] * columns + offs_e[None, :]
-                    acc += tl.load(ptrs, mask=mask_r[:, None] & mask_e[None, :], other=0.0)  # (BLOCK_R, BLOCK_E)
+                    acc += tl.load(
+                        ptrs, mask=mask_r[:, None] & mask_e[None, :], other=0.0
+                    )  # (BLOCK_R, BLOCK_E)
         total = tl.sum(acc, axis=0)
         dtype = grad_key_ptr.dtype.element_ty
         tl.store(grad_key_ptr + entry * kv_columns + offs_e, total.to(dtype), mask=offs_e < kv_columns)
@@ -279,12 +302,14 @@ def prefix_term_backward(
         num_blocks = triton.cdiv(prefix_len, tiles.block_p) if part == PREFIX else 1
         _prefix_term_bwd_kernel[(num_slots * num_kv_heads * num_blocks,)](
             grad_query_ptr=grad_query, partial_ptr=partial, delta_ptr=delta, lse_ptr=lse, base_grad_ptr=base_grad,
-            grad_out_ptr=grad_out, out_ptr=out, GRAD_QUERY_STRIDES=grad_query.stride() if need_query else query.stride(),
+            grad_out_ptr=grad_out, out_ptr=out,
+            GRAD_QUERY_STRIDES=grad_query.stride() if need_query else query.stride(),
             BASE_GRAD_STRIDES=query.stride() if base_grad is None else base_grad.stride(),
             GRAD_OUT_STRIDES=grad_out.stride(), OUT_STRIDES=query.stride() if out is None else out.stride(),
             num_tiles=num_tiles, tiles_per_slot=tiles_per_slot, slots_per_row=slots_per_row,
             kv_columns=kv_columns, columns=2 * kv_columns, written_rows=q_len if need_query else 0,
-            written_positions=prefix_len if need_prefix else 0, HAS_BASE_GRAD=base_grad is not None, PART=part, STAGES=tiles.num_stages,
+            written_positions=prefix_len if need_prefix else 0,
+            HAS_BASE_GRAD=base_grad is not None, PART=part, STAGES=tiles.num_stages,
             **operands(query, prefix_key, prefix_value, gate, row_ids, softmax_scale, softcap, form, tiles, arch),
         )  # fmt: skip
 

@@ -140,7 +140,9 @@ def config(arch: str, head_dim: int, prefix_len: int, dtype: torch.dtype, launch
     return Tiles(32, block_p, 8 if wide else 4, 2, 2)
 
 
-def operands(query, prefix_key, prefix_value, gate, row_ids, softmax_scale, softcap, form, tiles, arch) -> dict:
+def operands(
+    query, prefix_key, prefix_value, gate, row_ids, softmax_scale, softcap, form, tiles, arch
+) -> dict:
     """What the forward and backward kernels have in common."""
     num_prefixes, num_kv_heads, prefix_len, head_dim = prefix_key.shape
     return {

@@ -217,10 +217,14 @@ class PrefixHost(Host):
         if base is None or backend == "reference":
             return None
         bank = [self._operands(name, attention, query.dtype) for name in group.names]
-        bank = [torch.cat(each) if len(each) > 1 else each[0] for each in zip(*bank, strict=True)]
+        prefix_key, prefix_value, gate = (
+            torch.cat(each) if len(each) > 1 else each[0] for each in zip(*bank, strict=True)
+        )
         gate_fn = self.adapter(group.names[0]).gate_fn
         constants = Options(None, None, group.row_ids, scale, is_causal, 0, 0.0)
-        out = gated_over_base(base, backend, query, key, value, *bank, gate_fn, constants)
+        out = gated_over_base(
+            base, backend, query, key, value, prefix_key, prefix_value, gate, gate_fn, constants
+        )
         return out.transpose(1, 2).contiguous()
 
     def _operands(self, name: str, attention: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

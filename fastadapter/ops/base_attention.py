@@ -41,7 +41,7 @@ def choose_base(query: Tensor, key: Tensor, options: Options) -> tuple[str, list
 
     Decided by device, dtype, sizes and options, never by values; "reference" can run anything.
     """
-    reasons = []
+    reasons: list[str] = []
     for name in _priority(query):
         reason = BASES[name].limit(query, key, options)
         if reason is None:
@@ -56,9 +56,7 @@ def base_of_sdpa(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, sca
     What torch would take, which ``torch.nn.attention.sdpa_kernel`` decides with it.
     """
     grouped = query.shape[1] != key.shape[1]
-    choice = torch._fused_sdp_choice(
-        query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=grouped
-    )
+    choice = torch._fused_sdp_choice(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=grouped)
     name = {
         (SDPBackend.FLASH_ATTENTION.value, "cpu"): "flash_cpu",
         (SDPBackend.FLASH_ATTENTION.value, "cuda"): "flash",
@@ -151,7 +149,14 @@ def _cudnn_backward(grad_out, query, key, value, out, lse, options, state):
     operands = map(_unit_stride, (grad_out, query, key, value, out))
     lengths = (None, None, query.shape[2], key.shape[2])  # None: not packed
     return _aten._scaled_dot_product_cudnn_attention_backward(
-        *operands, lse.unsqueeze(-1), *state, None, *lengths, 0.0, options.is_causal, scale=options.softmax_scale
+        *operands,
+        lse.unsqueeze(-1),
+        *state,
+        None,
+        *lengths,
+        0.0,
+        options.is_causal,
+        scale=options.softmax_scale,
     )
 
 
@@ -239,7 +244,16 @@ def _efficient_forward(query, key, value, options):
     bias, seen = _efficient_bias(query, options)
     operands = _efficient_operands(query, key, value)
     out, lse, seed, offset, *_ = _aten._efficient_attention_forward(
-        *operands, bias, None, None, None, None, 0.0, int(options.is_causal), True, scale=options.softmax_scale
+        *operands,
+        bias,
+        None,
+        None,
+        None,
+        None,
+        0.0,
+        int(options.is_causal),
+        True,
+        scale=options.softmax_scale,
     )
     out, lse = out.transpose(1, 2), lse[..., : query.shape[2]]
     if seen is not None:
@@ -255,8 +269,8 @@ def _efficient_backward(grad_out, query, key, value, out, lse, options, state):
     stats[..., :q_len] = lse if seen is None else lse.masked_fill(~seen, float("inf"))
     operands = _efficient_operands(query, key, value)
     grads = _aten._efficient_attention_backward(
-        _tokens_first(grad_out, False), *operands, bias, _tokens_first(out, False), None, None, q_len, kv_len, stats, 0.0,
-        *state, int(options.is_causal), False, scale=options.softmax_scale,
+        _tokens_first(grad_out, False), *operands, bias, _tokens_first(out, False), None, None, q_len, kv_len, stats,
+        0.0, *state, int(options.is_causal), False, scale=options.softmax_scale,
     )[:3]  # fmt: skip
     grad_query, *on_keys = (x.transpose(1, 2) for x in grads)
     group = query.shape[1] // key.shape[1]
@@ -265,7 +279,9 @@ def _efficient_backward(grad_out, query, key, value, out, lse, options, state):
     return grad_query, *on_keys
 
 
-def _reference_call(query: Tensor, key: Tensor, options: Options) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+def _reference_call(
+    query: Tensor, key: Tensor, options: Options
+) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
     """A prefix that no row uses, and the options: what is left is the attention over the keys."""
     rows = query.shape[0] if options.cu_seqlens is None else options.cu_seqlens.shape[0] - 1
     nobody = torch.full((rows,), -1, dtype=torch.int32, device=query.device)

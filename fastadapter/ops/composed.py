@@ -4,6 +4,8 @@ One function, so that the base's backward gets what makes its gradients exact (d
 two gradients of ``query`` meet in our kernel instead of in an addition of three tensors.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -102,7 +104,7 @@ class _MergedOverBase(torch.autograd.Function):
             rows = _Rows(query, options)
             on_query, *grads[3:] = merge_backward(
                 ctx.backend, *map(rows.of, (grad_out, query)), prefix_key, prefix_value,
-                *map(rows.of, (out, lse)), rows.of(grads[0]) if need_query else None, rows.ids,
+                rows.of(out), rows.of(lse).contiguous(), rows.of(grads[0]) if need_query else None, rows.ids,
                 options.softmax_scale, options.softcap, *needs,
             )  # fmt: skip
             grads[0] = rows.back(on_query) if need_query else None
@@ -110,7 +112,9 @@ class _MergedOverBase(torch.autograd.Function):
         return (None, None, *wanted, *[None] * 7)
 
 
-def _gated_term(backend, attended, query, key, value, prefix_key, prefix_value, gate, gate_fn, options) -> Tensor:
+def _gated_term(
+    backend, attended, query, key, value, prefix_key, prefix_value, gate, gate_fn, options
+) -> Tensor:
     rows = _Rows(query, options)
     bank = (prefix_key, prefix_value, gate, rows.ids, options.softmax_scale, gate_fn)
     return rows.back(term_forward(backend, rows.of(attended), rows.of(query), *bank))
@@ -141,7 +145,7 @@ class _Rows:
             tokens = torch.arange(query.shape[2], dtype=torch.int32, device=query.device)
             self.ids = options.row_ids[torch.bucketize(tokens, options.cu_seqlens[1:-1], right=True)]
 
-    def of(self, x: Tensor) -> Tensor:
+    def of(self, x: Any) -> Any:
         """``(1, heads, tokens, ...)`` to ``(tokens, heads, 1, ...)``."""
         return x.transpose(0, 2) if self.by_token else x
 

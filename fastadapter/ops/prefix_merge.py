@@ -196,7 +196,7 @@ run_forward = register(
     fake=_fake_forward,
     launcher="prefix_merge_forward",
 )
-# The prefix's part of the gradients, from the merged out and lse; base_grad, the base's part of that of query, is added.
+# Prefix's part of the gradients, from the merged out and lse. base_grad, the base's part of that of query, is added.
 run_backward = register(
     _OP,
     "prefix_merge_backward",
