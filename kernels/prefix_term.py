@@ -56,6 +56,18 @@ def _rows_of_tile(tile, kv_head, group_size, q_len, BLOCK_M: tl.constexpr, PACKE
     return head, offs_m, mask_m
 
 
+@triton.jit
+def _load_lse(
+    lse_ptr, STRIDES, row, tile, kv_head, group_size, q_len, BLOCK_M: tl.constexpr, PACKED: tl.constexpr
+):
+    """The base's lse of a tile, (BLOCK_M,); nothing is read behind the last one of the group."""
+    head, offs_m, mask_m = _rows_of_tile(tile, kv_head, group_size, q_len, BLOCK_M, PACKED)
+    mask_m = mask_m & (head < (kv_head + 1) * group_size)
+    return tl.load(
+        lse_ptr + row * STRIDES[0] + head * STRIDES[1] + offs_m * STRIDES[2], mask=mask_m, other=0.0
+    )
+
+
 @triton.jit(do_not_specialize=LENGTHS + RUN_LENGTHS)
 def _prefix_term_fwd_kernel(
     out_ptr, lse_ptr, base_ptr, base_lse_ptr, query_ptr, key_ptr, value_ptr, gate_ptr, row_ids_ptr,
@@ -83,12 +95,22 @@ def _prefix_term_fwd_kernel(
     k_ptrs = _tile(key_ptr, KEY_STRIDES, entry, kv_head, offs_p, offs_d)
     v_ptrs = _tile(value_ptr, VALUE_STRIDES, entry, kv_head, offs_p, offs_d)
     k, v, mask_p = _prefix_block(k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, 0, prefix_len, mask_d, DTYPE)
+    if FORM == "merge":
+        b_next = _load_lse(
+            base_lse_ptr, BASE_LSE_STRIDES, row, first_tile, kv_head, group_size, q_len, BLOCK_M, PACKED
+        )
     # the explicit number pipelines base too, which no product reads
     for tile in tl.range(first_tile, last_tile, num_stages=STAGES):
         head, offs_m, mask_m = _rows_of_tile(tile, kv_head, group_size, q_len, BLOCK_M, PACKED)
         mask_md = mask_m[:, None] & mask_d
         q = tl.load(_tile(query_ptr, QUERY_STRIDES, row, head, offs_m, offs_d), mask=mask_md, other=0.0)
         base = tl.load(_tile(base_ptr, BASE_STRIDES, row, head, offs_m, offs_d), mask=mask_md, other=0.0)
+        if FORM == "merge":
+            # a tile ahead: too narrow for the pipeline's copies, and late where it is used
+            b = b_next  # (BLOCK_M,)
+            b_next = _load_lse(
+                base_lse_ptr, BASE_LSE_STRIDES, row, tile + 1, kv_head, group_size, q_len, BLOCK_M, PACKED
+            )
         factor = _factor(gate_ptr, GATE_STRIDES, row_id, entry, num_prefixes, head, FORM)
         if ONE_BLOCK:
             s, _ = _scores(q, k, softmax_scale, softcap, mask_p, HAS_SOFTCAP, PRECISION)
@@ -111,8 +133,6 @@ def _prefix_term_fwd_kernel(
                 l_i = l_i * alpha + tl.sum(p, axis=1)
                 acc = tl.dot(p.to(DTYPE), vn, acc * alpha[:, None], input_precision=PRECISION)
         if FORM == "merge":
-            offs_lse = row * BASE_LSE_STRIDES[0] + head * BASE_LSE_STRIDES[1] + offs_m * BASE_LSE_STRIDES[2]
-            b = tl.load(base_lse_ptr + offs_lse, mask=mask_m, other=0.0)  # (BLOCK_M,)
             # a base that saw no key is no part of the result, whatever it holds
             visible = b != float("-inf")
             largest = tl.maximum(b, m_i)

@@ -65,6 +65,30 @@ REDUCE_ROWS, REDUCE_COLUMNS, REDUCE_LENGTH = 8, 128, 1024
 BOTH, QUERY, PREFIX = "both", "query", "prefix"
 
 
+@triton.jit
+def _rows_of_visit(
+    visit, first_row, first_tile, tiles, tiles_per_row, kv_head, group_size, q_len, BLOCK_M: tl.constexpr
+):
+    """Batch row and head of a visit of a slot's tile, its query positions, and which of them exist."""
+    head = kv_head * group_size + visit // tiles
+    tile = first_tile + visit % tiles
+    row = first_row + tile // tiles_per_row
+    offs_m = ((tile % tiles_per_row) * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)
+    return row, head, offs_m, (offs_m < q_len) & (visit < group_size * tiles)
+
+
+@triton.jit
+def _load_stats(
+    ptr, num_heads, visit, first_row, first_tile, tiles, tiles_per_row, kv_head, group_size, q_len,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """lse or delta of a visit's query positions, (BLOCK_M,) of (batch, num_heads, q_len)."""
+    row, head, offs_m, mask_m = _rows_of_visit(
+        visit, first_row, first_tile, tiles, tiles_per_row, kv_head, group_size, q_len, BLOCK_M
+    )
+    return tl.load(ptr + (row * num_heads + head) * q_len + offs_m, mask=mask_m, other=0.0)
+
+
 @triton.jit(do_not_specialize=LENGTHS + RUN_LENGTHS)
 def _prefix_term_bwd_kernel(
     grad_query_ptr, partial_ptr, delta_ptr, lse_ptr, base_grad_ptr, grad_out_ptr, out_ptr, query_ptr, key_ptr,
@@ -105,13 +129,39 @@ def _prefix_term_bwd_kernel(
     )
     dk = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    if FORM == "merge" or PART == "prefix":
+        lse_next = _load_stats(
+            lse_ptr,
+            num_heads,
+            0,
+            first_row,
+            first_tile,
+            tiles,
+            tiles_per_row,
+            kv_head,
+            group_size,
+            q_len,
+            BLOCK_M,
+        )
+    if PART == "prefix":
+        delta_next = _load_stats(
+            delta_ptr,
+            num_heads,
+            0,
+            first_row,
+            first_tile,
+            tiles,
+            tiles_per_row,
+            kv_head,
+            group_size,
+            q_len,
+            BLOCK_M,
+        )
     # one loop over heads and tiles: the next tile is on its way at the end of a head, too
     for visit in tl.range(0, group_size * tiles, num_stages=STAGES):
-        head = kv_head * group_size + visit // tiles
-        tile = first_tile + visit % tiles
-        row = first_row + tile // tiles_per_row
-        offs_m = ((tile % tiles_per_row) * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < q_len
+        row, head, offs_m, mask_m = _rows_of_visit(
+            visit, first_row, first_tile, tiles, tiles_per_row, kv_head, group_size, q_len, BLOCK_M
+        )
         mask_md = mask_m[:, None] & mask_d
         q = tl.load(_tile(query_ptr, QUERY_STRIDES, row, head, offs_m, offs_d), mask=mask_md, other=0.0)
         do = tl.load(
@@ -122,9 +172,18 @@ def _prefix_term_bwd_kernel(
         lse = tl.zeros((BLOCK_M,), tl.float32)
         delta = tl.zeros((BLOCK_M,), tl.float32)
         if FORM == "merge" or PART == "prefix":
-            lse = tl.load(lse_ptr + offs_stats, mask=mask_m, other=0.0)
+            # a visit ahead: too narrow for the pipeline's copies, and late where it is used
+            lse = lse_next
+            lse_next = _load_stats(
+                lse_ptr, num_heads, visit + 1, first_row, first_tile, tiles, tiles_per_row, kv_head, group_size, q_len,
+                BLOCK_M,
+            )  # fmt: skip
         if PART == "prefix":
-            delta = tl.load(delta_ptr + offs_stats, mask=mask_m, other=0.0)
+            delta = delta_next
+            delta_next = _load_stats(
+                delta_ptr, num_heads, visit + 1, first_row, first_tile, tiles, tiles_per_row, kv_head, group_size, q_len,
+                BLOCK_M,
+            )  # fmt: skip
         else:
             if FORM == "merge":
                 o_ptrs = _tile(out_ptr, OUT_STRIDES, row, head, offs_m, offs_d)

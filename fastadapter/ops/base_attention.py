@@ -74,8 +74,6 @@ def _priority(query: Tensor) -> tuple[str, ...]:
         return ("flash_cpu",)
     if query.device.type != "cuda":
         return ()
-    if query.shape[2] == 1:  # flash splits the keys of a single query over the device
-        return ("flash", "cudnn", "efficient")
     return ("cudnn", "flash", "efficient")
 
 
@@ -255,10 +253,11 @@ def _efficient_forward(query, key, value, options):
         True,
         scale=options.softmax_scale,
     )
-    out, lse = out.transpose(1, 2), lse[..., : query.shape[2]]
+    lse = lse[..., : query.shape[2]]
     if seen is not None:
-        out, lse = out.masked_fill(~seen[..., None], 0.0), lse.masked_fill(~seen, _NEVER)
-    return out, lse, (seed, offset)
+        out = out.masked_fill(~seen.transpose(1, 2)[..., None], 0.0)
+        lse = lse.masked_fill(~seen, _NEVER)
+    return out.transpose(1, 2), lse, (seed, offset)
 
 
 def _efficient_backward(grad_out, query, key, value, out, lse, options, state):
@@ -268,9 +267,10 @@ def _efficient_backward(grad_out, query, key, value, out, lse, options, state):
     stats = lse.new_full((*lse.shape[:2], -(-q_len // 32) * 32), float("inf"))
     stats[..., :q_len] = lse if seen is None else lse.masked_fill(~seen, float("inf"))
     operands = _efficient_operands(query, key, value)
+    # of out it takes any strides and reads it as if it were contiguous
+    grad_out, out = (_tokens_first(x, False).contiguous() for x in (grad_out, out))
     grads = _aten._efficient_attention_backward(
-        _tokens_first(grad_out, False), *operands, bias, _tokens_first(out, False), None, None, q_len, kv_len, stats,
-        0.0, *state, int(options.is_causal), False, scale=options.softmax_scale,
+        grad_out, *operands, bias, out, None, None, q_len, kv_len, stats, 0.0, *state, int(options.is_causal), False, scale=options.softmax_scale,
     )[:3]  # fmt: skip
     grad_query, *on_keys = (x.transpose(1, 2) for x in grads)
     group = query.shape[1] // key.shape[1]
