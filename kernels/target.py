@@ -30,6 +30,11 @@ def assume(name: str) -> Iterator[None]:
         _assumed.pop()
 
 
+def assumed() -> str | None:
+    """The innermost :func:`assume`, if any: part of the key of whatever is kept by device."""
+    return _assumed[-1] if _assumed else None
+
+
 def arch(tensor: Tensor) -> str:
     """The architecture of the device of ``tensor``."""
     if _assumed:

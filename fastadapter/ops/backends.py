@@ -69,7 +69,7 @@ def triton_error(device_type: str) -> str | None:
     """``None`` when the Triton kernels can run on this kind of device, otherwise why they cannot."""
     if not _HAS_TRITON:
         return 'triton is not installed (pip install "fastadapter[triton]")'
-    if device_type == "cuda":
+    if device_type in GPU_TYPES:
         return None
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
