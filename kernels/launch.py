@@ -154,10 +154,8 @@ def prepared(tensors: int) -> Callable[[Callable], Callable]:
         @functools.wraps(prepare)
         def call(*args: Any) -> Any:
             operands = args[:tensors]
-            layout = [args[0].device, target.assumed(), *args[tensors:]]
-            for x in operands:
-                layout += (None,) if x is None else (x.shape, x.stride(), x.dtype)
-            key = tuple(layout)
+            layouts = [None if x is None else (x.shape, x.stride(), x.dtype) for x in operands]
+            key = (args[0].device, target.assumed(), *layouts, *args[tensors:])
             run = plans.get(key)
             if run is None:
                 run = prepare(*args)

@@ -26,11 +26,9 @@ def once(tensors: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
         def call(*args: Any) -> None:
             if torch.compiler.is_compiling():
                 return check(*args)
-            layout = list(args[tensors:])
             try:
-                for x in args[:tensors]:
-                    layout += (None,) if x is None else (x.shape, x.dtype, x.device)
-                key = tuple(layout)
+                layouts = [None if x is None else (x.shape, x.dtype, x.device) for x in args[:tensors]]
+                key = (*layouts, *args[tensors:])
                 if key in passed:
                     return None
             except (AttributeError, TypeError):  # no tensor, or sizes that are symbols

@@ -54,7 +54,7 @@ def register(
         return triton(*args)
 
     def gpu(*args):
-        backend, _ = automatic_backend(args[0].device.type, args[0].dtype, op)
+        backend, _ = automatic_backend(args[0].device.type, args[0].dtype, op, args[0].shape[-1])
         return checked(*args) if backend == "triton" else reference(*args)
 
     error = extension_error(name)
