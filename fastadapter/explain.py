@@ -67,7 +67,8 @@ def explain(model: nn.Module) -> Explanation:
                 op = _OPS.get(type(adapter))
                 backend, reason = "torch", "no op of its own"
                 if op is not None:
-                    backend, reason = automatic_backend(device, getattr(model, "dtype", torch.float32), op)
+                    dtype, head_dim = getattr(model, "dtype", torch.float32), getattr(module, "head_dim", 0)
+                    backend, reason = automatic_backend(device, dtype, op, head_dim)
                 if record.folded is not None and isinstance(adapter, ChannelScale | ModuleCopy):
                     backend, reason = "weights", "folded into the module's own"
                 projection = ""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastadapter import ops as _ops
 from fastadapter.ops import self_check
-from fastadapter.ops.backends import triton_error
+from fastadapter.ops.backends import GPU_TYPES, triton_error
 
 # One token, a short prompt, a long one: forward and backward take other routes for each.
 _LENGTHS = (1, 128, 2048)
@@ -84,16 +84,18 @@ def warmup(
 
 def _gpu(device: torch.device | str | None) -> torch.device:
     place = torch.device("cuda" if device is None else device)
-    if place.type != "cuda":
+    if place.type not in GPU_TYPES:
         raise ValueError(f"warmup: device must be a GPU, got {place}")
     if not torch.cuda.is_available():
         raise RuntimeError(
             f"warmup: there is no GPU that torch {torch.__version__} can use; kernels are compiled for the GPU they "
             "run on (`fastadapter bench audit` compiles them without one)"
         )
-    if error := triton_error("cuda"):
+    if error := triton_error(place.type):
         raise RuntimeError(f"warmup: {error}")
-    return torch.device("cuda", torch.cuda.current_device()) if place.index is None else place
+    if place.type == "cuda" and place.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return place
 
 
 def _exercise(

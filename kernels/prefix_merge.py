@@ -10,6 +10,8 @@ from fastadapter.kernels.prefix_term import prefix_term_forward
 from fastadapter.kernels.prefix_term_backward import prefix_term_backward
 from torch import Tensor
 
+_OP = "prefix_merge"
+
 
 def prefix_merge_forward(
     base: Tensor, base_lse: Tensor, query: Tensor, prefix_key: Tensor, prefix_value: Tensor,
@@ -19,12 +21,8 @@ def prefix_merge_forward(
 
     An id of -1 leaves the bits of both; one outside the bank makes them NaN. See :func:`prefix_term_forward`.
     """
-    out, lse = prefix_term_forward(
-        "prefix_merge", base, base_lse, query, prefix_key, prefix_value, None, row_ids, softmax_scale, softcap,
-        "merge",
-    )  # fmt: skip
-    assert lse is not None
-    return out, lse
+    operands = (base, base_lse, query, prefix_key, prefix_value, None, row_ids)
+    return prefix_term_forward(*operands, _OP, softmax_scale, softcap, "merge")
 
 
 def prefix_merge_backward(
@@ -36,7 +34,6 @@ def prefix_merge_backward(
 
     ``out`` and ``lse`` are the merged ones. See :func:`prefix_term_backward`.
     """
-    return prefix_term_backward(
-        "prefix_merge", grad_out, query, prefix_key, prefix_value, None, out, lse, base_grad, row_ids,
-        softmax_scale, softcap, "merge", need_query, need_prefix, False,
-    )[:3]  # fmt: skip
+    operands = (grad_out, query, prefix_key, prefix_value, None, out, lse, base_grad, row_ids)
+    needs = (need_query, need_prefix, False)
+    return prefix_term_backward(*operands, _OP, softmax_scale, softcap, "merge", *needs)[:3]

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from fastadapter.kernels import target
+from fastadapter.kernels.launch import Launch, prepared
 from fastadapter.kernels.prefix_tiles import (
     LENGTHS,
     PROCESSORS,
@@ -153,10 +154,11 @@ def _prefix_term_fwd_kernel(
         tl.store(_tile(out_ptr, OUT_STRIDES, row, head, offs_m, offs_d), out, mask=mask_md)
 
 
+@prepared(tensors=7)
 def prefix_term_forward(
-    op: str, base: Tensor, base_lse: Tensor | None, query: Tensor, prefix_key: Tensor, prefix_value: Tensor,
-    gate: Tensor | None, row_ids: Tensor | None, softmax_scale: float, softcap: float, form: str,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    base: Tensor, base_lse: Tensor | None, query: Tensor, prefix_key: Tensor, prefix_value: Tensor,
+    gate: Tensor | None, row_ids: Tensor | None, op: str, softmax_scale: float, softcap: float, form: str,
+):  # fmt: skip
     """Output, like ``base``, and the merged lse of form "merge".
 
     Args: layouts of the module docstring; fp32, bf16 or fp16 activations, the prefix in that dtype or fp32, gate
@@ -166,31 +168,41 @@ def prefix_term_forward(
         ValueError: tensors on a device Triton cannot reach, ``head_dim`` above 256, an unknown ``form``.
     """
     check(op, query, form)
-    out = torch.empty_like(base)
-    lse = None if base_lse is None else base_lse.new_empty(base_lse.shape)
-    if out.numel() == 0:
-        return out, lse
     batch, num_heads, q_len, head_dim = query.shape
     num_kv_heads, prefix_len = prefix_key.shape[1:3]
     arch = target.arch(query)
-    tiles = config(arch, head_dim, prefix_len, query.dtype, "forward")
+    tiles = config(arch, head_dim, prefix_len, query.dtype, "forward", q_len)
     group_size = num_heads // num_kv_heads
     packed = q_len < tiles.block_m
-    rows = group_size * q_len
-    num_tiles = triton.cdiv(rows, tiles.block_m) if packed else group_size * triton.cdiv(q_len, tiles.block_m)
-    tiles_per_run = _tiles_per_run(arch, tiles.programs, batch * num_kv_heads, num_tiles)
-    runs = triton.cdiv(num_tiles, tiles_per_run)
-    with torch.cuda.device_of(query):
-        _prefix_term_fwd_kernel[(batch * num_kv_heads * runs,)](
-            out_ptr=out, lse_ptr=lse, base_ptr=base, base_lse_ptr=base_lse, OUT_STRIDES=out.stride(),
-            BASE_STRIDES=base.stride(), BASE_LSE_STRIDES=(0, 0, 0) if base_lse is None else base_lse.stride(),
+    launch = None
+    out_strides = torch.empty_like(base).stride()
+    if base.numel():
+        rows = group_size * q_len
+        num_tiles = (
+            triton.cdiv(rows, tiles.block_m) if packed else group_size * triton.cdiv(q_len, tiles.block_m)
+        )
+        tiles_per_run = _tiles_per_run(arch, tiles.programs, batch * num_kv_heads, num_tiles)
+        runs = triton.cdiv(num_tiles, tiles_per_run)
+        constants = dict(
+            OUT_STRIDES=out_strides, BASE_STRIDES=base.stride(),
+            BASE_LSE_STRIDES=(0, 0, 0) if base_lse is None else base_lse.stride(),
             runs=runs, tiles_per_run=tiles_per_run, ONE_BLOCK=prefix_len <= tiles.block_p, PACKED=packed,
             STAGES=tiles.num_stages,
-            **operands(
-                query, prefix_key, prefix_value, gate, row_ids, softmax_scale, softcap, form, tiles, arch
-            ),
+            **operands(query, prefix_key, gate, row_ids, softmax_scale, softcap, form, tiles, arch),
+            VALUE_STRIDES=prefix_value.stride(),
         )  # fmt: skip
-    return out, lse
+        names = ("out", "lse", "base", "base_lse", "query", "key", "value", "gate", "row_ids")
+        pointers = tuple(f"{name}_ptr" for name in names)
+        launch = Launch(_prefix_term_fwd_kernel, (batch * num_kv_heads * runs,), pointers, constants)
+
+    def run(base, base_lse, *others):
+        out = torch.empty_like(base)
+        lse = None if base_lse is None else base_lse.new_empty(base_lse.shape)
+        if launch is not None:
+            launch(out, lse, base, base_lse, *others)
+        return out, lse
+
+    return run
 
 
 def _tiles_per_run(arch: str, programs: int, heads: int, num_tiles: int) -> int:

@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from fastadapter.kernels import target
+from fastadapter.kernels.launch import Launch, prepared
 from fastadapter.kernels.prefix_tiles import (
     LENGTHS,
     PROCESSORS,
@@ -61,8 +62,6 @@ REDUCE_LENGTHS = [
     "num_prefixes",
 ]
 REDUCE_ROWS, REDUCE_COLUMNS, REDUCE_LENGTH = 8, 128, 1024
-# Parts of backward that a launch does: all of it, or one of two for a prefix of several blocks.
-BOTH, QUERY, PREFIX = "both", "query", "prefix"
 
 
 @triton.jit
@@ -74,7 +73,8 @@ def _rows_of_visit(
     tile = first_tile + visit % tiles
     row = first_row + tile // tiles_per_row
     offs_m = ((tile % tiles_per_row) * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)
-    return row, head, offs_m, (offs_m < q_len) & (visit < group_size * tiles)
+    # none behind the last visit: the one ahead asks
+    return row, head, offs_m, offs_m < tl.where(visit < group_size * tiles, q_len, 0)
 
 
 @triton.jit
@@ -181,8 +181,8 @@ def _prefix_term_bwd_kernel(
         if PART == "prefix":
             delta = delta_next
             delta_next = _load_stats(
-                delta_ptr, num_heads, visit + 1, first_row, first_tile, tiles, tiles_per_row, kv_head, group_size, q_len,
-                BLOCK_M,
+                delta_ptr, num_heads, visit + 1, first_row, first_tile, tiles, tiles_per_row, kv_head, group_size,
+                q_len, BLOCK_M,
             )  # fmt: skip
         else:
             if FORM == "merge":
@@ -317,11 +317,12 @@ def _prefix_term_reduce_kernel(
         tl.store(grad_gate_ptr + bank * num_heads + head, tl.sum(total_delta, axis=0) * slope)
 
 
+@prepared(tensors=9)
 def prefix_term_backward(
-    op: str, grad_out: Tensor, query: Tensor, prefix_key: Tensor, prefix_value: Tensor, gate: Tensor | None,
+    grad_out: Tensor, query: Tensor, prefix_key: Tensor, prefix_value: Tensor, gate: Tensor | None,
     out: Tensor | None, lse: Tensor | None, base_grad: Tensor | None, row_ids: Tensor | None,
-    softmax_scale: float, softcap: float, form: str, need_query: bool, need_prefix: bool, need_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    op: str, softmax_scale: float, softcap: float, form: str, need_query: bool, need_prefix: bool, need_gate: bool,
+):  # fmt: skip
     """Gradients of query, prefix_key, prefix_value and gate (none in form "merge"), each in its argument's dtype.
 
     Args: ``out`` and ``lse`` (fp32, contiguous) are the merged ones of form "merge". ``base_grad``, like query, is
@@ -334,66 +335,87 @@ def prefix_term_backward(
     num_prefixes, num_kv_heads, prefix_len, _ = prefix_key.shape
     by_row = row_ids is not None
     arch = target.arch(query)
-    tiles = config(arch, head_dim, prefix_len, query.dtype, "backward")
+    tiles = config(arch, head_dim, prefix_len, query.dtype, "backward", q_len)
     one_block = prefix_len <= tiles.block_p
-    merge = form == "merge"
+    merge, gated = form == "merge", gate is not None
 
-    grad_query = torch.empty_like(query) if need_query else query.new_empty(0)
-    grad_key = prefix_key.new_empty(prefix_key.shape if need_prefix else (0,))
-    grad_value = prefix_value.new_empty(prefix_value.shape if need_prefix else (0,))
-    grad_gate = None if gate is None else gate.new_empty(gate.shape if need_gate else (0,))
+    query_shape = query.shape if need_query else (0,)
+    prefix_shape = prefix_key.shape if need_prefix else (0,)
+    gate_shape = gate.shape if gated and need_gate else (0,)
+    stats = (batch, num_heads, q_len)
+    delta_shape = (0,) if merge and one_block else stats
+    lse_shape = (0,) if one_block else stats
 
     num_rows = batch if by_row else 1
     num_tiles = triton.cdiv(q_len, tiles.block_m) * (1 if by_row else batch)
-    group_size = num_heads // num_kv_heads
-    tiles_per_slot = _tiles_per_slot(arch, tiles.programs, num_tiles, group_size, num_kv_heads, by_row)
+    tiles_per_slot = _tiles_per_slot(
+        arch, tiles.programs, num_tiles, num_heads // num_kv_heads, num_kv_heads, by_row
+    )
     slots_per_row = triton.cdiv(num_tiles, tiles_per_slot)
     num_slots = num_rows * slots_per_row
     kv_columns = num_kv_heads * prefix_len * head_dim if need_prefix else 0
-    partial = query.new_empty((num_slots, 2 * kv_columns), dtype=torch.float32)
-    stats = (batch, num_heads, q_len)
-    delta = query.new_empty(0 if merge and one_block else stats, dtype=torch.float32)
-    if lse is None:
-        lse = query.new_empty(0 if one_block else stats, dtype=torch.float32)
+    names = (
+        "grad_query", "partial", "delta", "lse", "base_grad", "grad_out", "out", "query", "key", "value", "gate",
+        "row_ids",
+    )  # fmt: skip
+    pointers = tuple(f"{name}_ptr" for name in names)
+    strides = query.stride()
 
-    def launch(part: str) -> None:
-        tiles = config(arch, head_dim, prefix_len, query.dtype, f"backward-{part}".removesuffix("-both"))
-        num_blocks = triton.cdiv(prefix_len, tiles.block_p) if part == PREFIX else 1
-        _prefix_term_bwd_kernel[(num_slots * num_kv_heads * num_blocks,)](
-            grad_query_ptr=grad_query, partial_ptr=partial, delta_ptr=delta, lse_ptr=lse, base_grad_ptr=base_grad,
-            grad_out_ptr=grad_out, out_ptr=out,
-            GRAD_QUERY_STRIDES=grad_query.stride() if need_query else query.stride(),
-            BASE_GRAD_STRIDES=query.stride() if base_grad is None else base_grad.stride(),
-            GRAD_OUT_STRIDES=grad_out.stride(), OUT_STRIDES=query.stride() if out is None else out.stride(),
+    def part_of(part: str) -> Launch:
+        tiles = config(
+            arch, head_dim, prefix_len, query.dtype, f"backward-{part}".removesuffix("-both"), q_len
+        )
+        num_blocks = triton.cdiv(prefix_len, tiles.block_p) if part == "prefix" else 1
+        constants = dict(
+            GRAD_QUERY_STRIDES=torch.empty_like(query).stride(),
+            BASE_GRAD_STRIDES=strides if base_grad is None else base_grad.stride(),
+            GRAD_OUT_STRIDES=grad_out.stride(), OUT_STRIDES=strides if out is None else out.stride(),
             num_tiles=num_tiles, tiles_per_slot=tiles_per_slot, slots_per_row=slots_per_row,
             kv_columns=kv_columns, columns=2 * kv_columns, written_rows=q_len if need_query else 0,
-            written_positions=prefix_len if need_prefix else 0,
-            HAS_BASE_GRAD=base_grad is not None, PART=part, STAGES=tiles.num_stages,
-            **operands(query, prefix_key, prefix_value, gate, row_ids, softmax_scale, softcap, form, tiles, arch),
+            written_positions=prefix_len if need_prefix else 0, HAS_BASE_GRAD=base_grad is not None, PART=part,
+            STAGES=tiles.num_stages,
+            **operands(query, prefix_key, gate, row_ids, softmax_scale, softcap, form, tiles, arch),
+            VALUE_STRIDES=prefix_value.stride(),
         )  # fmt: skip
+        return Launch(_prefix_term_bwd_kernel, (num_slots * num_kv_heads * num_blocks,), pointers, constants)
 
-    with torch.cuda.device_of(query):
-        if num_slots * num_kv_heads:
-            if one_block:
-                launch(BOTH)
-            else:
-                launch(QUERY)
-                if need_prefix:
-                    launch(PREFIX)
-        column_blocks = triton.cdiv(2 * kv_columns, REDUCE_COLUMNS) * num_prefixes
-        gates = num_prefixes * num_heads if grad_gate is not None and need_gate else 0
-        if column_blocks + gates:
-            _prefix_term_reduce_kernel[(column_blocks + gates,)](
-                grad_key_ptr=grad_key, grad_value_ptr=grad_value, grad_gate_ptr=grad_gate,
-                partial_ptr=partial, delta_ptr=delta, gate_ptr=gate, row_ids_ptr=row_ids,
-                GATE_STRIDES=(0, 0) if gate is None else gate.stride(),
-                # without ids, the slots of the whole batch are the rows of a bank of one
-                num_rows=num_rows if by_row else num_slots, slots_per_row=slots_per_row if by_row else 1,
-                kv_columns=kv_columns, columns=2 * kv_columns, num_heads=num_heads, q_len=q_len, gate_rows=batch,
-                num_prefixes=num_prefixes, BLOCK_R=REDUCE_ROWS, BLOCK_E=REDUCE_COLUMNS, BLOCK_T=REDUCE_LENGTH,
-                HAS_ROW_IDS=by_row, FORM=form, num_warps=4,
-            )  # fmt: skip
-    return grad_query, grad_key, grad_value, grad_gate
+    launches = []
+    if num_slots * num_kv_heads:
+        wanted = ("both",) if one_block else ("query", "prefix") if need_prefix else ("query",)
+        launches = [part_of(part) for part in wanted]
+    reduce = None
+    programs = triton.cdiv(2 * kv_columns, REDUCE_COLUMNS) * num_prefixes
+    programs += num_prefixes * num_heads if gated and need_gate else 0
+    if programs:
+        names = ("grad_key", "grad_value", "grad_gate", "partial", "delta", "gate", "row_ids")
+        constants = {
+            "GATE_STRIDES": (0, 0) if gate is None else gate.stride(),
+            # without ids, the slots of the whole batch are the rows of a bank of one
+            "num_rows": num_rows if by_row else num_slots, "slots_per_row": slots_per_row if by_row else 1,
+            "kv_columns": kv_columns, "columns": 2 * kv_columns, "num_heads": num_heads, "q_len": q_len,
+            "gate_rows": batch, "num_prefixes": num_prefixes, "BLOCK_R": REDUCE_ROWS, "BLOCK_E": REDUCE_COLUMNS,
+            "BLOCK_T": REDUCE_LENGTH, "HAS_ROW_IDS": by_row, "FORM": form, "num_warps": 4,
+        }  # fmt: skip
+        reduce = Launch(
+            _prefix_term_reduce_kernel, (programs,), tuple(f"{name}_ptr" for name in names), constants
+        )
+
+    def run(grad_out, query, prefix_key, prefix_value, gate, out, lse, base_grad, row_ids):
+        grad_query = torch.empty_like(query) if need_query else query.new_empty(query_shape)
+        grad_key, grad_value = prefix_key.new_empty(prefix_shape), prefix_value.new_empty(prefix_shape)
+        grad_gate = gate.new_empty(gate_shape) if gated else None
+        partial = query.new_empty((num_slots, 2 * kv_columns), dtype=torch.float32)
+        delta = query.new_empty(delta_shape, dtype=torch.float32)
+        if lse is None:
+            lse = query.new_empty(lse_shape, dtype=torch.float32)
+        operands = (grad_out, out, query, prefix_key, prefix_value, gate, row_ids)
+        for launch in launches:
+            launch(grad_query, partial, delta, lse, base_grad, *operands)
+        if reduce is not None:
+            reduce(grad_key, grad_value, grad_gate, partial, delta, gate, row_ids)
+        return grad_query, grad_key, grad_value, grad_gate
+
+    return run
 
 
 def _tiles_per_slot(

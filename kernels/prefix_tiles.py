@@ -117,37 +117,38 @@ class Tiles(NamedTuple):
     max_registers: int = 0
 
 
-def config(arch: str, head_dim: int, prefix_len: int, dtype: torch.dtype, launch: str) -> Tiles:
+def config(arch: str, head_dim: int, prefix_len: int, dtype: torch.dtype, launch: str, q_len: int) -> Tiles:
     """The tiles of one launch: "forward"; "backward" of a prefix of one block; "backward-query" and then
     "backward-prefix" of a longer one. ``block_m`` is the same in all of backward.
 
-    Filled by what the kernels compile to, ahead of time, and by the rows in benchmarks/results/gpu.jsonl. Fewer than
-    64 rows and, where dKp and dVp are summed, fewer than 64 prefix positions keep Hopper on ``mma.sync``.
+    From what the kernels compile to (no spills) and what was measured on an H200 (benchmarks/results/gpu.jsonl). Fewer
+    than 64 rows and, where dKp and dVp are summed, fewer than 64 prefix positions keep Hopper on ``mma.sync``. More
+    programs than the device holds at once even out the last wave.
     """
-    nvidia = arch.startswith("sm_")
-    wide = head_dim > 128
-    if dtype == torch.float32:
-        block_p = 16
-        return Tiles(16, block_p, 8 if head_dim > 64 else 4, 2, 2)
+    nvidia, wide = arch.startswith("sm_"), head_dim > 128
     if launch == "forward":
-        # keys and values of the whole prefix stay on chip over a program's run of tiles
+        if dtype == torch.float32:
+            return Tiles(16, 16, 4, 1, 8)
         largest = 32 if not nvidia else 64 if wide else 128
         block_p = min(largest, max(16, triton.next_power_of_2(prefix_len)))
-        return Tiles(32, block_p, 8 if wide else 4, 3 if nvidia else 2, 4)
+        if q_len < 16:  # a token of each head: one short tile per program, as many programs at once as fit
+            return Tiles(16, block_p, 8 if wide or block_p > 64 else 2, 1, 16)
+        return Tiles(32, block_p, 8 if wide else 4, 3 if nvidia else 2, 8)
+    if dtype == torch.float32:  # two accumulators beside operands in six parts would spill
+        if launch == "backward":
+            return Tiles(16, 0, 4, 1, 2)
+        return Tiles(16, 16, 4 if head_dim <= 64 else 8, 1, 2)
     block_p = 32 if prefix_len > 16 and not wide else 16
     if launch == "backward-query":
         return Tiles(32, 16 if wide or not nvidia else 32, 8 if wide else 4, 2, 2)
     return Tiles(32, block_p, 8 if wide else 4, 2, 2)
 
 
-def operands(
-    query, prefix_key, prefix_value, gate, row_ids, softmax_scale, softcap, form, tiles, arch
-) -> dict:
-    """What the forward and backward kernels have in common."""
+def operands(query, prefix_key, gate, row_ids, softmax_scale, softcap, form, tiles, arch) -> dict:
+    """What the forward and backward kernels have in common, but for pointers."""
     num_prefixes, num_kv_heads, prefix_len, head_dim = prefix_key.shape
     return {
-        "query_ptr": query, "key_ptr": prefix_key, "value_ptr": prefix_value, "gate_ptr": gate, "row_ids_ptr": row_ids,
-        "QUERY_STRIDES": query.stride(), "KEY_STRIDES": prefix_key.stride(), "VALUE_STRIDES": prefix_value.stride(),
+        "QUERY_STRIDES": query.stride(), "KEY_STRIDES": prefix_key.stride(),
         "GATE_STRIDES": (0, 0) if gate is None else gate.stride(), "softmax_scale": softmax_scale, "softcap": softcap,
         "num_prefixes": num_prefixes, "num_heads": query.shape[1], "num_kv_heads": num_kv_heads,
         "q_len": query.shape[2], "prefix_len": prefix_len,
@@ -161,10 +162,15 @@ def operands(
 def precision(arch: str) -> str:
     """``input_precision`` of fp32 products; half operands ignore it.
 
-    Six products of bf16 parts keep 2^-24 and run on matrix units (three of tf32 keep 2^-21: too little for a gate, whose
-    gradient is one sum over all positions); AMD's take fp32 as it is.
+    Six products of bf16 parts keep 2^-24 and run on matrix units (three of tf32 keep 2^-21, too little for a gate,
+    whose gradient is one sum over all positions); AMD's take fp32 as it is, and the interpreter knows nothing else.
     """
-    return "bf16x6" if arch.startswith("sm_") else "ieee"
+    return "bf16x6" if arch.startswith("sm_") and not interpreted() else "ieee"
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter."""
+    return not isinstance(_tanh, triton.JITFunction)
 
 
 def block_d(head_dim: int) -> int:
@@ -176,12 +182,11 @@ def check(op: str, query: Tensor, form: str) -> None:
     op = f"{op} (Triton)"
     if query.dtype not in DTYPES:
         raise TypeError(f"{op}: query must be fp32, bf16 or fp16, got {query.dtype}")
-    interpreted = not isinstance(_tanh, triton.JITFunction)
-    if interpreted and query.dtype == torch.bfloat16:
+    if interpreted() and query.dtype == torch.bfloat16:
         raise TypeError(
             f"{op}: query must be fp32 or fp16 under TRITON_INTERPRET=1 (bf16 is wrong there), got bf16"
         )
-    if not interpreted and query.device.type == "cpu":
+    if not interpreted() and query.device.type == "cpu":
         raise ValueError(f"{op}: query must be on a GPU (or set TRITON_INTERPRET=1), got cpu")
     if query.shape[-1] > 256:
         raise ValueError(f"{op}: head_dim must be at most 256, got {query.shape[-1]}")

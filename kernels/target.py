@@ -30,11 +30,17 @@ def assume(name: str) -> Iterator[None]:
         _assumed.pop()
 
 
-def arch(tensor: Tensor) -> str:
-    """The architecture of the device of ``tensor``."""
+def assumed() -> str | None:
+    """The innermost :func:`assume`, if any: part of the key of whatever is kept by device."""
+    return _assumed[-1] if _assumed else None
+
+
+def arch(tensor: Tensor | torch.device) -> str:
+    """The architecture of a device, or of the device of a tensor."""
     if _assumed:
         return _assumed[-1]
-    return _of_device(tensor.device) if tensor.device.type == "cuda" else DEFAULT
+    device = tensor if isinstance(tensor, torch.device) else tensor.device
+    return _of_device(device) if device.type == "cuda" else DEFAULT
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import torch
 
 import fastadapter as fa
 from fastadapter.ops import self_check
-from tests.support.cuda_standin import cuda_standin, within
+from tests.support.cuda_standin import cuda_standin, first_call, within
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -19,29 +19,10 @@ pytestmark = pytest.mark.skipif(
 SECONDS = 120  # a machine shared with other tests is slow; a hang is for ever
 
 
-def small(probe: self_check._Probe) -> self_check._Probe:
-    """The probe at sizes that the interpreter runs in no time."""
-    sizes = {200: 5, 1024: 7, 128: 16, 100: 3, 256: 32, 24: 4}
-    shapes = {name: tuple(sizes.get(n, n) for n in shape) for name, shape in probe.shapes.items()}
-    return self_check._Probe(probe.name, probe.op, shapes, grad=probe.grad, **probe.options)
-
-
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        self_check,
-        "PROBES",
-        {op: [small(probe) for probe in probes] for op, probes in self_check.PROBES.items()},
-    )
     with cuda_standin(monkeypatch, tmp_path / "cache") as state:
         yield state
-
-
-def first_call(op: str, **options):
-    """Forward and backward of the op's own probe through the public function."""
-    probe = self_check.PROBES[op][0]
-    inputs = probe.inputs(torch.device("cpu"), torch.float32, torch.float32)
-    return probe.run(inputs, options.get("backend", "auto"))
 
 
 @pytest.mark.parametrize("op", list(self_check.PROBES))
@@ -50,8 +31,18 @@ def test_a_first_call_with_a_gradient_comes_back(op, gpu):
     found = within(SECONDS, lambda: first_call(op))
     assert gpu.thread.ran >= 2  # the check's backwards and the call's own
     assert {key[0] for key in self_check._passed} >= {op}
+    assert gpu.launches and not gpu.unguarded
     again = within(SECONDS, lambda: first_call(op))
     assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+def test_a_pass_is_noted_for_the_next_process(gpu):
+    first_call("gated_prefix")
+    assert "gated_prefix; float32; device stand-in; driver" in self_check.verdicts().read_text()
+    self_check._passed.clear()
+    gpu.thread.ran = 0
+    first_call("gated_prefix")
+    assert gpu.thread.ran == 1  # the call's own
 
 
 def test_the_check_may_be_the_first_in_a_backward(gpu):

@@ -191,7 +191,6 @@ def test_wrong_results_do_not_pass(op, monkeypatch):
 
 def test_doctor_shows_the_hazards_of_a_gpu(monkeypatch):
     target = importlib.import_module("fastadapter.kernels.target")
-    monkeypatch.setattr(torch, "empty", lambda *args, **options: None)
     monkeypatch.setattr(target, "arch", lambda tensor: "sm_90")
     monkeypatch.setattr(toolchain, "installed", lambda arch: toolchain.Toolchain("3.6.0", "12.8"))
     rows = doctor._hazards(0)

@@ -176,7 +176,7 @@ def _hazards(index: int) -> list[Row]:
         return []
     from fastadapter.kernels import target, toolchain
 
-    arch = target.arch(torch.empty(0, device=f"cuda:{index}"))
+    arch = target.arch(torch.device("cuda", index))
     found = toolchain.hazards(*toolchain.installed(arch), arch)
     return [
         (f"GPU {index} compilers", "note", f"{hazard.what} ({hazard.source}); {hazard.action}")

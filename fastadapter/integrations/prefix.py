@@ -271,7 +271,7 @@ class PrefixHost(Host):
         # Made outside inference mode, the tensors stay usable wherever the model is called from next.
         with torch.inference_mode(False), torch.no_grad():
             key, value, gate = self._operands(name, attention, dtype)
-        backend = choose_backend("auto", key.device.type, dtype, "gated_prefix")
+        backend = choose_backend("auto", key.device.type, dtype, "gated_prefix", key.shape[-1])
         ready = _Ready(key, value, gate, adapter.gate_fn, backend, dtype, modules, sources, stamp(sources))
         self._ready[name] = ready
         return ready

@@ -14,7 +14,10 @@ BACKENDS = ("auto", "triton", "cpp", "reference")
 # Types of device whose tensors the GPU kernels take. Tests add "cpu": kernels then run in Triton's interpreter, and all
 # that surrounds them as on a GPU.
 GPU_TYPES = {"cuda"}
-OPS = ("gated_prefix", "gated_prefix_attention", "prefix_attention", "prefix_merge", "bottleneck")
+ATTENTION_OPS = ("gated_prefix", "gated_prefix_attention", "prefix_attention", "prefix_merge")
+OPS = (*ATTENTION_OPS, "bottleneck")
+# More does not fit a GPU's registers; decided here, so that auto takes the reference instead of an error at launch.
+MAX_HEAD_DIM = 256
 
 
 class _Permission(str):
@@ -69,7 +72,7 @@ def triton_error(device_type: str) -> str | None:
     """``None`` when the Triton kernels can run on this kind of device, otherwise why they cannot."""
     if not _HAS_TRITON:
         return 'triton is not installed (pip install "fastadapter[triton]")'
-    if device_type == "cuda":
+    if device_type in GPU_TYPES:
         return None
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
@@ -82,15 +85,21 @@ def _cpp_limit(device_type: str, op: str | None) -> str | None:
     return extension_error(op) or _LACKING.get((op, "cpp"))
 
 
-def _triton_limit(device_type: str, dtype: torch.dtype, op: str | None) -> str | None:
+def _triton_limit(device_type: str, dtype: torch.dtype, op: str | None, head_dim: int) -> str | None:
     error = _LACKING.get((op, "triton")) or triton_error(device_type)
-    return error or ("the Triton kernels have no fp64" if dtype == torch.float64 else None)
+    if error is None and dtype == torch.float64:
+        error = "the Triton kernels have no fp64"
+    if error is None and head_dim > MAX_HEAD_DIM and op in ATTENTION_OPS:
+        error = f"the Triton kernels have no head_dim above {MAX_HEAD_DIM}, got {head_dim}"
+    return error
 
 
-def automatic_backend(device_type: str, dtype: torch.dtype, op: str | None = None) -> tuple[str, str]:
-    """The backend ``auto`` takes, and why."""
+def automatic_backend(
+    device_type: str, dtype: torch.dtype, op: str | None = None, head_dim: int = 0
+) -> tuple[str, str]:
+    """The backend ``auto`` takes, and why. ``head_dim``: the last size of the call's tensors, 0 when none is meant."""
     if device_type in GPU_TYPES:
-        error = _triton_limit(device_type, dtype, op)
+        error = _triton_limit(device_type, dtype, op, head_dim)
         return ("reference", error) if error else ("triton", "GPU kernel")
     if device_type == "cpu":
         error = _cpp_limit(device_type, op)
@@ -98,20 +107,22 @@ def automatic_backend(device_type: str, dtype: torch.dtype, op: str | None = Non
     return "reference", f"no kernel for device type {device_type}"
 
 
-def choose_backend(backend: str, device_type: str, dtype: torch.dtype, op: str | None = None) -> str:
+def choose_backend(
+    backend: str, device_type: str, dtype: torch.dtype, op: str | None = None, head_dim: int = 0
+) -> str:
     """Resolve ``backend`` for one call of ``op``.
 
     Raises:
         ValueError: unknown name, or a named backend that cannot run this call, with the reason.
     """
     if backend == "auto":
-        return automatic_backend(device_type, dtype, op)[0]
+        return automatic_backend(device_type, dtype, op, head_dim)[0]
     if backend == "reference":
         return backend
     if backend == "cpp":
         error = _cpp_limit(device_type, op)
     elif backend == "triton":
-        error = _triton_limit(device_type, dtype, op)
+        error = _triton_limit(device_type, dtype, op, head_dim)
     else:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if error:
@@ -130,5 +141,9 @@ def backends() -> list[dict[str, str]]:
     for op in OPS:
         for device in devices:
             name, reason = automatic_backend(device, torch.float32, op)
+            if name == "triton":
+                reason += "; the reference for fp64" + (
+                    f" and head_dim above {MAX_HEAD_DIM}" if op in ATTENTION_OPS else ""
+                )
             rows.append({"op": op, "device": device, "backend": name, "reason": reason})
     return rows

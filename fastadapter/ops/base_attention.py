@@ -270,7 +270,8 @@ def _efficient_backward(grad_out, query, key, value, out, lse, options, state):
     # of out it takes any strides and reads it as if it were contiguous
     grad_out, out = (_tokens_first(x, False).contiguous() for x in (grad_out, out))
     grads = _aten._efficient_attention_backward(
-        grad_out, *operands, bias, out, None, None, q_len, kv_len, stats, 0.0, *state, int(options.is_causal), False, scale=options.softmax_scale,
+        grad_out, *operands, bias, out, None, None, q_len, kv_len, stats, 0.0, *state,
+        int(options.is_causal), False, scale=options.softmax_scale,
     )[:3]  # fmt: skip
     grad_query, *on_keys = (x.transpose(1, 2) for x in grads)
     group = query.shape[1] // key.shape[1]

@@ -44,18 +44,23 @@ def register(
     qualified = f"fastadapter::{name}"
     file = f"fastadapter.kernels.{kernel_file or op}"
 
+    kernels = None
+
     def triton(*args):
+        nonlocal kernels
         if launcher is None:
             return reference(*args)
-        kernels = importlib.import_module(file)
+        if kernels is None:
+            kernels = importlib.import_module(file)
         return getattr(kernels, launcher)(*args)
 
-    def gpu(*args):
-        backend, _ = automatic_backend(args[0].device.type, args[0].dtype, op)
-        if backend != "triton" or launcher is None:
-            return reference(*args)
+    def checked(*args):
         self_check.ensure(op, args[0])
         return triton(*args)
+
+    def gpu(*args):
+        backend, _ = automatic_backend(args[0].device.type, args[0].dtype, op, args[0].shape[-1])
+        return checked(*args) if backend == "triton" and launcher is not None else reference(*args)
 
     error = None if cpu is not None else extension_error(name)
     if cpu is not None:
@@ -75,12 +80,32 @@ def register(
         if backend == "reference" and not (error and args[0].device.type == "cpu"):
             return reference(*args)
         # Where the CPU has no kernel the registered op is the reference, and opaque to torch.compile.
-        # Triton's interpreter runs on CPU tensors, where the registered op is the C++ one.
-        if backend == "triton" and args[0].device.type == "cpu":
-            return gpu(*args) if "cpu" in GPU_TYPES else triton(*args)
+        if backend == "triton":
+            if args[0].is_cpu and "cpu" not in GPU_TYPES:
+                return triton(*args)  # in Triton's interpreter; the registered op of a CPU is the C++ one
+            if is_plain(args) or args[0].is_cpu:
+                return checked(*args)
         return registered(*args)
 
     return run
+
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), str, float, int, bool))
+
+
+def is_plain(args: tuple) -> bool:
+    """Whether nobody but eager PyTorch itself would see a call of a registered op with ``args``.
+
+    The way through the dispatcher back into Python takes longer than a short kernel runs, so such a call goes without.
+    """
+    return (
+        _PLAIN.issuperset(map(type, args))
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._is_torch_function_mode_enabled()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
 
 
 def only_needed(grads: tuple[torch.Tensor, ...], needed: tuple[bool, ...]) -> tuple[torch.Tensor, ...]:

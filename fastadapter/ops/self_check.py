@@ -255,7 +255,7 @@ def describe(device: torch.device) -> dict[str, str]:
     from fastadapter import __version__
     from fastadapter.kernels import target, toolchain
 
-    arch = target.arch(torch.empty(0, device=device))
+    arch = target.arch(device)
     found = {"device": torch.cuda.get_device_name(device), "driver": driver_version() or "unknown"}
     found |= {"torch": torch.__version__, "triton": triton.__version__}
     if ptxas := toolchain.installed(arch).ptxas:

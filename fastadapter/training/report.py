@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from fastadapter.checkpoints.files import write_atomically
+from fastadapter.ops.backends import GPU_TYPES
 from fastadapter.training.config import UserError
 
 
@@ -110,7 +111,7 @@ def peak_rss_bytes() -> int:
 
 def peak_cuda_bytes(device: torch.device) -> int | None:
     """Largest memory allocated on a GPU so far; ``None`` for another device."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return torch.cuda.max_memory_allocated(device) if device.type in GPU_TYPES else None
 
 
 def require_writable(folder: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastadapter.checkpoints import CheckpointError
 from fastadapter.checkpoints.files import read_tensors, write_tensors
+from fastadapter.ops.backends import GPU_TYPES
 from fastadapter.training.config import UserError
 from fastadapter.training.data import Encoded
 
@@ -213,7 +214,7 @@ def _generators(device: torch.device) -> dict[str, Tensor]:
         "generator.numpy": torch.tensor(numpy, dtype=torch.int64),
         "generator.torch": torch.get_rng_state(),
     }
-    if device.type == "cuda":
+    if device.type in GPU_TYPES:
         states["generator.cuda"] = torch.cuda.get_rng_state(device)
     return {name: state.to(device) for name, state in states.items()}
 
@@ -227,7 +228,7 @@ def _restore_generators(states: dict[str, Tensor], device: torch.device) -> None
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_deviate, _from_bits(bits)))
     # A fresh copy: torch reads a state with aligned loads, and crashes on a row of a larger tensor.
     torch.set_rng_state(states["generator.torch"].cpu().clone())
-    if device.type == "cuda":
+    if device.type in GPU_TYPES:
         torch.cuda.set_rng_state(states["generator.cuda"].cpu().clone(), device)
 
 
