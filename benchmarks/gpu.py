@@ -1,187 +1,239 @@
-"""Correctness and timings on a GPU: ``python -m benchmarks.gpu [--part 1|2] [--dry-run]``; exit status 2 without one.
+"""Correctness and timings on a GPU: ``python3 -m benchmarks.gpu [--part 1|2] [--only CASE,CASE] [--dry-run]``.
 
-First the Triton kernels' tests against fp64: no timing follows red tests. Then the goals G1 to G15 of docs/gpu.md,
-each against its peers at their best settings, with the share of the floor that the card itself reached in this run.
-Part 1 is attention and decode, part 2 bottlenecks and whole training steps; each fits into ten minutes. Rows go to
-``benchmarks/results/gpu.jsonl``, a table is printed last. ``--dry-run`` walks through all of it on a CPU with tiny
-sizes and stores nothing.
+Part 1 is correctness (the Triton kernels' tests and the op search on the device) and single ops, part 2 whole training
+steps and decoding; each fits into six minutes on a machine where nothing is compiled yet. Every case is a process with
+a limit of its own (docs/gpu.md): all are run once side by side, which compiles, then each is timed alone. Rows are
+appended to ``benchmarks/results/gpu.jsonl`` as cases end; a hang is killed and named by its stack. Six files at most
+go to the folder of ``--out``, and a summary of at most 10,000 characters is printed last. ``--dry-run`` walks through
+all of it on a CPU with tiny sizes and stores no row. Exit status: 1 when something is red, 2 without a GPU.
 """
 
 import argparse
-import dataclasses
+import json
 import os
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-PARTS = (1, 2)
-TESTS = {
-    1: ("tests/test_gated_prefix_triton.py", "tests/test_attention_triton.py", "tests/test_decode_triton.py"),
-    2: ("tests/test_bottleneck_triton.py",),
+from . import gpu_tests
+from .gpu_process import Process, first_stack, kill, side_by_side
+from .gpu_summary import summary
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+# A walk-through shares its cores with whatever else runs.
+DRY_SECONDS = 120.0
+# A case that has less is not started.
+LAST_SECONDS = 6.0
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which modules hold its cases, and the seconds that one of them may take: to compile, to be timed."""
+
+    modules: tuple[str, ...]
+    warm_seconds: float
+    case_seconds: float
+
+
+PARTS = {
+    1: Part(("gpu_attention", "gpu_bottleneck"), 110, 25),
+    2: Part(tuple(name for name in ("gpu_steps", "gpu_models") if (HERE / f"{name}.py").is_file()), 150, 75),
 }
-LLAMA_8B = {
-    "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336,
-    "vocab_size": 32000,
-}  # fmt: skip
 
 
-def run_tests(part: int, dry_run: bool, seconds: float) -> str:
-    """ "" when they pass, else what happened. Without the tests' folder (an installed package) the ops' self-check has
-    to do, which runs before their first launch."""
-    root = Path(__file__).resolve().parents[1]
-    present = [name for name in TESTS[part] if (root / name).is_file()]
-    if not present:
-        print("benchmarks.gpu: no tests here: relying on the self-check of each op", file=sys.stderr)
-        return ""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *(["--collect-only"] if dry_run else []), *present]
-    print(" ".join(["python", *command[1:]]), file=sys.stderr, flush=True)
-    try:
-        status = subprocess.run(command, cwd=root, timeout=seconds).returncode
-    except subprocess.TimeoutExpired:
-        print(f"benchmarks.gpu: tests stopped after {seconds:.0f} s, none red until then", file=sys.stderr)
-        return ""
-    return "" if status == 0 else f"tests are red (pytest {status})"
+@dataclass
+class Run:
+    """What is known so far."""
+
+    part: int
+    deadline: float
+    out: Path
+    dry: bool
+    names: list[str]
+    bench: dict[str, Any] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)  # of every case
+    hung: set[str] = field(default_factory=set)
+    tests: gpu_tests.Outcome | None = None
+    problems: list[str] = field(default_factory=list)  # red: ours is wrong, failed, or hangs
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
 
 
-def goals(part: int, bench) -> Iterator:
-    """Pairs (case, floor in seconds) of the goals on single ops."""
-    from . import gpu_attention, gpu_bottleneck
-
-    if part == 1:
-        groups = [
-            gpu_attention.epilogue,
-            gpu_attention.one_pass,
-            gpu_attention.decode,
-            gpu_attention.shared_softmax,
-        ]
-    else:
-        groups = [gpu_bottleneck.forward, gpu_bottleneck.training, gpu_bottleneck.mixed]
-    for group in groups:
-        yield from group(bench)
-
-
-def steps(settings) -> Iterator:
-    """Cases of whole training steps, bf16: G5 one layer that is nearly all attention, G6 four layers, G7 SmolLM2."""
-    import torch
-
-    from . import bench_llama_adapter
-
-    dtype = torch.float32 if settings.quick else torch.bfloat16
-    batch, length = (2, 16) if settings.quick else (4, 2048)
-    shape = (
-        {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
-        if settings.quick
-        else LLAMA_8B
-    )
-    attention = {**shape, "num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 512}
-    sliced = {**shape, "num_hidden_layers": 2 if settings.quick else 4}
-    cases = bench_llama_adapter.training_cases
-    yield from cases(settings, batch, length, dtype, "G5 attention block step", attention)
-    yield from cases(settings, batch, length, dtype, "G6 training step, 8B shape", sliced)
-    yield from cases(
-        settings, 2 if settings.quick else 8, 16 if settings.quick else 512, dtype, "G7 training step"
-    )
-
-
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fastadapter bench gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--part", type=int, choices=PARTS, help="attention and decode, or the rest (both)")
+    parser.add_argument("--part", type=int, choices=PARTS, help="correctness and ops, or whole models (both)")
     parser.add_argument(
-        "--dry-run", action="store_true", help="walk through it on a CPU, tiny, nothing stored"
+        "--only", help="names, separated by commas: cases, `tests`, `search` (all of the part)"
     )
     parser.add_argument(
-        "--rounds", type=int, default=15, help="samples of every variant (ops: ten times as many)"
+        "--seconds", type=float, default=345, help="time for a part; cases past it are left out"
     )
     parser.add_argument(
-        "--seconds", type=float, default=560, help="time for a part; goals past it are left out"
+        "--test-seconds", type=float, default=150, help="of which for tests and search at most"
     )
-    parser.add_argument("--test-seconds", type=float, default=150, help="of which for the tests at most")
-    parser.add_argument("--out", type=Path, help="file to append rows to (benchmarks/results/gpu.jsonl)")
+    parser.add_argument("--case-seconds", type=float, help="limit of a case while it is timed")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="samples of every variant, twice as many of GPU time"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="peers by torch.compile too: minutes to compile"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="walk through on a CPU, tiny, no row stored")
+    parser.add_argument("--out", type=Path, help="folder for logs, rows and summary ($OUT, else outputs/gpu)")
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
+    return args
 
-    import torch
 
-    from fastadapter.ops.backends import triton_error
-
-    from . import rows, table
-
-    if not args.dry_run:
-        if not torch.cuda.is_available():
-            print(f"benchmarks.gpu: no GPU (torch {torch.__version__}); nothing was run", file=sys.stderr)
-            return 2
-        if error := triton_error("cuda"):
-            print(f"benchmarks.gpu: {error}; nothing was run", file=sys.stderr)
-            return 2
-    device = "cpu" if args.dry_run else "cuda"
-    out = args.out or (None if args.dry_run else rows.destination("gpu.jsonl"))
-    measured: list = []
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    in_checkout = (ROOT / "pyproject.toml").is_file()
+    default = (ROOT / "outputs" if in_checkout else Path.cwd() / "fastadapter-results") / "gpu"
+    out = args.out or Path(os.environ.get("OUT") or default)
+    out.mkdir(parents=True, exist_ok=True)
+    status = 0
     for part in [args.part] if args.part else PARTS:
-        start = time.monotonic()
-        if problem := run_tests(part, args.dry_run, args.test_seconds):
-            print(f"benchmarks.gpu: {problem}, so nothing is timed", file=sys.stderr)
+        status = max(status, run_part(part, args, out.resolve()))
+        if status == 2:
+            break
+    return status
+
+
+def run_part(number: int, args: argparse.Namespace, out: Path) -> int:
+    start = time.monotonic()
+    run = Run(number, start + args.seconds, out, args.dry_run, args.only.split(",") if args.only else [])
+    answer = probe(PARTS[number].modules, run)
+    if answer["error"]:
+        print(f"benchmarks.gpu: {answer['error']}; nothing was run", file=sys.stderr)
+        return 2
+    run.notes += answer["absent"]
+    run.bench = {**answer["bench"], "dry": args.dry_run, "compile": args.compile, "rounds": args.rounds}
+    every = {name: module for module, found in answer["cases"].items() for name in found}
+    unknown = set(run.names) - set(every) - {"tests", "search"}
+    if unknown:
+        print(f"benchmarks.gpu: no case {', '.join(sorted(unknown))} in part {number}", file=sys.stderr)
+        run.names = [name for name in run.names if name not in unknown]
+        if not run.names:
             return 1
-        for found in measure_part(part, device, args, start + args.seconds):
-            measured += found
-            if out is not None:
-                rows.append(out, found)
-    if not measured:
-        print("benchmarks.gpu: there was no time for any goal", file=sys.stderr)
-        return 1
-    print(table.table(measured))
-    print(f"\n{table.caption(measured[0])}")
-    if measured[0].clocks:
-        print(f"clocks: {measured[0].clocks}")
-    print("dry run: nothing here is a measurement" if args.dry_run else f"stored in {out}")
-    return 0
-
-
-def measure_part(part: int, device: str, args: argparse.Namespace, deadline: float) -> Iterator:
-    """Rows of every case, until the time is over."""
-    from . import gpu_tools, rows, runner
-
-    dry = args.dry_run
-    bench = gpu_tools.ceilings(device, dry)
-    reached = f"copy {bench.copy_bytes_per_s / 1e12:.3g} TB/s, product {bench.flops_per_s / 1e12:.3g} TFLOP/s"
-    print(f"part {part}: {reached}", file=sys.stderr, flush=True)
-    settings = runner.Settings(
-        rounds=1 if dry else args.rounds, quick=dry, device=device, environment=rows.environment(device)
+    run.modules = {name: module for name, module in every.items() if not run.names or name in run.names}
+    say(
+        start, f"part {number}: {run.bench['environment']['device']}, {len(run.modules)} cases, {CORES} cores"
     )
-    # a sample is one call, so there are many
-    many = dataclasses.replace(settings, rounds=settings.rounds if dry else 10 * settings.rounds)
-    events, wall = bench.event_meter(), bench.wall_meter()
-    for case, floor in goals(part, bench):
-        if time.monotonic() > deadline:
-            print(f"{case.entry}, {case.shape}: no time left, and for what follows", file=sys.stderr)
-            return
-        found = runner.measure(case, many, events)
-        for row in found:
-            if floor:
-                row.extra["percent_of_floor"] = 100 * floor / (row.median * 1e-6)
-        yield found
-    if part == 2:
-        for case in step_cases(settings):
-            if time.monotonic() > deadline:
-                print(f"{case.entry}, {case.shape}: no time left, and for what follows", file=sys.stderr)
-                return
-            yield runner.measure(case, settings, wall)
+    compile_and_test(run, args, start)
+    time_alone(run, args, start)
+    text = summary(run)
+    (out / "summary.txt").write_text(text + "\n", encoding="utf-8")
+    print(text, flush=True)
+    return 1 if run.problems or (run.tests and run.tests.red) else 0
 
 
-def step_cases(settings) -> Iterator:
-    """The training steps, where transformers and PEFT are installed."""
-    try:
-        import peft  # noqa: F401
-        import transformers
-    except ImportError as error:
-        print(f"benchmarks.gpu: training steps are left out: {error}", file=sys.stderr)
-        return
-    transformers.logging.set_verbosity_error()
-    yield from steps(settings)
+def say(start: float, text: str) -> None:
+    print(f"[{time.monotonic() - start:.0f} s] {text}", file=sys.stderr, flush=True)
+
+
+def probe(modules: tuple[str, ...], run: Run) -> dict[str, Any]:
+    """Ask a process of its own: this one never touches the card."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder, "answer.json")
+        process = Process("probe", modules, Path(folder, "log"))
+        process.begin({"dry": run.dry, "answer": str(answer)}, 120)
+        process.wait()
+        if not answer.exists():
+            return {"error": f"the first look at the card failed:\n{process.text()[-3000:]}"}
+        return json.loads(answer.read_text(encoding="utf-8"))
+
+
+def compile_and_test(run: Run, args: argparse.Namespace, start: float) -> None:
+    """Correctness (part 1) and one untimed run of every case, at the same time, on all cores."""
+    until = start + min(args.test_seconds, args.seconds - 10)
+    wanted = [name for name in ("tests", "search") if run.part == 1 and (not run.names or name in run.names)]
+    commit = run.bench["environment"]["commit"]
+    with tempfile.TemporaryDirectory() as folder:
+        tests = gpu_tests.start(
+            wanted, Path(folder), until - time.monotonic(), max(1, CORES * 5 // 8), run.dry
+        )
+        free = max(1, CORES - sum(test.workers for test in tests))
+        job = {"bench": {**run.bench, "warm": True}, "rows": []}
+        limit = PARTS[run.part].warm_seconds
+        cases = [*run.modules.items()]
+        ended = side_by_side(cases, job, free, limit, until - time.monotonic(), Path(folder))
+        say(start, f"{len(ended)} of {len(cases)} cases ran once")
+        for process in ended:
+            append(run.out / "warm.log", process)
+            if process.hung:
+                run.hung.add(process.name)
+                run.problems.append(f"{process.name} hangs while it compiles: {first_stack(process.text())}")
+            elif process.late:
+                run.notes.append(f"{process.name} did not compile in the time that was left")
+            elif process.status:
+                run.problems += process.complaints()
+        if wanted:
+            run.tests = gpu_tests.finish(tests, run.out, commit, until)
+            say(start, run.tests.words())
+        else:
+            run.tests = gpu_tests.stored(run.out, commit)
+    if late := set(run.modules) - {process.name for process in ended}:
+        run.notes.append(f"not compiled beforehand, for want of time: {', '.join(sorted(late))}")
+
+
+def time_alone(run: Run, args: argparse.Namespace, start: float) -> None:
+    """One case after another; the next process imports what it needs while one is timed."""
+    limit = args.case_seconds or (DRY_SECONDS if run.dry else PARTS[run.part].case_seconds)
+    job = {
+        "bench": {**run.bench, "red": run.tests.red_by_op() if run.tests else {}},
+        "rows": [str(path) for path in destinations(run)],
+    }
+    waiting = [name for name in run.modules if name not in run.hung]
+    with tempfile.TemporaryDirectory() as folder:
+
+        def following() -> Process | None:
+            return Process(name := waiting[0], (run.modules[name],), Path(folder, name)) if waiting else None
+
+        process = following()
+        while process is not None and run.left > LAST_SECONDS:
+            waiting.pop(0)
+            process.begin(job, limit, run.deadline)
+            coming = following()
+            process.wait()
+            append(run.out / "cases.log", process)
+            say(start, f"{process.name}: {process.outcome()}")
+            if process.hung:
+                run.hung.add(process.name)
+                stack = first_stack(process.text())
+                run.problems.append(f"{process.name} hangs (killed after {limit:.0f} s): {stack}")
+            elif process.late:
+                run.notes.append(f"{process.name} did not end in the time that was left")
+            elif process.status:
+                run.problems += [line for line in process.complaints() if line not in run.problems]
+            process = coming
+        if process is not None:
+            kill(process)
+    if waiting:
+        run.notes.append(f"no time left for {', '.join(waiting)}")
+
+
+def append(log: Path, process: Process) -> None:
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"== {process.name}: {process.outcome()}\n{process.text()}\n")
+
+
+def destinations(run: Run) -> list[Path]:
+    """Where rows go: the folder, and in a checkout the stored results; no row of a walk-through is stored."""
+    found = [run.out / "gpu.jsonl"]
+    results = HERE / "results/gpu.jsonl"
+    if not run.dry and (ROOT / "pyproject.toml").is_file():
+        found.append(results)
+    return found
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Goals on bottleneck adapters. The honest peer is a pair of library products with fused epilogues."""
+"""GPU cases of bottleneck adapters. The honest peer is a pair of library products with fused epilogues."""
 
 import functools
 from collections.abc import Callable
@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastadapter as fa
+from fastadapter.ops.backends import automatic_backend
 
-from .gpu_tools import Bench, Cases, comparison, compiled, doubled, gradients
+from .gpu_tools import Bench, Rows, compare, compiled, doubled, gradients
 
 
 def eager(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -25,79 +26,72 @@ def gemm_pair(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return torch.addmm(rows, hidden, up.mT).view_as(x)
 
 
-def _own(bench: Bench, backend: str | None = None) -> Callable:
-    chosen = backend or ("reference" if bench.dry else "triton")
-
-    def call(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        return fa.ops.bottleneck(x, down, up, residual=x, activation="gelu_tanh", backend=chosen)
-
-    return call
+def own(x: Tensor, down: Tensor, up: Tensor, **options) -> Tensor:
+    return fa.ops.bottleneck(x, down, up, residual=x, activation="gelu_tanh", **options)
 
 
-def _operands(bench: Bench, c: int, r: int, *, grad: bool) -> list[Tensor]:
-    b, t = (2, 16) if bench.dry else (4, 2048)
+def _bottleneck(bench: Bench, c: int, r: int, direction: str) -> Rows:
+    """8192 rows; with gradients of the weights as well."""
+    b, t, c, r = (2, 16, 64, 8) if bench.dry else (4, 2048, c, r)
+    grad = direction != "forward"
     x = bench.draw(b, t, c, grad=grad)
-    weights = [bench.draw(*shape, scale=shape[1] ** -0.5) for shape in ((r, c), (c, r))]
-    return [x, *(weight.requires_grad_(grad) for weight in weights)]
-
-
-def forward(bench: Bench) -> Cases:
-    """G11, G12, G14: two sizes at 8B's width, and BERT's."""
-    small = ((64, 8, False),) if bench.dry else ((4096, 64, False), (4096, 256, False), (768, 48, True))
-    for (c, r, graph), goal in zip(small, ("G11", "G12", "G14")):
-        operands = _operands(bench, c, r, grad=False)
-        forms = {
-            "fastadapter": _own(bench), "gemm pair": gemm_pair, "compiled": compiled(eager, bench.dry), "eager": eager
-        }  # fmt: skip
+    down, up = bench.draw(r, c, scale=c**-0.5, grad=grad), bench.draw(c, r, scale=r**-0.5, grad=grad)
+    operands = [x, down, up]
+    forms: dict[str, Callable] = {"fastadapter": own, "eager": eager}
+    if not grad:
+        forms["gemm pair"] = gemm_pair
+    if bench.compile:
+        forms["eager-compiled"] = compiled(eager, bench)
+    rows, size = b * t, bench.dtype.itemsize
+    cost = {
+        "bytes_moved": ((5 if grad else 2) * rows * c + (6 if grad else 2) * c * r) * size,
+        "flops": (14 if grad else 4) * rows * c * r,
+        "backend": automatic_backend(bench.device, bench.dtype, "bottleneck")[0],
+    }
+    entry, what = f"bottleneck {direction}", f"{rows} rows, {c} -> {r}"
+    reference = functools.partial(own, backend="reference")
+    if grad:
+        grad_out = bench.draw(b, t, c)
+        runs = {name: gradients(fn, operands, grad_out) for name, fn in forms.items()}
+        masters = [x, *(w.detach().float().requires_grad_() for w in (down, up))]
+        runs["fastadapter, fp32 masters"] = gradients(own, masters, grad_out)
+        exact = gradients(reference, doubled(operands), grad_out.double())
+        yield from compare(bench, entry, what, runs, exact=exact, **cost)
+        return
+    with torch.no_grad():
         runs = {name: functools.partial(fn, *operands) for name, fn in forms.items()}
-        rows, size = operands[0].numel() // c, bench.dtype.itemsize
-        with torch.no_grad():
-            yield comparison(
-                bench, f"{goal} bottleneck forward", f"{rows} rows, C {c}, r {r}" + (", in a graph" if graph else ""),
-                runs, floor="copy", bytes_moved=(2 * rows * c + 2 * c * r) * size, flops=4 * rows * c * r,
-                exact=functools.partial(_own(bench, "reference"), *doubled(operands)), graph=graph,
-            )  # fmt: skip
+        runs["fastadapter, fp32 masters"] = functools.partial(own, x, down.float(), up.float())
+        exact = functools.partial(reference, x[:1].double(), down.double(), up.double())
+        yield from compare(bench, entry, what, runs, exact=exact, **cost)
 
 
-def training(bench: Bench) -> Cases:
-    """G13: forward and backward, weights trained."""
-    c, r = (64, 8) if bench.dry else (4096, 64)
-    operands = _operands(bench, c, r, grad=True)
-    grad_out = bench.draw(*operands[0].shape)
-    forms = {"fastadapter": _own(bench), "compiled": compiled(eager, bench.dry), "eager": eager}
-    runs = {name: gradients(fn, operands, grad_out) for name, fn in forms.items()}
-    rows, size = operands[0].numel() // c, bench.dtype.itemsize
-    yield comparison(
-        bench, "G13 bottleneck forward+backward", f"{rows} rows, C {c}, r {r}", runs, floor="copy",
-        bytes_moved=(5 * rows * c + 6 * c * r) * size, flops=14 * rows * c * r,
-        exact=gradients(_own(bench, "reference"), doubled(operands), grad_out.double()),
-    )  # fmt: skip
-
-
-def mixed(bench: Bench) -> Cases:
-    """G15: one token of 64 rows, an adapter of its own in every row."""
-    batch, c, r = (3, 64, 8) if bench.dry else (64, 4096, 64)
+def _mixed(bench: Bench, batch: int) -> Rows:
+    """One token a row, an adapter of its own in every row."""
+    batch, c, r = (3, 64, 8) if bench.dry else (batch, 4096, 64)
     x = bench.draw(batch, 1, c)
     down, up = bench.draw(batch, r, c, scale=c**-0.5), bench.draw(batch, c, r, scale=r**-0.5)
     ids = torch.randperm(batch, device=bench.device).to(torch.int32)
-
-    def own(x: Tensor, down: Tensor, up: Tensor, backend: str) -> Tensor:
-        return fa.ops.bottleneck(
-            x, down, up, residual=x, activation="gelu_tanh", row_ids=ids, backend=backend
-        )
 
     def gathered() -> Tensor:
         chosen = ids.long()
         hidden = F.gelu(torch.bmm(x, down[chosen].mT), approximate="tanh")
         return torch.baddbmm(x, hidden, up[chosen].mT)
 
-    forms = {
-        "fastadapter": functools.partial(own, x, down, up, "reference" if bench.dry else "triton"),
-        "gather + bmm": gathered,
-    }
+    forms = {"fastadapter": functools.partial(own, x, down, up, row_ids=ids), "gather + bmm": gathered}
+    exact = functools.partial(own, *doubled([x, down, up]), row_ids=ids, backend="reference")
     with torch.no_grad():
-        yield comparison(
-            bench, "G15 bottleneck, mixed adapters", f"batch {batch}, C {c}, r {r}, in a graph", forms, floor="copy",
+        yield from compare(
+            bench, "bottleneck decode", f"batch {batch}, {c} -> {r}, an adapter per row", forms, exact=exact,
             bytes_moved=2 * batch * c * (r + 1) * bench.dtype.itemsize, flops=4 * batch * c * r,
-            exact=functools.partial(own, *doubled([x, down, up]), "reference"), graph=True,
+            backend=automatic_backend(bench.device, bench.dtype, "bottleneck")[0],
         )  # fmt: skip
+
+
+CASES: dict[str, Callable[[Bench], Rows]] = {
+    "bn_fwd": functools.partial(_bottleneck, c=4096, r=64, direction="forward"),
+    "bn256_fwd": functools.partial(_bottleneck, c=4096, r=256, direction="forward"),
+    "bn_fb": functools.partial(_bottleneck, c=4096, r=64, direction="forward+backward"),
+    "bn256_fb": functools.partial(_bottleneck, c=4096, r=256, direction="forward+backward"),
+    "bn_bert": functools.partial(_bottleneck, c=768, r=48, direction="forward"),
+    "bn_mixed": functools.partial(_mixed, batch=64),
+}

@@ -1,36 +1,66 @@
-"""What the GPU benchmarks share: meters, ceilings of the card, peers at their best settings, checked comparisons."""
+"""What the GPU cases share: what a run knows, meters, checked comparisons.
 
+A case is a name and a function ``case(bench) -> Iterator[Row]`` in the dictionary ``CASES`` of one of the modules that
+``benchmarks/gpu.py`` lists. It runs in a process of its own, twice: first with ``bench.warm``, beside other cases, to
+compile (everything runs once, nothing is timed, no row comes out), then alone, to be timed. Both are what
+:func:`compare` (ops) and :meth:`Bench.measure` (any other ``runner.Case``) do by themselves. A case that dies or hangs
+costs no other case, and rows that it has yielded are kept.
+"""
+
+import dataclasses
+import functools
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .runner import Case, Meter, Variant, wall_meter
+from . import runner
+from .rows import Row
+from .runner import Case, Meter, Settings, Variant
 
 # Cycles the GPU idles for while the host enqueues a sample, so that no launch gap falls into the window.
 HEAD_START = 2_000_000
 # More than the L2 cache of any current card.
 FLUSH_BYTES = 256 * 2**20
+Rows = Iterator[Row]
+Flat = list[Tensor]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """One run: the device, whether it is a walk-through on a CPU, and what the card reached at the start."""
+    """One run: the device, how it is measured, and what the card reached at its start."""
 
-    device: str
-    dry: bool
-    copy_bytes_per_s: float
-    flops_per_s: float
+    device: str  # "cuda", or "cpu" for a walk-through
+    dry: bool  # tiny sizes, one sample: nothing to be quoted
+    warm: bool = False  # compile and run once, time nothing
+    compile: bool = False  # torch.compile'd peers too: slow to compile
+    rounds: int = 15
+    copy_bytes_per_s: float = 1e12
+    flops_per_s: float = 1e14
+    red: Mapping[str, int] = field(default_factory=dict)  # failed tests by op
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)  # wrong results and failures of our own forms
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32 if self.dry else torch.bfloat16
+
+    @property
+    def settings(self) -> Settings:
+        """For the CPU benchmarks' own cases."""
+        return Settings(
+            rounds=1 if self.dry else self.rounds,
+            quick=self.dry,
+            device=self.device,
+            environment=self.environment,
+        )
 
     def draw(
         self, *shape: int, dtype: torch.dtype | None = None, grad: bool = False, scale: float = 1.0
@@ -42,11 +72,44 @@ class Bench:
     def floor_seconds(self, bytes_moved: float, flops: float) -> float:
         return max(bytes_moved / self.copy_bytes_per_s, flops / self.flops_per_s)
 
-    def event_meter(self) -> Meter:
-        return dry_meter if self.dry else event_meter()
+    def measure(self, case: Case, meter: Meter | None = None) -> list[Row]:
+        """Rows of ``case`` by the synchronised clock (or ``meter``); while warming up, none."""
+        if self.warm:
+            for variant in case.variants:
+                start = time.perf_counter()
+                variant.run(variant.prepare())
+                synchronize(self.device)
+                log(f"warm {case.entry}, {case.shape}: {variant.name} {time.perf_counter() - start:.1f} s")
+            return []
+        if meter is None:
+            meter = dry_meter if self.dry else runner.wall_meter(synchronized_clock)
+        return self.marked(runner.measure(case, self.settings, meter))
 
-    def wall_meter(self) -> Meter:
-        return dry_meter if self.dry else wall_meter(synchronized_clock)
+    def marked(self, found: list[Row]) -> list[Row]:
+        """Rows that say how many tests of their op are red, so that no table draws a speedup from them."""
+        for row in found:
+            op = row.entry.split(" ")[0]
+            red = self.red[op] if op in self.red else sum(self.red.values()) * (op not in OPS)
+            if red:
+                row.extra["red_tests"] = red
+        return found
+
+
+OPS = ("gated_prefix", "gated_prefix_attention", "prefix_attention", "prefix_merge", "bottleneck")
+
+
+def log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def synchronized_clock() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def dry_meter(run, state, calls) -> float:
@@ -56,15 +119,21 @@ def dry_meter(run, state, calls) -> float:
     return max(time.perf_counter() - start, 1e-9)
 
 
-def event_meter() -> Meter:
-    """Seconds of GPU time per call, caches cold: events around each call, the L2 cache overwritten before it."""
+def event_meter(head_start: int = HEAD_START) -> Meter:
+    """Seconds between events around a call, caches cold (the L2 cache is overwritten before each).
+
+    With a head start that is GPU time alone. Without one the call also waits for its own Python, as a user's does.
+    """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
     def meter(run, state, calls):
         pairs = []
         for _ in range(calls):
             flush.zero_()
-            torch.cuda._sleep(HEAD_START)
+            if head_start:
+                torch.cuda._sleep(head_start)
+            else:
+                torch.cuda.synchronize()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             run(state)
@@ -76,51 +145,41 @@ def event_meter() -> Meter:
     return meter
 
 
-def synchronized_clock() -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def ceilings(device: str, dry: bool) -> Bench:
+def ceilings(device: str, dry: bool) -> dict[str, float]:
     """Bandwidth of a large copy and rate of a large matrix product, the best of many."""
     size, length = (2**16, 64) if dry else (2**28, 8192)
-    blank = Bench(device, dry, 1.0, 1.0)
-    meter = blank.event_meter()
+    bench = Bench(device, dry)
+    meter = dry_meter if dry else event_meter()
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
-    a, b = (blank.draw(length, length) for _ in range(2))
+    a, b = (bench.draw(length, length) for _ in range(2))
     copying = min(meter(lambda _: target.copy_(source), None, 1) for _ in range(10))
     multiplying = min(meter(lambda _: a @ b, None, 1) for _ in range(10))
-    return Bench(device, dry, 2 * size / copying, 2 * length**3 / multiplying)
+    return {"copy_bytes_per_s": 2 * size / copying, "flops_per_s": 2 * length**3 / multiplying}
 
 
-class Graphed:
-    """A function without arguments, replayed as a CUDA graph; on a CPU, or where capture fails, it raises or runs."""
+def graphed(variant: Variant) -> Callable[[Any], Any]:
+    """A replay of ``variant`` as a CUDA graph, which ignores what ``prepare`` made for the sample.
 
-    def __init__(self, fn: Callable[[], Any], device: str):
-        self.fn = fn
-        self.replay = fn
-        if device != "cuda":
-            return
-        # ops check themselves and compile on their first call, which a capture cannot take
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                fn()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.result = fn()
-        self.replay = self.graph.replay
-
-    def __call__(self, _: Any = None) -> Any:
-        return self.replay()
+    ``prepare`` runs once, on the stream of the capture: autograd runs a backward where its forward ran.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        state = variant.prepare()
+        for _ in range(3):
+            variant.run(state)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        result = variant.run(state)
+    # a replay writes where state and result are, so they have to live as long as it
+    return lambda _, keep=(state, result): graph.replay()
 
 
-def compiled(fn: Callable, dry: bool) -> Callable:
+def compiled(fn: Callable, bench: Bench) -> Callable:
     """torch.compile at its best, every shape its own graph; the walk-through only traces."""
-    if dry:
+    if bench.dry:
         return torch.compile(fn, backend="eager", dynamic=False, fullgraph=True)
     return torch.compile(fn, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True)
 
@@ -132,69 +191,133 @@ def attention_backend(name: str, dry: bool) -> AbstractContextManager:
     return sdpa_kernel({"cudnn": [SDPBackend.CUDNN_ATTENTION], "flash": [SDPBackend.FLASH_ATTENTION]}[name])
 
 
-def comparison(
-    bench: Bench, goal: str, what: str, forms: Mapping[str, Any], *, floor: str,
-    bytes_moved: float = 0.0, flops: float = 0.0, exact: Callable[[], Any] | None = None, graph: bool = False,
-    unit: str = "us", tolerance: float = 0.05,
-) -> tuple[Case, float]:  # fmt: skip
-    """A case of the forms that run here and agree with ``exact``, and its floor in seconds (0: none is known).
+def error_of(found: Flat, exact: Flat) -> float:
+    """Largest error over the results, each relative to its largest value; ``exact`` may hold the first rows alone."""
+    worst = 0.0
+    for mine, right in zip(found, exact, strict=True):
+        distance = (mine.detach()[: right.shape[0]].double() - right).abs().max() / right.abs().max()
+        worst = max(worst, distance.item()) if distance == distance else float("inf")
+    return worst
 
-    A form is a function, or a pair of one that prepares a sample, untimed, and one that takes what that made.
 
-    A peer that cannot run or is wrong is left out and named on stderr; ours raises. ``floor`` names a form, or is
-    "copy": a copy of ``bytes_moved``. ``exact`` is not compared with forms whose names start with "(": those are
-    parts of the work, shown for scale.
+def compare(
+    bench: Bench, entry: str, shape: str, forms: Mapping[str, Any], *, bytes_moved: float = 0.0, flops: float = 0.0,
+    exact: Callable[[], Any] | None = None, floor: str = "copy", backend: str = "", dtype: torch.dtype | None = None,
+    tolerance: float = 0.05,
+) -> Rows:  # fmt: skip
+    """Rows of the forms that run here and agree with ``exact``, each with its GPU time and its time from Python.
+
+    ``median`` is GPU time alone: replays of a CUDA graph, or where that cannot be captured (``extra["graphed"]`` is 0)
+    events with a head start. ``extra["eager_us"]`` is a call from Python, ``extra["error"]`` the distance from
+    ``exact`` relative to the largest value, ``percent_of_floor`` the share of what the card itself reached in this
+    run for ``bytes_moved`` and ``flops``.
+
+    A form is a function, or a pair of one that prepares (a forward pass) and one that takes what that made, any number
+    of times. Names in brackets are parts of the work, shown for scale and not compared with ``exact``. ``floor`` names
+    a form, or is a copy of ``bytes_moved`` where that is absent. A peer that cannot run or is wrong is left out and
+    named; one of ours is a problem of the run as well.
     """
-    wanted = _flat(exact()) if exact else None
+    wanted = _flat(exact()) if exact is not None and not bench.warm else None
     usable: list[Variant] = []
+    errors: dict[str, float] = {}
     for name, form in forms.items():
+        prepare, run = form if isinstance(form, tuple) else (_nothing, lambda _, form=form: form())
+        start = time.perf_counter()
         try:
-            prepare, run = form if isinstance(form, tuple) else (lambda: None, lambda _, form=form: form())
             found = _flat(run(prepare()))
+            synchronize(bench.device)
             if wanted is not None and not name.startswith("("):
-                for mine, right in zip(found, wanted, strict=True):
-                    distance = (mine.double() - right).abs().max() / right.abs().max()
-                    if not distance <= tolerance:
-                        raise RuntimeError(f"off by {distance:.2g} of the largest value")
-            usable.append(Variant(name, Graphed(form, bench.device) if graph else run, prepare))
+                errors[name] = error_of(found, wanted)
+                if not errors[name] <= tolerance:
+                    raise RuntimeError(f"off by {errors[name]:.2g} of the largest value")
+            usable.append(Variant(name, run, prepare, backend if name.startswith("fastadapter") else ""))
         except Exception as error:
+            what = f"{entry}, {shape}: {name} is left out: {type(error).__name__}: {str(error).strip()[:300]}"
+            log(what)
             if name.startswith("fastadapter"):
-                raise
-            print(f"{goal}, {what}: {name} is left out: {str(error).splitlines()[0]}", file=sys.stderr)
-    if floor == "copy":
+                bench.problems.append(what)
+        if bench.warm:
+            log(f"warm {entry}, {shape}: {name} {time.perf_counter() - start:.1f} s")
+    if bench.warm or not usable:
+        return
+    if floor not in [variant.name for variant in usable]:
+        floor = "copy"
         source = torch.randn(max(1, int(bytes_moved) // 8), device=bench.device)
         target = torch.empty_like(source)
         usable.insert(0, Variant("copy", lambda _: target.copy_(source)))
-    if floor not in [variant.name for variant in usable]:
-        raise RuntimeError(f"{goal}, {what}: the floor {floor!r} cannot run here")
-    case = Case(
-        entry=f"{goal}", shape=what, floor=floor, dtype=str(bench.dtype).removeprefix("torch."), unit=unit,
-        variants=usable, bytes_moved=int(bytes_moved),
-        warmup=1 if bench.dry else 5,
-    )  # fmt: skip
-    return case, bench.floor_seconds(bytes_moved, flops) if bytes_moved or flops else 0.0
+    case = Case(entry, shape, floor, usable, str(dtype or bench.dtype).removeprefix("torch."), "us")
+    found = _timed(bench, case, int(bytes_moved))
+    for row in found:
+        if row.variant in errors:
+            row.extra["error"] = errors[row.variant]
+        if floor_seconds := bench.floor_seconds(bytes_moved, flops):
+            row.extra["percent_of_floor"] = 100 * floor_seconds / (row.median * 1e-6)
+    yield from bench.marked(found)
 
 
-def _flat(results: Any) -> Sequence[Tensor]:
-    return (
-        [results.detach()] if isinstance(results, Tensor) else [x.detach() for x in results if x is not None]
+def _timed(bench: Bench, case: Case, bytes_moved: int) -> list[Row]:
+    """GPU time as the rows' median, the time from Python beside it."""
+    if bench.dry:
+        return runner.measure(case, bench.settings, dry_meter)
+    captured: dict[str, Callable] = {}
+    for variant in case.variants:
+        try:
+            captured[variant.name] = graphed(variant)
+        except Exception as error:
+            torch.cuda.synchronize()
+            log(f"{case.entry}: {variant.name} is not captured: {str(error).strip()[:200]}")
+    # a state once, not once a sample: forwards in between would double the time of the run
+    plain = [
+        Variant(v.name, functools.partial(_ignoring, v.run, v.prepare()), backend=v.backend)
+        for v in case.variants
+    ]
+    alone = [dataclasses.replace(v, run=captured.get(v.name, v.run)) for v in plain]
+    many = dataclasses.replace(bench.settings, rounds=2 * bench.rounds)
+    found = runner.measure(
+        dataclasses.replace(case, variants=alone, bytes_moved=bytes_moved), many, event_meter()
     )
+    calls = runner.interleave(dataclasses.replace(case, variants=plain), bench.rounds, event_meter(0))
+    for row in found:
+        row.extra["eager_us"] = 1e6 * statistics.median(calls[row.variant])
+        row.extra["graphed"] = float(row.variant in captured)
+    return found
 
 
-def gradients(
-    call: Callable[..., Tensor], operands: Sequence[Tensor], grad_out: Tensor
-) -> Callable[[], Sequence[Tensor]]:
-    """Forward and backward of ``call`` as one function."""
+def _ignoring(run: Callable, state: Any, _: Any) -> Any:
+    return run(state)
 
-    def run() -> Sequence[Tensor]:
-        out = call(*operands)
-        return (out, *torch.autograd.grad(out, list(operands), grad_out))
+
+def _nothing() -> None:
+    return None
+
+
+def _flat(result: Any) -> Flat:
+    return [result] if isinstance(result, Tensor) else [x for x in result if x is not None]
+
+
+def doubled(operands: Sequence[Tensor], first: int | None = None) -> Flat:
+    """fp64 copies that need a gradient where the originals do; ``first``: that many rows of those of several."""
+    kept = [x[:first] if first and x.shape[0] > 1 else x for x in operands]
+    return [x.detach().double().requires_grad_(x.requires_grad) for x in kept]
+
+
+def gradients(fn: Callable, operands: Sequence[Tensor], grad_out: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward: the gradients of those operands that need one; ``None`` for one that ``fn`` ignores."""
+    wanted = [x for x in operands if x.requires_grad]
+
+    def run() -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            return torch.autograd.grad(fn(*operands), wanted, grad_out, allow_unused=True)
 
     return run
 
 
-def doubled(operands: Sequence[Tensor]) -> list[Tensor]:
-    return [x.detach().double().requires_grad_(x.requires_grad) for x in operands]
+def backward(fn: Callable, operands: Sequence[Tensor], grad_outs: Any) -> tuple[Callable, Callable]:
+    """Backward alone, as a form: on a graph that is kept, any number of times."""
+    wanted = [x for x in operands if x.requires_grad]
 
+    def prepare() -> Any:
+        with torch.enable_grad():
+            return fn(*operands)
 
-Cases = Iterator[tuple[Case, float]]
+    return prepare, lambda out: torch.autograd.grad(out, wanted, grad_outs, retain_graph=True)
