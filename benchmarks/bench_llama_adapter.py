@@ -25,6 +25,7 @@ MAKERS: dict[str, Callable] = {
     "fastadapter, reference op": models.with_fastadapter,
     "PEFT": models.with_peft,
 }
+ADAPTED = [name for name in MAKERS if name != FLOOR]
 
 
 def runs_of(name: str, body: Callable[..., object]) -> Callable[..., object]:
@@ -52,14 +53,15 @@ def training_cases(
     dtype: torch.dtype,
     entry: str = "training-step",
     shape: Mapping[str, Any] | None = None,
+    makers: Mapping[str, Callable] = MAKERS,
 ) -> Iterator[Case]:
     """All layers adapted, then the top third; all only where another ``shape`` of model is asked for."""
     model = models.build(small=settings.quick, dtype=dtype, device=settings.device, shape=shape)
     total = len(model.model.layers)
     ids = models.tokens(model, batch, length)
     for layers in (total, total // 3) if shape is None else (total,):
-        built = {name: make(model, layers).train() for name, make in MAKERS.items()}
-        adapted = {name: (built[name], name != "PEFT") for name in built if name != FLOOR}
+        built = {name: make(model, layers).train() for name, make in makers.items()}
+        adapted = {name: (built[name], name != "PEFT") for name in ADAPTED}
         models.require_equal_losses(adapted, ids, 1e-4 if dtype == torch.float32 else 0.05)
         variants = [
             Variant(

@@ -3,7 +3,8 @@
 python -m benchmarks.run --only method-step mixed-decode
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
@@ -85,11 +86,11 @@ def _variants(makers, model: nn.Module, ids: Tensor, device: str) -> list[Varian
     return variants
 
 
-def method_step(settings: Settings, meter: Meter | None = None) -> Iterator[list[Row]]:
+def method_cases(
+    settings: Settings, batch: int, length: int, dtype: torch.dtype, shape: Mapping[str, Any] | None = None
+) -> Iterator[Case]:
     """Forward and backward of the model's own loss over all tokens; no optimizer."""
-    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
-    batch, length = (2, 32) if settings.quick else (4, 128)
-    model = models.build(small=settings.quick, dtype=dtype, device=settings.device)
+    model = models.build(small=settings.quick, dtype=dtype, device=settings.device, shape=shape)
     ids = models.tokens(model, batch, length)
     step = models.training_step
     prefix = PrefixTuningConfig(num_virtual_tokens=LENGTH, task_type="CAUSAL_LM")
@@ -114,19 +115,22 @@ def method_step(settings: Settings, meter: Meter | None = None) -> Iterator[list
     }
     for name, makers in cases.items():
         variants = _variants(makers, model, ids, settings.device)
-        yield runner.measure(
-            Case(
-                "method-step",
-                f"{name}, all layers, {batch}x{length} tokens",
-                floor=variants[0].name,
-                variants=variants,
-                dtype=str(dtype).removeprefix("torch."),
-                unit="ms",
-                warmup=1,
-            ),
-            settings,
-            meter,
+        yield Case(
+            "method-step",
+            f"{name}, all layers, {batch}x{length} tokens",
+            floor=variants[0].name,
+            variants=variants,
+            dtype=str(dtype).removeprefix("torch."),
+            unit="ms",
+            warmup=1,
         )
+
+
+def method_step(settings: Settings, meter: Meter | None = None) -> Iterator[list[Row]]:
+    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
+    batch, length = (2, 32) if settings.quick else (4, 128)
+    for case in method_cases(settings, batch, length, dtype):
+        yield runner.measure(case, settings, meter)
 
 
 def mixed_decode(settings: Settings, meter: Meter | None = None) -> Iterator[list[Row]]:

@@ -9,6 +9,7 @@ gate is that in ours as well, and both compute the same function; :func:`require
 import contextlib
 import copy
 import importlib
+import inspect
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -74,8 +75,9 @@ def build(
     """The frozen base model; ``shape`` changes fields of its configuration."""
     torch.manual_seed(0)
     config = {**(SMALL if small else SMOLLM2_135M), **(shape or {})}
-    model = LlamaForCausalLM(LlamaConfig(**config))
-    return model.to(device, dtype).requires_grad_(False)
+    with torch.device(device):  # a billion normal numbers take a CPU ten seconds
+        model = LlamaForCausalLM(LlamaConfig(**config))
+    return model.to(dtype).requires_grad_(False)
 
 
 def share(model: nn.Module) -> nn.Module:
@@ -118,6 +120,11 @@ def prompts(model: nn.Module, layers: int) -> Tensor:
     """``(layers, prefix_len, hidden_size)``, the same for everyone."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(layers, PREFIX_LEN, model.config.hidden_size, generator=generator)
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """What the model calls its cache: transformers renames ``past_key_values``."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def tokens(model: nn.Module, batch: int, length: int) -> Tensor:

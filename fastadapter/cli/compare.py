@@ -8,7 +8,7 @@ from typing import Any
 
 from fastadapter.cli import assets
 from fastadapter.cli.finetune import unescape
-from fastadapter.cli.loading import add_model_arguments
+from fastadapter.cli.loading import add_model_arguments, device_and_dtype
 from fastadapter.compare import (
     DEFAULT_METHODS,
     METHODS_TO_COMPARE,
@@ -101,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
     for key, value in (_QUICK if args.quick else _FULL).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    device = device_and_dtype(args)
     methods = resolve_methods(args.methods)
     _require_packages()
     rates = _rates(args.learning_rate, [method.name for method in methods])
@@ -142,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
             command=[sys.executable, "-m", "fastadapter.cli.compare_job"],
             learning_rates=rates,
             threads=args.threads,
-            device=args.device,
+            device=device.type,
             save_steps=args.save_steps,
             after_run=lambda so_far: _write(args, comparison.settings, so_far),
         )

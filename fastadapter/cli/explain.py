@@ -4,7 +4,7 @@ import argparse
 import json
 
 from fastadapter.checkpoints import load
-from fastadapter.cli.loading import add_model_arguments, load_model
+from fastadapter.cli.loading import add_model_arguments, device_and_dtype, load_model
 from fastadapter.explain import explain
 from fastadapter.integrations.transformers import attach
 from fastadapter.methods import LlamaAdapterConfig
@@ -21,11 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    device = device_and_dtype(args)
     model, _ = load_model(args.model, args.gguf_file, args.dtype)
-    if args.device == "auto":
-        import torch
-
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
     if args.adapter is not None:
         load(model, args.adapter)
     else:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastadapter.cli.loading import add_model_arguments, load_classifier, load_model
+from fastadapter.cli.loading import add_model_arguments, device_and_dtype, load_classifier, load_model
 from fastadapter.cli.method_options import add_method_arguments, method_config
 from fastadapter.integrations.transformers import attach
 from fastadapter.methods import METHODS
@@ -111,7 +111,8 @@ def escape(text: str) -> str:
 def run(args: argparse.Namespace) -> int:
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=args.device == "cpu")
+    device = device_and_dtype(args)
+    accelerator = Accelerator(cpu=device.type == "cpu")
     config = TrainingConfig(
         learning_rate=args.learning_rate,
         weight_decay=args.weight_decay,

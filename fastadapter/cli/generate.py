@@ -10,7 +10,7 @@ import torch
 
 from fastadapter.checkpoints import load
 from fastadapter.cli.finetune import unescape
-from fastadapter.cli.loading import add_model_arguments, load_model
+from fastadapter.cli.loading import add_model_arguments, device_and_dtype, load_model
 from fastadapter.integrations.transformers import rows
 from fastadapter.training import UserError, write_json
 from fastadapter.training.data import context_length, encode_prompt, read_records, require_template
@@ -55,12 +55,12 @@ def run(args: argparse.Namespace) -> int:
     names = _names(args, paths) if paths else []
     if args.json:
         require_writable(Path(args.json).parent)
+    device = device_and_dtype(args)
     model, tokenizer = load_model(args.model, args.gguf_file, args.dtype)
     if args.adapter is not None:
         load(model, args.adapter)
     for name, path in paths.items():
         load(model, path, name)
-    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu")
     model.to(device)
     encoded = [(source, prompt, encode_prompt(tokenizer, prompt)) for source, prompt in prompts]
     context = context_length(model)

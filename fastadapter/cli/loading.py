@@ -12,6 +12,8 @@ from fastadapter.cli import assets
 from fastadapter.training import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# the names that transformers uses
+_LONG = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,11 +24,31 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gguf-file", help="file in the model's folder, if its weights are in GGUF")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="fp32", help="of the frozen model; adapters are fp32"
+        "--dtype",
+        type=lambda word: _LONG.get(word, word),
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="of the frozen model, adapters are fp32; auto: bf16 on a GPU that computes in it, else fp32",
     )
     parser.add_argument(
-        "--device", choices=("auto", "cpu"), default="auto", help="auto: a GPU if there is one"
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU if there is one"
     )
+
+
+def device_and_dtype(args: argparse.Namespace) -> torch.device:
+    """The device that ``--device`` asks for; ``args.dtype`` becomes the dtype that "auto" means there.
+
+    Raises: UserError: a GPU was asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if args.device == "cuda" and not available:
+        raise UserError(f"--device cuda: torch {torch.__version__} finds no GPU")
+    device = torch.device("cuda" if available and args.device != "cpu" else "cpu")
+    if args.dtype == "auto":
+        # Not torch.cuda.is_bf16_supported, which counts cards that only emulate it.
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        args.dtype = "bf16" if fast else "fp32"
+    return device
 
 
 def load_model(name: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:

@@ -49,7 +49,7 @@ def execute(job: dict[str, Any], folder: Path, load: Load) -> None:
     rate = job["learning_rate"] or method.learning_rates.get(kind)
     options: dict[str, Any] = {**job["training"], **({"learning_rate": rate} if rate else {})}
     config = TrainingConfig(seed=job["seed"], **options)
-    device = torch.device("cuda" if job["device"] == "auto" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if job["device"] != "cpu" and torch.cuda.is_available() else "cpu")
     total = sum(parameter.numel() for parameter in model.parameters())
     result: dict[str, Any] = {
         "method": method.name,
