@@ -8,10 +8,10 @@
     dU = scale * dO^T h,  db_u = scale * sum dO,  dD = dZ^T norm(x),  db_d = sum dZ
     dX = dZ D, through the norm, plus dO where x is also the residual
 
-What is bottleneck_size wide is left to the library's products, which are at the speed of their memory there: z, dH, dU
-and dD. What is hidden_size wide is one kernel for both directions (kernels/bottleneck_wide.py): up projection and sum
-forward, dX backward. z is kept for backward, r / C of x. With row ids every row has weights of its own, and all products
-are kernels (kernels/bottleneck_rows.py); rows are never mixed there, and a row has the bits it has alone.
+What is bottleneck_size wide is left to the library's products, which are at the speed of memory there: z, dH, dU and
+dD. What is hidden_size wide is one kernel for both directions (kernels/bottleneck_wide.py): up projection and sum
+forward, dX backward. z is kept for backward, r / C of x. With row ids every row has weights of its own, and all
+products are kernels (kernels/bottleneck_rows.py); rows are never mixed there, and a row has the bits it has alone.
 
 Products are in the dtype of the activations with fp32 accumulators, fp32 weights beside half activations rounded to it;
 gradients come in the dtype of their argument. A norm is the library's, see kernels/bottleneck_norm.py.
@@ -155,7 +155,8 @@ def bottleneck_backward(
     with torch.cuda.device_of(x):
         compute = _backward if row_ids is None else bottleneck_rows.backward
         grad_x, grad_down, grad_up, grad_bias, grad_up_bias = compute(
-            grad_out, inner, down, up_weight, bias, row_ids, z, reached, activation, scale, add_grad_out and plain, *needs
+            grad_out, inner, down, up_weight, bias, row_ids, z, reached, activation, scale,
+            add_grad_out and plain, *needs,
         )  # fmt: skip
         grad_norm: list[Tensor | None] = [None, None]
         if not plain:

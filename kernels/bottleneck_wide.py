@@ -14,7 +14,6 @@ Tiles have fewer than 64 rows so that Hopper runs ``mma.sync``: ptxas before 13.
 ``wgmma`` operand too early (triton issue 11781).
 """
 
-import torch
 import triton
 import triton.language as tl
 from fastadapter.kernels import bottleneck_config, target
@@ -134,7 +133,8 @@ def _bottleneck_wide_kernel(
 
 
 def hidden(
-    z: Tensor, grad_hidden: Tensor | None, activation: str, scale: float, *, ones: bool = False, need_hidden: bool = True
+    z: Tensor, grad_hidden: Tensor | None, activation: str, scale: float, *,
+    ones: bool = False, need_hidden: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``scale * act(z)`` and, for a gradient, ``scale * act'(z) * grad_hidden``, each ``(rows, padded)``.
 

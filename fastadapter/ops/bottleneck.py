@@ -57,9 +57,12 @@ def bottleneck(
     channel whose row of ``up_weight`` and whose bias are zero has the bits of ``residual``, whatever the down
     projection holds. Deterministic, forward and backward.
 
-    Backward computes the hidden layer again from ``x`` and the parameters, except on a CPU: there forward keeps the
-    input of the activation, ``bottleneck_size / hidden`` of ``x`` in fp32 (fp64 with fp64), as that product would be
-    a fifth one of a backward that computes all the time. On a GPU the operation waits for memory.
+    For backward, forward keeps the input of the activation: ``bottleneck_size / hidden`` of ``x``, on a GPU in the
+    dtype of ``x`` (with ``row_ids`` it is computed again there), on a CPU in fp32 (fp64 with fp64).
+
+    On a GPU, products are in the dtype of ``x`` with fp32 sums: fp32 weights beside half-precision ``x`` are rounded
+    to it once per call, as under autocast, and get gradients in fp32. fp32 products that are ``bottleneck_size`` wide
+    follow ``torch.backends.cuda.matmul.allow_tf32``.
 
     Args:
         x: ``(..., hidden)`` with at least 2 dims, fp32, bf16, fp16 or fp64; any strides.
@@ -306,8 +309,9 @@ _run_backward = register(
     launcher="bottleneck_backward",
 )
 
-# (out, z) with z (batch, seq, bottleneck_size), the input of the activation, for backward: out has the same bits with and
-# without it. C++ keeps fp32 (fp64 with fp64), with zeros in rows without an adapter; Triton the dtype of x, without ids.
+# (out, z) with z (batch, seq, bottleneck_size), the input of the activation, for backward: out has the same bits with
+# and without it. C++ keeps fp32 (fp64 with fp64), with zeros in rows without an adapter; Triton keeps the dtype of x,
+# and has no such form with row ids.
 _run_saving = register(
     "bottleneck",
     "bottleneck_saving",
