@@ -18,6 +18,9 @@ WIDE = {
     128: (32, 128, 8, 3, 2),
     256: (32, 256, 8, 2, 1),
 }
+# What differs where a program has less than 160 KiB of shared memory, as before and beside the data centre's sm_90.
+WIDE_SMALL = {256: (32, 64, 4, 2, 2)}
+LARGE_SHARED = ("sm_90", "sm_100", "sm_103")
 
 
 def wide_config(arch: str, dtype: torch.dtype, size: int, seq_len: int) -> dict:
@@ -34,13 +37,17 @@ def wide_config(arch: str, dtype: torch.dtype, size: int, seq_len: int) -> dict:
         block_k = 64
         block_m, block_n, num_warps, num_stages, programs = 32, 128, 4, 3, 3
     else:
-        block_m, block_n, num_warps, num_stages, programs = WIDE[block_k]
+        table = WIDE if arch in LARGE_SHARED else WIDE | WIDE_SMALL
+        block_m, block_n, num_warps, num_stages, programs = table[block_k]
     if seq_len <= 16:
         block_m = 16
-    return {
+    found = {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": num_warps,
         "num_stages": num_stages, "programs": programs * PROCESSORS.get(arch, 128),
     }  # fmt: skip
+    if arch.startswith("sm_"):  # so that as many programs fit as the grid is made for
+        found["maxnreg"] = min(255, 65536 // (programs * num_warps * 32) // 8 * 8)
+    return found
 
 
 def narrow_config(arch: str, dtype: torch.dtype, size: int, seq_len: int) -> dict:

@@ -53,7 +53,9 @@ def fold(
     down_weight: Tensor, down_bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """D' and b' in fp32, for every entry of a bank."""
-    down, bias = down_weight.float(), None if down_bias is None else down_bias.float()
+    # dense, so that sums over it do not depend on strides
+    down = down_weight.float().contiguous()
+    bias = None if down_bias is None else down_bias.float()
     if norm_bias is not None:
         added = torch.linalg.vecdot(down, norm_bias.float()[:, None])
         bias = added if bias is None else bias + added
@@ -63,19 +65,20 @@ def fold(
 def unfold(
     grad_down: Tensor, grad_bias: Tensor, down_weight: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of down_weight, norm_weight and norm_bias from those of D' and b', all in fp32."""
-    down, total = down_weight.float(), grad_down
+    """Gradients of down_weight, norm_weight and norm_bias from those of D' and b', all in fp32.
 
-    def through(grad: Tensor) -> Tensor:
-        """grad * D; an entry that contributes nothing sends exact zeros, though D holds Inf or NaN."""
-        return torch.where(grad == 0, 0.0, grad * down)
+    An entry that contributes nothing sends exact zeros, though its parameters hold Inf or NaN.
+    """
+    down, of_bias = down_weight.float().contiguous(), grad_bias[:, :, None]
 
-    if norm_weight is not None:
-        total = total * norm_weight.float()[:, None]
+    def times(grad: Tensor, parameter: Tensor) -> Tensor:
+        return torch.where(grad == 0, 0.0, grad * parameter)
+
+    grad = grad_down if norm_weight is None else times(grad_down, norm_weight.float()[:, None])
     if norm_bias is not None:
-        total = total + grad_bias[:, :, None] * norm_bias.float()[:, None]
+        grad = grad + times(of_bias, norm_bias.float()[:, None])
     return (
-        total,
-        None if norm_weight is None else through(grad_down).sum(1),
-        None if norm_bias is None else through(grad_bias[:, :, None]).sum(1),
+        grad,
+        None if norm_weight is None else times(grad_down, down).sum(1),
+        None if norm_bias is None else times(of_bias, down).sum(1),
     )
