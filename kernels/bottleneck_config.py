@@ -1,59 +1,74 @@
-"""Routes and tiles of the bottleneck kernels: tables by architecture, dtypes and sizes alone, never by data.
+"""Tiles of the bottleneck kernels: tables by architecture, dtype and sizes alone, never by data.
 
-Not measured yet: chosen so that every kernel compiles without spills (benchmarks/audit.py) for sm_80, sm_90,
-sm_100 and gfx942.
+Chosen so that every kernel compiles without spills for sm_80, sm_90, sm_100 and gfx942 (benchmarks/audit).
 """
 
 import torch
 import triton
+from fastadapter.kernels.gated_prefix_tiles import PROCESSORS
 
-# The largest bottleneck_size of the one-kernel form, after padding to a power of two.
-FUSED_SIZE = 64
+# The largest bottleneck_size whose block of U stays on chip while a program walks over rows.
+RESIDENT_SIZE = 256
+# Launch options of the wide kernel by the padded bottleneck_size, half precision on NVIDIA:
+# rows and channels of a tile, warps, stages, programs that share a multiprocessor.
+WIDE = {
+    16: (32, 128, 4, 3, 4),
+    32: (32, 128, 4, 3, 4),
+    64: (32, 128, 4, 3, 3),
+    128: (32, 128, 8, 3, 2),
+    256: (32, 256, 8, 2, 1),
+}
+# What differs where a program has less than 160 KiB of shared memory, as before and beside the data centre's sm_90.
+WIDE_SMALL = {256: (32, 64, 4, 2, 2)}
+LARGE_SHARED = ("sm_90", "sm_100", "sm_103")
 
 
-def config(arch: str, weight: torch.dtype, hidden_size: int, bottleneck_size: int, seq_len: int) -> dict:
-    """Route (``fused``: one kernel) and tiles of the forward.
-
-    ``seq_len`` may choose, the batch size may not: a row has to have the same bits alone and in a batch. Decoding
-    steps of large layers take two kernels, since one program would have to read all weights of a row alone.
-    """
-    block_r = max(16, triton.next_power_of_2(bottleneck_size))
-    few = seq_len <= 16
-    fused = block_r <= FUSED_SIZE and not (few and hidden_size * block_r >= 2**17)
-    wide = weight == torch.float32
-    if not fused:
-        block_r = 16 if few else min(block_r, 64 if wide else 128)
-    return {
-        "fused": fused, "BLOCK_M": 16 if few else 32, "BLOCK_R": block_r, "BLOCK_C": 32 if wide else 64,
+def wide_config(arch: str, dtype: torch.dtype, size: int, seq_len: int) -> dict:
+    """Launch options of the kernel that is as wide as the hidden states, and its ``programs`` per multiprocessor."""
+    block_k = max(16, triton.next_power_of_2(size))
+    if dtype == torch.float32:
         # an operand of a tf32x3 product is held in two parts
-        "BLOCK_N": 32 if wide and fused else 64, "BLOCK_K": 32 if wide else 64, "num_warps": 4, "num_stages": 3,
-    }  # fmt: skip
-
-
-def backward_config(arch: str, weight: torch.dtype, bottleneck_size: int) -> dict:
-    """Launch options of the ``rows`` and the ``channels`` kernel."""
-    wide, nvidia = weight == torch.float32, arch.startswith("sm_")
-    # more columns at once would spill: an operand of a tf32x3 product is held in two parts, and accumulators of
-    # CDNA take the registers of 64 lanes
-    block_r = min(max(16, triton.next_power_of_2(bottleneck_size)), 128 if nvidia and not wide else 64)
-    if wide:
-        rows, channels = (32, 32, 8 if nvidia else 4, 2), (16, 32, 8 if nvidia else 4, 2)
-    elif block_r == 128:
-        rows, channels = (32, 32, 8, 3), (16, 32, 8, 2)
+        block_k = min(block_k, 64)
+        block_m, block_n, num_warps, num_stages, programs = 16, 64, 4, 2, 2
+    elif not arch.startswith("sm_"):
+        block_k = min(block_k, 128)
+        block_m, block_n, num_warps, num_stages, programs = 32, 64, 4, 2, 2
+    elif block_k > RESIDENT_SIZE:
+        block_k = 64
+        block_m, block_n, num_warps, num_stages, programs = 32, 128, 4, 3, 3
     else:
-        rows, channels = (32, 64, 4, 3), (32, 32, 4, 2)
-
-    def options(block_m, block_c, num_warps, num_stages):
-        blocks = {"BLOCK_M": block_m, "BLOCK_R": block_r, "BLOCK_C": block_c}
-        return blocks | {"num_warps": num_warps, "num_stages": num_stages}
-
-    found = {"rows": options(*rows), "channels": options(*channels)}
-    if wide and nvidia:  # ptxas would rather spill than give up a program per multiprocessor
-        found["rows"]["maxnreg"] = 255
+        table = WIDE if arch in LARGE_SHARED else WIDE | WIDE_SMALL
+        block_m, block_n, num_warps, num_stages, programs = table[block_k]
+    if seq_len <= 16:
+        block_m = 16
+    found = {
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": num_warps,
+        "num_stages": num_stages, "programs": programs * PROCESSORS.get(arch, 128),
+    }  # fmt: skip
+    if arch.startswith("sm_"):  # so that as many programs fit as the grid is made for
+        found["maxnreg"] = min(255, 65536 // (programs * num_warps * 32) // 8 * 8)
     return found
 
 
-def products(arch: str, weight: torch.dtype) -> str:
-    """``input_precision`` of products with weights of this dtype; half operands ignore it."""
-    # AMD's matrix units take fp32 as it is
-    return "tf32x3" if weight == torch.float32 and arch.startswith("sm_") else "ieee"
+def narrow_config(arch: str, dtype: torch.dtype, size: int, seq_len: int) -> dict:
+    """Launch options of the products that end in ``bottleneck_size`` columns, of calls with row ids."""
+    fp32, few = dtype == torch.float32, seq_len <= 16
+    block_r = max(16, triton.next_power_of_2(size))
+    block_r = 16 if few else min(block_r, 32 if fp32 else 64)
+    return {
+        "BLOCK_M": 16 if few else 32, "BLOCK_R": block_r, "BLOCK_C": 32 if fp32 else 64, "num_warps": 4,
+        "num_stages": 2 if fp32 else 3,
+    }  # fmt: skip
+
+
+def weights_config(arch: str, dtype: torch.dtype, size: int) -> dict:
+    """Launch options of the weight gradients of calls with row ids."""
+    fp32 = dtype == torch.float32
+    block_r = min(max(16, triton.next_power_of_2(size)), 32 if fp32 else 64)
+    return {"BLOCK_M": 32, "BLOCK_R": block_r, "BLOCK_C": 32, "num_warps": 4, "num_stages": 2}
+
+
+def products(arch: str, dtype: torch.dtype) -> str:
+    """``input_precision`` of products of this dtype; half operands ignore it."""
+    # one tf32 product would lose digits of fp32; AMD's matrix units take fp32 as it is
+    return "tf32x3" if dtype == torch.float32 and arch.startswith("sm_") else "ieee"

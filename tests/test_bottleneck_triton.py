@@ -16,9 +16,10 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from fastadapter.kernels import bottleneck as kernels
+from fastadapter.kernels import bottleneck_config, target
 from fastadapter.kernels.activation import ACTIVATIONS
-from fastadapter.kernels.bottleneck_backward import _tiles_per_slot
-from fastadapter.kernels.bottleneck_config import backward_config, config
+from fastadapter.kernels.bottleneck_config import narrow_config, weights_config, wide_config
+from fastadapter.kernels.bottleneck_rows import TILES_PER_SLOT
 
 from tests.support.bottleneck import Shape, eager, make_inputs, run
 from tests.support.budget import assert_within_budget, same_bits
@@ -34,7 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy"),
 ]
-# (shape, options of make_inputs, options of the op): the one-kernel route up to size 64, the other past it
+# (shape, options of make_inputs, options of the op): weights of the wide kernel that stay on chip, and that do not
 CASES = [
     (Shape(1, 1, 60, 24), {"residual": "x", "norm": "layer_norm"}, {"activation": "gelu", "scale": 0.7}),
     (Shape(1, 35, 130, 33), {"biases": False}, {"activation": "relu"}),
@@ -44,10 +45,12 @@ CASES = [
     (Shape(1, 2, 17, 65), {"residual": None, "biases": False}, {"activation": "identity"}),
     (Shape(4, 3, 40, 24, 3), {"norm": "layer_norm"}, {"activation": "gelu"}),
     (Shape(3, 2, 17, 140, 2), {"norm": "rms_norm", "residual": "x"}, {"activation": "silu", "scale": 0.5}),
+    (Shape(1, 3, 20, 300), {"residual": "x", "biases": False}, {"activation": "gelu"}),
     (Shape(2, 67, 20, 5, 2), {"residual": "x"}, {"activation": "gelu"}),  # several tiles of a row of a bank
+    (Shape(1, 33, 300, 7), {"residual": "x"}, {"activation": "identity"}),  # several blocks of channels
 ]
 ONE = Shape(3, 3, 20, 5, 2)
-# past the one-kernel form, and past one block of hidden columns for fp32 weights
+# past one block of hidden columns
 TWO = ONE._replace(hidden=12, size=70)
 BANKS = GRADS[1:]
 
@@ -61,12 +64,12 @@ def forward(inputs, *, activation="gelu", norm="none", norm_eps=1e-5, scale=1.0)
     return kernels.bottleneck_forward(*tensors, activation, norm, norm_eps, scale)
 
 
-def backward(inputs, *, activation="gelu", norm="none", norm_eps=1e-5, scale=1.0, needs=(True,) * 4):
+def backward(inputs, *, activation="gelu", norm="none", norm_eps=1e-5, scale=1.0, needs=(True,) * 4, z=None):
     """Gradients by name, as the registered op returns them."""
     x, down, up, down_bias, _, _, norm_weight, norm_bias, row_ids, grad_out = (
         on_device(x, DEVICE) for x in inputs
     )
-    tensors = (grad_out, x, down, up, down_bias, norm_weight, norm_bias, row_ids, None)
+    tensors = (grad_out, x, down, up, down_bias, norm_weight, norm_bias, row_ids, z)
     options = (activation, norm, norm_eps, scale, inputs.residual is inputs.x)
     grads = kernels.bottleneck_backward(*tensors, *options, *needs)
     return {name: grad.cpu() for name, grad in zip(GRADS, grads, strict=True)}
@@ -94,35 +97,59 @@ def test_results_are_within_budget(dtype, shape, make, options):
     check(inputs, launch(inputs, **options), **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("norm", ["none", "layer_norm"])
-def test_the_route_of_decoding_steps(norm, dtype, monkeypatch):
-    """Two kernels with few hidden columns each, which only large layers take; here forced on a small one."""
-    decoding = config("sm_90", dtype, 4096, 64, 1)
-    assert not decoding["fused"]
-    monkeypatch.setattr(kernels, "config", lambda *args: decoding)
-    inputs = make_inputs(Shape(4, 2, 70, 24, 3), dtype, norm=norm)
-    check(inputs, {"out": forward(inputs, norm=norm).cpu()}, norm=norm)
-
-
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_tiles_keep_clear_of_wgmma(arch):
     """Fewer than 64 rows in every product, whatever the sizes: ptxas before 13.3 may corrupt operands of wgmma."""
     for dtype, size, seq_len in itertools.product(
-        (torch.float32, torch.bfloat16), (1, 24, 64, 300), (1, 2048)
+        (torch.float32, torch.bfloat16), (1, 24, 64, 250, 300), (1, 2048)
     ):
-        forward_tiles = config(arch, dtype, 4096, size, seq_len)
-        tiles = backward_config(arch, dtype, size)
-        assert forward_tiles["BLOCK_M"] < 64 and tiles["rows"]["BLOCK_M"] < 64
-        # rows of dX and, transposed, of dU and dD
-        assert tiles["channels"]["BLOCK_M"] < 64 and tiles["channels"]["BLOCK_C"] < 64
+        for config in (wide_config, narrow_config):
+            assert config(arch, dtype, size, seq_len)["BLOCK_M"] < 64
+        # rows of the transposed products
+        assert weights_config(arch, dtype, size)["BLOCK_C"] < 64
 
 
-@pytest.mark.parametrize("shape", [ONE, TWO], ids=str)
-def test_fp32_masters_beside_half_activations(shape):
-    """Judged against eager with fp32 intermediates: the masters' gradients have fp32 accuracy, not half's."""
-    inputs = make_inputs(shape, torch.float16, parameter_dtype=torch.float32, norm="layer_norm")
-    check(inputs, launch(inputs, norm="layer_norm"), torch.float32, norm="layer_norm")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_a_program_walks_over_several_tiles(arch, monkeypatch):
+    """As many programs as the device holds: here three, for two blocks of channels and nine tiles of rows."""
+    real = bottleneck_config.wide_config
+
+    def few(*args):
+        return real(*args) | {"programs": 6}
+
+    monkeypatch.setattr(bottleneck_config, "wide_config", few)
+    inputs = make_inputs(Shape(1, 140, 100, 5), torch.float16, residual="x")
+    with target.assume(arch):
+        check(inputs, launch(inputs))
+
+
+@pytest.mark.parametrize(
+    "shape", [Shape(3, 9, 40, 24, 2), Shape(2, 33, 20, 24), Shape(1, 9, 33, 130)], ids=str
+)
+@pytest.mark.parametrize("norm", ["none", "layer_norm", "rms_norm"])
+def test_fp32_masters_beside_half_activations(shape, norm):
+    """Rounded once to half for the products; judged as all in half, gradients come back in fp32."""
+    inputs = make_inputs(shape, torch.float16, parameter_dtype=torch.float32, norm=norm)
+    actual = launch(inputs, norm=norm)
+    assert all(actual[name].dtype == getattr(inputs, name).dtype for name in actual if name != "out")
+    check(inputs, actual, norm=norm)
+
+
+@pytest.mark.parametrize("norm", ["none", "layer_norm"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_input_of_the_activation_is_kept(dtype, norm):
+    """In the dtype of x; output and gradients have the bits that they have without it."""
+    inputs = make_inputs(Shape(2, 19, 40, 24), dtype, norm=norm, residual="x")
+    tensors = [on_device(x, DEVICE) for x in inputs[:9]]
+    out, z = kernels.bottleneck_saving(*tensors, "gelu", norm, 1e-5, 0.5)
+    assert z.shape == (2, 19, 24) and z.dtype == dtype
+    expected = launch(inputs, norm=norm, scale=0.5)
+    actual = {"out": out.cpu()} | backward(inputs, norm=norm, scale=0.5, z=z)
+    for name in expected:
+        assert same_bits(actual[name], expected[name]), name
+    with pytest.raises(ValueError, match="row_ids must be None where z is kept"):
+        tensors[8] = on_device(torch.zeros(2, dtype=torch.int32), DEVICE)
+        kernels.bottleneck_saving(*tensors, "gelu", norm, 1e-5, 0.5)
 
 
 @pytest.mark.slow
@@ -167,23 +194,36 @@ def test_a_channel_without_a_term_has_the_bits_of_the_residual(dtype, size, caus
 
 
 @pytest.mark.parametrize("size", [5, 70])
-@pytest.mark.parametrize("scale", [1.0, 0.0])
-def test_nothing_passes_a_zero_up_projection(scale, size):
-    """Neither Inf or NaN in down, nor NaN in grad_out through columns of zeros; U itself gets its gradient."""
-    inputs = make_inputs(Shape(2, 3, 20, size), torch.float32, norm="layer_norm", residual="x")
+@pytest.mark.parametrize(("scale", "norm"), [(1.0, "layer_norm"), (0.0, "layer_norm"), (1.0, "none")])
+def test_nothing_passes_a_zero_up_projection(scale, norm, size):
+    """Neither Inf or NaN in down and x, nor NaN in grad_out through columns of zeros; U itself gets its gradient."""
+    inputs = make_inputs(Shape(2, 3, 20, size), torch.float32, norm=norm, residual="x")
     if scale:
         inputs.up_weight.zero_()
-    exact = eager(inputs, torch.float64, norm="layer_norm", scale=scale)
-    actual = launch(inputs, norm="layer_norm", scale=scale)
+    exact = eager(inputs, torch.float64, norm=norm, scale=scale)
+    actual = launch(inputs, norm=norm, scale=scale)
     assert same_bits(actual["x"], inputs.grad_out)
-    check(inputs, {"up_weight": actual["up_weight"]}, norm="layer_norm", scale=scale)
+    check(inputs, {"up_weight": actual["up_weight"]}, norm=norm, scale=scale)
     assert bool(exact["up_weight"].any()) == bool(scale)
     inputs.down_weight[:, 0], inputs.down_weight[:, 1] = float("inf"), float("nan")
-    inputs.grad_out[0, 0, 0] = float("nan")
-    actual = launch(inputs, norm="layer_norm", scale=scale)
+    inputs.grad_out[0, 0, 0], inputs.grad_out[0, 1, 0], inputs.x[1, 2, 3] = float("nan"), -0.0, float("nan")
+    actual = launch(inputs, norm=norm, scale=scale)
     assert same_bits(actual["x"], inputs.grad_out)
     for name in ("down_weight", "down_bias", "norm_weight", "norm_bias"):
-        assert not actual[name].any(), name
+        assert name not in actual or not actual[name].any(), name
+
+
+def test_a_zero_entry_among_others():
+    """Its rows send nothing below its up projection, though they and its down projection hold NaN."""
+    inputs = make_inputs(Shape(3, 3, 20, 5, 2), torch.float32, residual="x")
+    inputs = inputs._replace(row_ids=torch.tensor([0, 1, 0], dtype=torch.int32))
+    inputs.up_weight[0] = 0.0
+    inputs.down_weight[0, 1], inputs.x[0, 1, 2], inputs.grad_out[2, 0] = float("nan"), float("nan"), -0.0
+    actual = launch(inputs)
+    assert same_bits(actual["x"][[0, 2]], inputs.grad_out[[0, 2]])
+    for name in ("down_weight", "down_bias"):
+        assert not actual[name][0].any() and actual[name][1].any(), name
+        assert actual[name].isfinite().all(), name
 
 
 @pytest.mark.parametrize("size", [5, 70])
@@ -255,30 +295,19 @@ def test_positions_of_a_shared_adapter_are_isolated():
         assert actual[name][1, 2].isnan().all(), name
 
 
-@pytest.mark.parametrize(
-    ("by_row", "size"), [(True, 3), (False, 3), pytest.param(True, 70, marks=pytest.mark.slow)]
-)
-def test_a_row_in_a_batch_has_the_bits_it_has_alone(by_row, size):
-    """With ids also its gradients: how a row is cut into tiles and slots does not depend on the batch.
-
-    Without, positions of the whole batch share tiles. A GPU's products do not depend on the place in a tile, but
-    the interpreter's (BLAS) do, so there a row is whole tiles.
-    """
-    q_len = 35 if by_row or torch.cuda.is_available() else 32
-    inputs = make_inputs(Shape(2, q_len, 12, size, 3), torch.float32, norm="layer_norm")
+@pytest.mark.parametrize("size", [3, pytest.param(70, marks=pytest.mark.slow)])
+def test_a_row_in_a_batch_has_the_bits_it_has_alone(size):
+    """With ids, its gradients too: how a row is cut into tiles and slots does not depend on the batch."""
+    inputs = make_inputs(Shape(2, 35, 12, size, 3), torch.float32, norm="layer_norm")
     ids = torch.tensor([2, 0], dtype=torch.int32)
-    if not by_row:
-        inputs = inputs._replace(**{name: getattr(inputs, name)[2:] for name in (*BANKS,)})
-    inputs = inputs._replace(row_ids=ids if by_row else None)
+    inputs = inputs._replace(row_ids=ids)
     batch = launch(inputs, norm="layer_norm")
     for row in range(2):
         own = {name: getattr(inputs, name)[row : row + 1] for name in ("x", "residual", "grad_out")}
-        alone = launch(
-            inputs._replace(**own, row_ids=ids[row : row + 1] if by_row else None), norm="layer_norm"
-        )
+        alone = launch(inputs._replace(**own, row_ids=ids[row : row + 1]), norm="layer_norm")
         for name in ("out", "x"):
             assert same_bits(alone[name][0], batch[name][row]), name
-        for name in BANKS if by_row else ():
+        for name in BANKS:
             assert same_bits(alone[name][ids[row]], batch[name][ids[row]]), name
 
 
@@ -362,10 +391,11 @@ def test_absent_arguments_have_empty_gradients():
     assert grads["up_bias"].shape == inputs.up_weight.shape[:2]
 
 
-def test_a_shared_adapter_over_many_rows():
-    """Several slots, and several tiles and batch rows in one; twice the same bits."""
-    inputs = make_inputs(Shape(20, 17, 17, 3), torch.float32, residual="x")
-    assert _tiles_per_slot(340 // 16, 1, by_row=False, partials=True) < 340 // 16
+@pytest.mark.parametrize("num_entries", [1, 2])
+def test_many_rows(num_entries):
+    """Several tiles and batch rows in one run, several slots of a row; twice the same bits."""
+    shape = Shape(2, 32 * TILES_PER_SLOT + 5, 17, 3, num_entries)
+    inputs = make_inputs(shape, torch.float32, residual="x")
     actual = launch(inputs)
     check(inputs, actual)
     again = backward(inputs)

@@ -83,11 +83,18 @@ class BottleneckHost(Host):
             bank = [self.adapter(name) for name in group.names]
             stacked = group.row_ids is not None
             sources = [parameter for adapter in bank for parameter in adapter.parameters()]
-            join = functools.partial(operands, bank, x.dtype, stacked=stacked)
-            arguments = self.keep((group.names, x.dtype), sources, join) if stacked else join()
+            rounded = not torch.is_grad_enabled() and _multiplies_rounded(x)
+            join = functools.partial(operands, bank, x.dtype, stacked=stacked, rounded=rounded)
+            key = (group.names, x.dtype, rounded)
+            arguments = self.keep(key, sources, join) if stacked or rounded else join()
             adapted = bottleneck(x, residual=adapted, row_ids=group.row_ids, **arguments)
         self.seen = {}
         return adapted
+
+
+def _multiplies_rounded(x: Tensor) -> bool:
+    """Whether the op rounds fp32 weights beside ``x``, so that it is worth keeping them rounded."""
+    return x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16)
 
 
 def _adapt_output(module: nn.Module, args: tuple, output: Any) -> Any:

@@ -111,13 +111,17 @@ class Bottleneck(Masters):
         return f"activation={self.activation!r}, scale={scale}"
 
 
-def operands(bank: "list[Bottleneck]", dtype: torch.dtype, *, stacked: bool) -> dict[str, Any]:
+def operands(
+    bank: "list[Bottleneck]", dtype: torch.dtype, *, stacked: bool, rounded: bool = False
+) -> dict[str, Any]:
     """The arguments of :func:`fastadapter.ops.bottleneck` that come from adapters of equal sizes and options.
 
     Args:
         bank: the adapters.
         dtype: of the activations.
         stacked: as banks, one entry per adapter; otherwise those of the one adapter there is.
+        rounded: weights in ``dtype``, as a GPU multiplies them, for calls that need no gradient; those in front of which
+            a norm stands stay as they are, since its weight goes into them first.
     """
     first = bank[0]
     weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -140,11 +144,16 @@ def operands(bank: "list[Bottleneck]", dtype: torch.dtype, *, stacked: bool) -> 
     if first.norm is not None:
         kind = "layer_norm" if isinstance(first.norm, nn.LayerNorm) else "rms_norm"
         norm = Norm(kind, of("norm", "weight"), of("norm", "bias"), first.norm_eps)
-    return {
+    weights = {
         "down_weight": of("down_proj", "weight"),
         "up_weight": up,
         "down_bias": of("down_proj", "bias"),
         "up_bias": up_bias,
+    }
+    if rounded and norm is None:
+        weights = {name: None if weight is None else weight.to(dtype) for name, weight in weights.items()}
+    return {
+        **weights,
         "activation": first.activation,
         "scale": scale,
         "norm": norm,

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fastadapter import reference
 from fastadapter.ops import checks
-from fastadapter.ops.backends import choose_backend, extension_error, lack, library
+from fastadapter.ops.backends import choose_backend
 from fastadapter.ops.registration import fake_bank_grad, fake_grad, only_needed, register
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "identity")
@@ -57,9 +57,12 @@ def bottleneck(
     channel whose row of ``up_weight`` and whose bias are zero has the bits of ``residual``, whatever the down
     projection holds. Deterministic, forward and backward.
 
-    Backward computes the hidden layer again from ``x`` and the parameters, except on a CPU: there forward keeps the
-    input of the activation, ``bottleneck_size / hidden`` of ``x`` in fp32 (fp64 with fp64), as that product would be
-    a fifth one of a backward that computes all the time. On a GPU the operation waits for memory.
+    For backward, forward keeps the input of the activation: ``bottleneck_size / hidden`` of ``x``, on a GPU in the
+    dtype of ``x`` (with ``row_ids`` it is computed again there), on a CPU in fp32 (fp64 with fp64).
+
+    On a GPU, products are in the dtype of ``x`` with fp32 sums: fp32 weights beside half-precision ``x`` are rounded
+    to it once per call, as under autocast, and get gradients in fp32. fp32 products that are ``bottleneck_size`` wide
+    follow ``torch.backends.cuda.matmul.allow_tf32``.
 
     Args:
         x: ``(..., hidden)`` with at least 2 dims, fp32, bf16, fp16 or fp64; any strides.
@@ -101,7 +104,8 @@ def bottleneck(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if residual_is_x:  # one input, so that its two gradients are one pass
             tensors = (*tensors[:5], None, *tensors[6:])
-        keep_z = chosen == "cpp" and _needs_z(activation, *tensors[:4], norm_weight, norm_bias)
+        keeps = chosen == "cpp" or (chosen == "triton" and row_ids is None)
+        keep_z = keeps and _needs_z(activation, *tensors[:4], norm_weight, norm_bias)
         out = _Bottleneck.apply(residual_is_x, chosen, keep_z, *tensors, row_ids, *constants)
     else:
         out = run_forward(chosen, *tensors, row_ids, *constants)
@@ -198,7 +202,7 @@ class _Bottleneck(torch.autograd.Function):
         ctx.constants = (*constants, residual_is_x)
         ctx.backend = backend
         given = (*args[:5], x if residual_is_x else residual, *args[6:])
-        out, z = _run_saving(*given) if keep_z else (run_forward(backend, *given), None)
+        out, z = _run_saving(backend, *given) if keep_z else (run_forward(backend, *given), None)
         ctx.save_for_backward(x, down_weight, up_weight, down_bias, norm_weight, norm_bias, row_ids, z)
         return out
 
@@ -249,12 +253,16 @@ def _reference_backward(*args):
     )
 
 
+def _reference_saving(*args):
+    raise ValueError("bottleneck_saving: the reference computes z from x, call bottleneck")
+
+
 def _fake_forward(x, *args):
     return torch.empty_like(x)
 
 
 def _fake_saving(x, down_weight, *args):
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
     return torch.empty_like(x), x.new_empty((*x.shape[:2], down_weight.shape[1]), dtype=dtype)
 
 
@@ -301,12 +309,14 @@ _run_backward = register(
     launcher="bottleneck_backward",
 )
 
-# (out, z) with z (batch, seq, bottleneck_size), the input of the activation in fp32 (fp64 with fp64), for backward: it
-# has the same bits with and without it. Only the C++ backend has this form, as `bottleneck` explains; rows without an
-# adapter have zeros in z.
-library.define(f"bottleneck_saving{_FORWARD} -> (Tensor, Tensor)")
-torch.library.register_fake("fastadapter::bottleneck_saving", _fake_saving, lib=library)
-_run_saving = torch.ops.fastadapter.bottleneck_saving.default
-_saving_error = extension_error("bottleneck_saving")
-if _saving_error:
-    lack("bottleneck", "cpp", _saving_error)
+# (out, z) with z (batch, seq, bottleneck_size), the input of the activation, for backward: out has the same bits with
+# and without it. C++ keeps fp32 (fp64 with fp64), with zeros in rows without an adapter; Triton keeps the dtype of x,
+# and has no such form with row ids.
+_run_saving = register(
+    "bottleneck",
+    "bottleneck_saving",
+    f"{_FORWARD} -> (Tensor, Tensor)",
+    reference=_reference_saving,
+    fake=_fake_saving,
+    launcher="bottleneck_saving",
+)

@@ -74,8 +74,8 @@ OPS = [
             'for name in ("down_bias", "up_bias"):',
         ),
         z_is_never_kept=(
-            'keep_z = chosen == "cpp" and _needs_z(',
-            'keep_z = chosen == "none" and _needs_z(',
+            'keeps = chosen == "cpp" or',
+            'keeps = chosen == "none" or',
             KEPT_Z,
         ),
         z_is_kept_for_a_constant_slope=('return activation != "identity" and any(', "return any(", KEPT_Z),

@@ -11,52 +11,112 @@ def tests_named(words):
 
 BOTTLENECK = [
     *of_file(
-        "kernels/bottleneck.py",
+        "kernels/bottleneck_wide.py",
         TESTS,
-        scale_missing=("term = (acc + bias[None, :]) * scale", "term = acc + bias[None, :]"),
-        residual_twice=(
-            "(residual.to(tl.float32) + term).to(out_dtype)",
-            "(2.0 * residual.to(tl.float32) + term).to(out_dtype)",
-        ),
-        zero_term_is_added=(
-            "total = tl.where(term == 0.0, residual, (residual",
-            "total = tl.where(term != term, residual, (residual",
+        scale_of_the_bias_missing=("    bias *= scale\n", ""),
+        scale_of_the_hidden_missing=("_activate(z, ACTIVATION) * scale", "_activate(z, ACTIVATION)"),
+        scale_of_the_gradient_missing=("dz = dh * scale * _activation", "dz = dh * _activation"),
+        residual_twice=("(residual.to(tl.float32) + acc)", "(2.0 * residual.to(tl.float32) + acc)"),
+        a_channel_without_a_term_is_added=(
+            "used = tl.maximum(used, tl.max((w != 0.0).to(tl.int32), axis=0))",
+            "used += 1",
             tests_named("bits_of_the_residual"),
         ),
-        last_chunk_of_the_hidden_lost=(
-            "        mask_r = (offs_r < BOTTLENECK_SIZE)[None, :]\n",
-            "        mask_r = (offs_r < BOTTLENECK_SIZE - 1)[None, :]\n",
+        an_unreached_entry_is_added=(
+            "acts *= tl.load(reached_ptr + entry).to(tl.int32)",
+            "acts *= 1",
+            tests_named("zero_up_projection"),
         ),
-        without_an_adapter_adds_the_bias=(
-            "term = tl.where(adapted, term, fill)",
-            "term = tl.where(adapted, term, fill + term)",
+        without_an_adapter_adds=(
+            "acts *= adapted.to(tl.int32)",
+            "acts *= 1",
             tests_named("without_an_adapter"),
         ),
-        down_bias_missing=(
-            "return _activate(acc + bias[None, :], ACTIVATION)",
-            "return _activate(acc, ACTIVATION)",
+        a_wrong_id_is_silent=(
+            'bias = tl.where(wrong, float("nan"), bias)',
+            "bias = tl.where(wrong, 0.0, bias)",
+            tests_named("outside_the_bank"),
         ),
-    ),
-    *of_file(
-        "kernels/bottleneck_tiles.py",
-        TESTS,
-        eps_missing=("squares / HIDDEN_SIZE + norm_eps", "squares / HIDDEN_SIZE"),
-        mean_dropped=("xhat = (xhat - mean[:, None]) * rstd[:, None]", "xhat = xhat * rstd[:, None]"),
-        variance_of_blocks_not_merged=("+ delta * delta * (seen * share)", ""),
-        rows_of_the_next_tile=(
-            "t = (tile % tiles_per_row).to(tl.int64) * BLOCK_M + offs_m",
-            "t = (tile % tiles_per_row).to(tl.int64) * (BLOCK_M + 1) + offs_m",
+        last_hidden_columns_lost=("mask_k = start + offs_k < SIZE\n", "mask_k = start + offs_k < SIZE - 1\n"),
+        last_tile_of_a_run_lost=(
+            "last = tl.minimum(first + tiles_per_run, ",
+            "last = tl.minimum(first + tl.maximum(tiles_per_run - 1, 1), ",
+            tests_named("several_tiles"),
         ),
         int32_rows=(
-            "b = (tile // tiles_per_row).to(tl.int64) + tl.zeros((BLOCK_M,), tl.int64)",
-            "b = tile // tiles_per_row + tl.zeros((BLOCK_M,), tl.int32)",
+            "row = (pid // (num_blocks * runs)).to(tl.int64)",
+            "row = pid // (num_blocks * runs)",
             tests_named("32_bits"),
         ),
         int32_positions=(
-            "t = (tile % tiles_per_row).to(tl.int64) * BLOCK_M + offs_m",
-            "t = tile % tiles_per_row * BLOCK_M + offs_m",
+            "offs_m = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)",
+            "offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)",
             tests_named("32_bits"),
         ),
+    ),
+    *of_file(
+        "kernels/bottleneck.py",
+        TESTS,
+        down_bias_missing=("x.dtype, bias)", "x.dtype, None)"),
+        up_bias_not_scaled=(
+            "grad_up_bias = grad_up[None, :, size] * scale",
+            "grad_up_bias = grad_up[None, :, size]",
+        ),
+        nothing_below_is_not_zero=(
+            "return torch.where(reached, grad, 0.0)",
+            "return grad",
+            tests_named("zero_up_projection"),
+        ),
+        grad_out_missing_behind_a_norm=(
+            "total = chain if kept is None else kept + chain",
+            "total = chain",
+        ),
+        kept_z_is_not_used=(
+            "if z is None else flat(z)[0].contiguous()",
+            "if z is None else flat(z)[0].contiguous() * 2",
+            tests_named("is_kept"),
+        ),
+    ),
+    *of_file(
+        "kernels/bottleneck_norm.py",
+        TESTS,
+        eps_missing=("norms.square() / x.shape[-1] + eps", "norms.square() / x.shape[-1]"),
+        bias_not_folded=(
+            "bias = added if bias is None else bias + added",
+            "bias = added if bias is None else bias",
+        ),
+        weight_not_unfolded=("times(grad_down, norm_weight.float()[:, None])", "grad_down"),
+        bias_not_unfolded=("grad = grad + times(of_bias, norm_bias.float()[:, None])", "grad = grad + 0.0"),
+        zero_times_nan=(
+            "return torch.where(grad == 0, 0.0, grad * parameter)",
+            "return grad * parameter",
+            tests_named("without_an_adapter"),
+        ),
+        mean_square_dropped=(
+            "wide - found.values * (wide * found.values)",
+            "wide - 0 * (wide * found.values)",
+        ),
+    ),
+    *of_file(
+        "kernels/bottleneck_rows.py",
+        TESTS,
+        down_bias_missing=("HAS_DOWN_BIAS)[None, :]", "False)[None, :]"),
+        rows_of_the_next_tile=(
+            "offs_m = (tile % tiles_per_row).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)",
+            "offs_m = (tile % tiles_per_row).to(tl.int64) * (BLOCK_M + 1) + tl.arange(0, BLOCK_M)",
+        ),
+        up_bias_halved=("d_up_bias * scale, mask", "d_up_bias * scale * 0.5, mask"),
+        last_tile_of_a_slot_lost=(
+            "last = tl.minimum(first + TILES, ",
+            "last = tl.minimum(first + tl.maximum(TILES - 1, 1), ",
+            tests_named("many_rows"),
+        ),
+        a_zero_entry_learns_below=(
+            "dd = tl.where(tl.load(reached_ptr + entry) != 0, dd, 0.0)",
+            "dd = dd + 0.0",
+            tests_named("zero_entry_among_others"),
+        ),
+        reduce_adds_every_row=("other=-1) == entry\n", "other=-1) >= 0\n"),
     ),
     *of_file(
         "kernels/activation.py",
@@ -68,33 +128,5 @@ BOTTLENECK = [
         gelu_slope_without_density=("+ z * density", "+ 0.0 * density"),
         gelu_tanh_inner_slope=("0.134145 * square", "0.044715 * square"),
         silu_slope=("slope = s * (1.0 + z * (1.0 - s))", "slope = s * (1.0 + z * s)"),
-    ),
-    *of_file(
-        "kernels/bottleneck_backward.py",
-        TESTS,
-        scale_missing=(
-            "dh = tl.where(scale != 0.0, dh * scale, 0.0)",
-            "dh = tl.where(scale != 0.0, dh, 0.0)",
-        ),
-        up_bias_halved=("d_up_bias * scale, mask=mask_c", "d_up_bias * scale * 0.5, mask=mask_c"),
-        mean_of_the_layer_norm_dropped=(
-            "dy -= tl.load(parts, mask=mask_m, other=0.0)[:, None] / HIDDEN_SIZE",
-            "dy -= 0.0",
-        ),
-        norm_weight_not_applied=(
-            "                    if HAS_NORM_WEIGHT:\n                        dy *= weight[None, :]\n",
-            "",
-        ),
-        norm_bias_not_subtracted=("z -= by_bias[None, :]", "z -= 0.0 * by_bias[None, :]"),
-        grad_out_not_added=(
-            "dx = tl.where(term == 0.0, do, (do.to(tl.float32) + term).to(dx_dtype))",
-            "dx = tl.where(term == 0.0, do, term.to(dx_dtype))",
-        ),
-        last_tile_of_a_slot_lost=(
-            "last_tile = tl.minimum(first_tile + tiles_per_slot, num_tiles)",
-            "last_tile = tl.minimum(first_tile + tl.maximum(tiles_per_slot - 1, 1), num_tiles)",
-            tests_named("many_rows"),
-        ),
-        reduce_adds_every_row=("mask=mask_b, other=-1) == entry)", "mask=mask_b, other=-1) >= 0)"),
     ),
 ]

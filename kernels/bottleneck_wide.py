@@ -1,0 +1,189 @@
+"""Kernels of the bottleneck between the library's products: what is as wide as the hidden states, and elementwise.
+
+``wide`` serves both directions (kernels/bottleneck.py):
+
+    out = residual + scale * (act(z) U^T + b_u)        hidden = scale * act(z), weight = U
+    dX  = dO + dZ D                                     hidden = dZ, weight = D^T, residual = dO
+
+It is traffic: residual in, out out, 2 C values a row. So a program stays on a block of channels, keeps its block of
+the weight on chip, and walks over a run of row tiles, the next of which are on their way while one is computed. What
+depends on a channel alone is decided before the walk: a channel that adds nothing (its row of the weight and bias
+zero; its row of the batch without an adapter) is a copy of residual, whatever ``hidden`` holds.
+
+Tiles have fewer than 64 rows so that Hopper runs ``mma.sync``: ptxas before 13.3 may reuse the registers of a
+``wgmma`` operand too early (triton issue 11781).
+"""
+
+import triton
+import triton.language as tl
+from fastadapter.kernels import bottleneck_config, target
+from fastadapter.kernels.activation import _activate, _activation_slope
+from fastadapter.kernels.bottleneck_tiles import LENGTHS, _row_entry, _tile, _vector, padded, strides
+from torch import Tensor
+
+HIDDEN_ROWS = 32
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _bottleneck_hidden_kernel(
+    hidden_ptr, grad_z_ptr, z_ptr, grad_hidden_ptr, scale, rows,
+    SIZE: tl.constexpr, HIDDEN_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    ACTIVATION: tl.constexpr, ONES: tl.constexpr, NEED_HIDDEN: tl.constexpr, NEED_GRAD: tl.constexpr,
+):  # fmt: skip
+    """h = scale f(z) and dZ = scale f'(z) dH of a tile; z and dH (rows, SIZE), h and dZ (rows, HIDDEN_STRIDE).
+
+    Columns past SIZE are zero; with ONES, column SIZE of h is one: its product with dO is the sum of dO.
+    """
+    pid = tl.program_id(0)
+    num_blocks: tl.constexpr = (HIDDEN_STRIDE + BLOCK_R - 1) // BLOCK_R
+    offs_m = (pid // num_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = (pid % num_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_m = (offs_m < rows)[:, None]
+    inside = (offs_r < SIZE)[None, :]
+    mask = mask_m & (offs_r < HIDDEN_STRIDE)[None, :]
+    offs = (offs_m * SIZE)[:, None] + offs_r[None, :]
+    offs_out = (offs_m * HIDDEN_STRIDE)[:, None] + offs_r[None, :]
+    z = tl.load(z_ptr + offs, mask=mask_m & inside, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_R)
+    dtype = z_ptr.dtype.element_ty
+    if NEED_HIDDEN:
+        h = _activate(z, ACTIVATION) * scale
+        if ONES:
+            h = tl.where((offs_r == SIZE)[None, :], 1.0, h)
+        tl.store(hidden_ptr + offs_out, h.to(dtype), mask=mask)
+    if NEED_GRAD:
+        dh = tl.load(grad_hidden_ptr + offs, mask=mask_m & inside, other=0.0).to(tl.float32)
+        dz = dh * scale * _activation_slope(z, ACTIVATION)
+        tl.store(grad_z_ptr + offs_out, tl.where(inside, dz, 0.0).to(dtype), mask=mask)
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "runs", "tiles_per_run"])
+def _bottleneck_wide_kernel(
+    out_ptr, hidden_ptr, weight_ptr, bias_ptr, residual_ptr, row_ids_ptr, reached_ptr,
+    OUT_STRIDES, WEIGHT_STRIDES, BIAS_STRIDES, RESIDUAL_STRIDES, scale, seq_len, num_adapters, runs, tiles_per_run,
+    HIDDEN_SIZE: tl.constexpr, SIZE: tl.constexpr, HIDDEN_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, HAS_ROW_IDS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_REACHED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """residual + hidden weight^T + scale * bias of a block of channels, over a run of row tiles of one batch row."""
+    pid = tl.program_id(0)
+    num_blocks: tl.constexpr = (HIDDEN_SIZE + BLOCK_N - 1) // BLOCK_N
+    row = (pid // (num_blocks * runs)).to(tl.int64)
+    first = (pid // num_blocks % runs) * tiles_per_run
+    last = tl.minimum(first + tiles_per_run, tl.cdiv(seq_len, BLOCK_M))
+    entry, adapted, wrong = _row_entry(row_ids_ptr, row, num_adapters, HAS_ROW_IDS)
+    offs_c = ((pid % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    mask_c = offs_c < HIDDEN_SIZE
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    dtype = hidden_ptr.dtype.element_ty
+    RESIDENT: tl.constexpr = SIZE <= BLOCK_K
+
+    bias = _vector(bias_ptr, BIAS_STRIDES, entry, offs_c, mask_c, HAS_BIAS)
+    used = (bias != 0.0).to(tl.int32)  # whether a channel adds anything
+    w_ptrs = (weight_ptr + entry * WEIGHT_STRIDES[0]) + (offs_k * WEIGHT_STRIDES[2])[:, None]
+    w_ptrs += (offs_c * WEIGHT_STRIDES[1])[None, :]
+    if RESIDENT:
+        w = tl.load(w_ptrs, mask=(offs_k < SIZE)[:, None] & mask_c[None, :], other=0.0)  # (BLOCK_K, BLOCK_N)
+        used = tl.maximum(used, tl.max((w != 0.0).to(tl.int32), axis=0))
+        w = w.to(dtype)
+    else:
+        for start in range(0, SIZE, BLOCK_K):
+            mask_w = (start + offs_k < SIZE)[:, None] & mask_c[None, :]
+            wk = tl.load(w_ptrs + start * WEIGHT_STRIDES[2], mask=mask_w, other=0.0)
+            used = tl.maximum(used, tl.max((wk != 0.0).to(tl.int32), axis=0))
+    acts = tl.where(scale != 0.0, 1, 0)
+    if HAS_REACHED:
+        acts *= tl.load(reached_ptr + entry).to(tl.int32)
+    bias *= scale
+    if HAS_ROW_IDS:
+        acts *= adapted.to(tl.int32)
+        used += wrong.to(tl.int32)
+        acts += wrong.to(tl.int32)
+        bias = tl.where(wrong, float("nan"), bias)
+    live = used * acts > 0
+
+    hidden_ptr += row * seq_len * HIDDEN_STRIDE
+    for tile in tl.range(first, last, num_stages=STAGES):
+        offs_m = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+        mask_m = (offs_m < seq_len)[:, None]
+        mask = mask_m & mask_c[None, :]
+        if HAS_RESIDUAL:
+            residual = tl.load(
+                _tile(residual_ptr, RESIDUAL_STRIDES, row, offs_m, offs_c), mask=mask, other=0.0
+            )
+        h_ptrs = hidden_ptr + (offs_m * HIDDEN_STRIDE)[:, None] + offs_k[None, :]
+        if RESIDENT:
+            h = tl.load(h_ptrs, mask=mask_m & (offs_k < SIZE)[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
+            acc = tl.dot(h, w, input_precision=PRECISION)
+        else:
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for start in range(0, SIZE, BLOCK_K):
+                mask_k = start + offs_k < SIZE
+                hk = tl.load(h_ptrs + start, mask=mask_m & mask_k[None, :], other=0.0)
+                wk_ptrs = w_ptrs + start * WEIGHT_STRIDES[2]
+                wk = tl.load(wk_ptrs, mask=mask_k[:, None] & mask_c[None, :], other=0.0)
+                acc = tl.dot(hk, wk, acc, input_precision=PRECISION)
+        if HAS_BIAS or HAS_ROW_IDS:
+            acc += bias[None, :]
+        # a choice, not a product with zero: it keeps the bits of residual, and Inf or NaN in hidden out of them
+        if HAS_RESIDUAL:
+            out = tl.where(live[None, :], (residual.to(tl.float32) + acc).to(dtype), residual)
+        else:
+            out = tl.where(live[None, :], acc, 0.0).to(dtype)
+        tl.store(_tile(out_ptr, OUT_STRIDES, row, offs_m, offs_c), out, mask=mask)
+
+
+def hidden(
+    z: Tensor, grad_hidden: Tensor | None, activation: str, scale: float, *,
+    ones: bool = False, need_hidden: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``scale * act(z)`` and, for a gradient, ``scale * act'(z) * grad_hidden``, each ``(rows, padded)``.
+
+    Args:
+        z, grad_hidden: ``(rows, bottleneck_size)``, contiguous.
+        ones: a column of ones behind those of h.
+    """
+    rows, size = z.shape
+    width = padded(size + ones)
+    h = z.new_empty((rows if need_hidden else 0, width))
+    grad_z = z.new_empty((rows if grad_hidden is not None else 0, width))
+    block_r = min(128, triton.next_power_of_2(width))
+    _bottleneck_hidden_kernel[(triton.cdiv(rows, HIDDEN_ROWS) * triton.cdiv(width, block_r),)](
+        hidden_ptr=h, grad_z_ptr=grad_z, z_ptr=z, grad_hidden_ptr=grad_hidden, scale=scale, rows=rows, SIZE=size,
+        HIDDEN_STRIDE=width, BLOCK_M=HIDDEN_ROWS, BLOCK_R=block_r, ACTIVATION=activation, ONES=ones,
+        NEED_HIDDEN=need_hidden, NEED_GRAD=grad_hidden is not None, num_warps=4,
+    )  # fmt: skip
+    return h, grad_z
+
+
+def wide(
+    out: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, row_ids: Tensor | None,
+    scale: float, reached: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write ``residual + h @ weight^T + scale * bias``.
+
+    Args:
+        out, residual: ``(batch, seq, hidden)`` any strides.
+        h: ``(batch * seq, at least bottleneck_size)``, dense.
+        weight, bias: banks ``(n, hidden, bottleneck_size)`` and ``(n, hidden)``, any strides.
+        reached: bool ``(n,)``: entries that are False copy ``residual``.
+    """
+    batch, seq_len, hidden_size = out.shape
+    num_adapters, _, size = weight.shape
+    arch = target.arch(out)
+    tiles = bottleneck_config.wide_config(arch, out.dtype, size, seq_len)
+    programs, block_m = tiles.pop("programs"), tiles["BLOCK_M"]
+    if size > tiles["BLOCK_K"]:  # read again with every tile of rows: rounded once, in one pass
+        weight = weight.to(out.dtype)
+    num_tiles, num_blocks = triton.cdiv(seq_len, block_m), triton.cdiv(hidden_size, tiles["BLOCK_N"])
+    # one wave: as many runs as the device holds programs at once
+    tiles_per_run = triton.cdiv(num_tiles, min(num_tiles, max(1, programs // (batch * num_blocks))))
+    runs = triton.cdiv(num_tiles, tiles_per_run)
+    _bottleneck_wide_kernel[(batch * runs * num_blocks,)](
+        out_ptr=out, hidden_ptr=h, weight_ptr=weight, bias_ptr=bias, residual_ptr=residual, row_ids_ptr=row_ids,
+        reached_ptr=reached, OUT_STRIDES=out.stride(), WEIGHT_STRIDES=weight.stride(),
+        BIAS_STRIDES=strides(bias, 2), RESIDUAL_STRIDES=strides(residual, 3), scale=scale, seq_len=seq_len,
+        num_adapters=num_adapters, runs=runs, tiles_per_run=tiles_per_run, HIDDEN_SIZE=hidden_size, SIZE=size,
+        HIDDEN_STRIDE=h.stride(0), STAGES=tiles["num_stages"], HAS_ROW_IDS=row_ids is not None,
+        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, HAS_REACHED=reached is not None,
+        PRECISION=bottleneck_config.products(arch, out.dtype), **tiles,
+    )  # fmt: skip
