@@ -89,7 +89,7 @@ def _threads(kernel) -> int:
     return warps * kernel.metadata.target.warp_size
 
 
-def disassemble(cubin: bytes) -> str:
+def instructions(cubin: bytes) -> str:
     """Instructions with their encodings."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
