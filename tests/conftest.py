@@ -14,11 +14,14 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 import pytest
 import torch
 
-from tests.support import interpreter
+from tests.support import interpreter, launches
 
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is decorated, so it must be set before any kernel is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+RECORDER = launches.Recorder()
 
 
 @pytest.fixture(autouse=True)
@@ -45,5 +48,10 @@ def default_threads():
 
 @pytest.fixture(autouse=True)
 def quick_interpreter():
-    with interpreter.quick_interpreter():
+    with interpreter.quick_interpreter(), launches.recorded(RECORDER):
         yield
+
+
+def pytest_collection_modifyitems(items):
+    """What looks at the other tests' launches runs last."""
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)

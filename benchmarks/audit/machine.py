@@ -89,6 +89,14 @@ def _threads(kernel) -> int:
     return warps * kernel.metadata.target.warp_size
 
 
+def instructions(cubin: bytes) -> str:
+    """Instructions with their encodings."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _tool("nvdisasm", "-c", "-hex", file.name)
+
+
 def _disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

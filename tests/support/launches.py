@@ -1,0 +1,96 @@
+"""Which launchers of Triton kernels the tests call, so that the compiler can see the same calls afterwards.
+
+The interpreter runs what no compiler takes: a product over 8 positions in fp32, for one. So every distinct call of a
+launcher that launches something is noted, one line of JSON each, in a file per process; workers of one run share
+the folder. A call is noted as shapes, strides and dtypes; :mod:`tests.support.compile_launches` makes it again
+with tensors that have no memory, on each architecture, with the tiles of that architecture.
+"""
+
+import contextlib
+import inspect
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+KERNELS = "fastadapter.kernels."
+
+
+def folder() -> Path:
+    """Of this run; the same in all of its workers, and in runs that a test starts with the variable set."""
+    name = os.environ.get("FASTADAPTER_TEST_LAUNCHES")
+    if name is None:
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(os.getpid())
+        name = str(Path(tempfile.gettempdir()) / f"fastadapter-launches-{os.getuid()}-{run}")
+    return Path(name)
+
+
+def describe(value):
+    """A value of a launcher's argument as JSON; TypeError for one that is none."""
+    if isinstance(value, torch.Tensor):
+        aligned = value.data_ptr() % 16 == 0 or value.numel() == 0
+        dtype = str(value.dtype).removeprefix("torch.")
+        return {"shape": list(value.shape), "strides": list(value.stride()), "dtype": dtype, "aligned": aligned}
+    if isinstance(value, torch.dtype):
+        return {"is": str(value).removeprefix("torch.")}
+    if isinstance(value, tuple | list):
+        return [describe(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"no launcher takes a {type(value)}")
+
+
+class Recorder:
+    def __init__(self):
+        self.seen: set[str] = set()
+
+    def note(self) -> None:
+        """The call that launches: of the frames on the stack, the outermost function of the kernels' package."""
+        frame, outermost = sys._getframe(2), None
+        while frame is not None:
+            if frame.f_globals.get("__name__", "").startswith(KERNELS):
+                outermost = frame
+            frame = frame.f_back
+        if outermost is None:  # a kernel of a test's own
+            return
+        module, code = outermost.f_globals["__name__"], outermost.f_code
+        function = getattr(sys.modules[module], code.co_name, None)
+        if getattr(inspect.unwrap(function), "__code__", None) is not code if function else True:
+            raise RuntimeError(f"{module}.{code.co_name} launches and is no function of its module")
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        arguments = {name: describe(outermost.f_locals[name]) for name in names}
+        line = json.dumps({"module": module, "function": code.co_name, "arguments": arguments}, sort_keys=True)
+        if line not in self.seen:
+            self.seen.add(line)
+            folder().mkdir(exist_ok=True)
+            with (folder() / f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+@contextlib.contextmanager
+def recorded(recorder: Recorder) -> Iterator[None]:
+    """Inside the block, launches in the interpreter are noted, and done."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None:
+        yield
+        return
+    run = interpreter.InterpretedFunction.run
+
+    def noting(self, *args, **kwargs):
+        recorder.note()
+        return run(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter.InterpretedFunction, "run", noting)
+        yield
+
+
+def calls() -> list[dict]:
+    """Everything noted in this run so far, each call once."""
+    lines = {line for path in folder().glob("*.jsonl") for line in path.read_text(encoding="utf-8").splitlines()}
+    return [json.loads(line) for line in sorted(lines)]
