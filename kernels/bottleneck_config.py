@@ -5,7 +5,7 @@ Chosen so that every kernel compiles without spills for sm_80, sm_90, sm_100 and
 
 import torch
 import triton
-from fastadapter.kernels.gated_prefix_tiles import PROCESSORS
+from fastadapter.kernels.prefix_tiles import PROCESSORS
 
 # The largest bottleneck_size whose block of U stays on chip while a program walks over rows.
 RESIDENT_SIZE = 256

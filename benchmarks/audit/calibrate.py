@@ -48,7 +48,9 @@ class Measured:
 def measured(path: Path = FEATURES) -> list[Measured]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [
-        Measured(row["case"], row["measured_us"], row["how"], tuple(Features(**one) for one in row["launches"]))
+        Measured(
+            row["case"], row["measured_us"], row["how"], tuple(Features(**one) for one in row["launches"])
+        )
         for row in rows
     ]
 
@@ -69,7 +71,9 @@ def left_out(rows: Sequence[Measured]) -> list[float]:
 
 
 def table(rows: Sequence[Measured]) -> list[list[str]]:
-    lines = [["call", "measured by", "measured, us", "estimated, us", "error, %", "left out, %", "launches, us"]]
+    lines = [
+        ["call", "measured by", "measured, us", "estimated, us", "error, %", "left out, %", "launches, us"]
+    ]
     for row, out in zip(rows, left_out(rows)):
         found = row.estimate(Constants())
         launches = " + ".join(f"{part.us:.0f}" for part in found.parts)
@@ -117,9 +121,7 @@ def predict(case) -> Prediction:
     from .estimate import features
 
     found = features(lambda: cases.run(case, Maker(case)))
-    times = {
-        name: [time_of(step, card, Constants()) for step in found] for name, card in CARDS.items()
-    }
+    times = {name: [time_of(step, card, Constants()) for step in found] for name, card in CARDS.items()}
     slowest = max(times["H200"], key=lambda part: part.us)
     by = max(("processors", "cache", "memory"), key=lambda name: getattr(slowest, name))
     return Prediction(
@@ -154,7 +156,8 @@ def load(path: Path = PREDICTIONS) -> list[Prediction]:
     kinds = {field.name: field.type if field.type in (int, float) else str for field in fields(Prediction)}
     with path.open(encoding="utf-8", newline="") as file:
         return [
-            Prediction(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)
+            Prediction(**{name: kinds[name](value) for name, value in row.items()})
+            for row in csv.DictReader(file)
         ]
 
 

@@ -82,7 +82,9 @@ class Features:
     requested: float  # bytes of the launch, from the cache
     touched: int  # bytes of the tensors it uses
     handed_on: int  # of which an earlier launch of the call wrote
-    again: dict[str, float] = field(default_factory=dict)  # bytes read before, by log2 of what the warp moved since
+    again: dict[str, float] = field(
+        default_factory=dict
+    )  # bytes read before, by log2 of what the warp moved since
     unknown: int = 0  # instructions that the walk does not understand
 
 
@@ -336,7 +338,9 @@ def main() -> int:
     from . import cases
     from .case import Maker
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.audit.estimate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.audit.estimate", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("op")
     parser.add_argument("direction", choices=("forward", "backward"))
     parser.add_argument("--case", default="", help="only cases whose name contains this")
@@ -344,7 +348,11 @@ def main() -> int:
     parser.add_argument("--card", nargs="+", choices=CARDS, default=list(CARDS))
     args = parser.parse_args()
     for case in cases.all_cases():
-        if (case.op, case.direction, case.dtype) != (args.op, args.direction, args.dtype) or args.case not in str(case):
+        if (case.op, case.direction, case.dtype) != (
+            args.op,
+            args.direction,
+            args.dtype,
+        ) or args.case not in str(case):
             continue
         found = features(lambda case=case: cases.run(case, Maker(case)))
         for card in args.card:

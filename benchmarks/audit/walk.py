@@ -48,9 +48,13 @@ class Cost:
     matrix_fma: int = 0  # multiplications and additions on matrix units, per warp
     shared_bytes: int = 0  # through shared memory, per warp
     barriers: int = 0
-    read: Counter = field(default_factory=Counter)  # bytes of global memory per warp, by place of the argument
+    read: Counter = field(
+        default_factory=Counter
+    )  # bytes of global memory per warp, by place of the argument
     written: Counter = field(default_factory=Counter)
-    again: Counter = field(default_factory=Counter)  # bytes read before, by log2 of what the warp moved since then
+    again: Counter = field(
+        default_factory=Counter
+    )  # bytes read before, by log2 of what the warp moved since then
     unknown: Counter = field(default_factory=Counter)  # instructions that are not understood
 
 
@@ -159,7 +163,11 @@ class Walk:
             cost.shared_bytes += 32 * (4 if op == "SHFL" else width)
         if op in ("LDG", "STG", "LDGSTS"):
             where = [x for x in step.operands if isinstance(x, Address)][-1]
-            if op == "LDGSTS" and isinstance(step.operands[-1], Predicate) and not self._holds(step.operands[-1]):
+            if (
+                op == "LDGSTS"
+                and isinstance(step.operands[-1], Predicate)
+                and not self._holds(step.operands[-1])
+            ):
                 return CACHE_LATENCY  # zeros are written
             address = self._address(where)
             place = self.memory.place(address)
@@ -180,7 +188,11 @@ class Walk:
     def _holds(self, predicate: Predicate | None) -> bool:
         if predicate is None:
             return True
-        value = True if predicate.index is None else self.predicates[predicate.uniform].get(predicate.index, False)
+        value = (
+            True
+            if predicate.index is None
+            else self.predicates[predicate.uniform].get(predicate.index, False)
+        )
         return value != predicate.negated
 
     def _set(self, target, value: bool) -> None:
@@ -199,16 +211,20 @@ class Walk:
     def _value(self, operand) -> int:
         """32 bits of an operand."""
         if isinstance(operand, Register):
-            value = 0 if operand.index is None else self.registers[operand.uniform].get(operand.index, ORDINARY)
+            value = (
+                0 if operand.index is None else self.registers[operand.uniform].get(operand.index, ORDINARY)
+            )
             return _signed_away(value, operand.sign, operand.absolute)
         if isinstance(operand, Immediate):
             return operand.bits
         if isinstance(operand, Constant):
             return _signed_away(self.constants.get(operand.offset, 0), operand.sign, False)
         if isinstance(operand, Other):
-            return {"SR_CTAID.X": self.program[0], "SR_CTAID.Y": self.program[1], "SR_CTAID.Z": self.program[2]}.get(
-                operand.text, 0
-            )
+            return {
+                "SR_CTAID.X": self.program[0],
+                "SR_CTAID.Y": self.program[1],
+                "SR_CTAID.Z": self.program[2],
+            }.get(operand.text, 0)
         return 0
 
     def _pair(self, operand) -> int:
@@ -515,7 +531,11 @@ def _shared(walk: Walk, step: Instruction) -> None:
     if step.opcode == "STS":
         where, source = step.operands[:2]
         for number in range(words):
-            register = source if number == 0 else Register(source.uniform, source.index + number if source.index is not None else None)
+            register = (
+                source
+                if number == 0
+                else Register(source.uniform, source.index + number if source.index is not None else None)
+            )
             walk.shared[walk._address(where) + 4 * number] = walk.last_shared = walk._value(register)
         return
     target, where = step.operands[:2]
@@ -575,8 +595,38 @@ HANDLERS = {
     "R2P": _r2p, "IABS": _iabs, "POPC": _popc,
 }  # fmt: skip
 # the uniform datapath has its own names for the same
-SAME = {"IMAD", "IADD3", "LEA", "LOP3", "PLOP3", "SHF", "ISETP", "SEL", "MOV", "LDC", "SGXT", "PRMT", "VIMNMX", "POPC"}
-FLOATS = {"HMMA", "IMMA", "FMUL", "FADD", "FFMA", "FMNMX", "F2FP", "F2F", "I2FP", "HADD2", "HMUL2", "HMNMX2", "FLO", "ATOMG"}
+SAME = {
+    "IMAD",
+    "IADD3",
+    "LEA",
+    "LOP3",
+    "PLOP3",
+    "SHF",
+    "ISETP",
+    "SEL",
+    "MOV",
+    "LDC",
+    "SGXT",
+    "PRMT",
+    "VIMNMX",
+    "POPC",
+}
+FLOATS = {
+    "HMMA",
+    "IMMA",
+    "FMUL",
+    "FADD",
+    "FFMA",
+    "FMNMX",
+    "F2FP",
+    "F2F",
+    "I2FP",
+    "HADD2",
+    "HMUL2",
+    "HMNMX2",
+    "FLO",
+    "ATOMG",
+}
 NO_RESULT = {
     "LDSM", "STSM", "STG", "LDGSTS", "NOP", "BSSY", "BSYNC", "WARPSYNC", "DEPBAR", "SYNCS", "UTMASTG", "UTMACCTL",
     "UTMACMDFLUSH", "FENCE", "MEMBAR", "CCTL", "WARPGROUP", "HGMMA", "ERRBAR", "YIELD", "UTMAPF", "R2B", "LDL", "STL",

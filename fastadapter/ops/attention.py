@@ -49,8 +49,9 @@ def reference_options(
     }
 
 
+@checks.once(tensors=5)
 def check_operands(
-    op: str, query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor
+    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, op: str
 ) -> None:
     """Types, shapes, dtypes and devices of the five operands."""
     checks.require_tensor(

@@ -57,15 +57,17 @@ def gated_prefix(
     True
     """
     _validate(base, query, prefix_key, prefix_value, gate, row_ids, gate_fn)
+    checks.require_row_ids_in_range("gated_prefix", row_ids, prefix_key.shape[0])
     if softmax_scale is None:
         softmax_scale = query.shape[-1] ** -0.5
-    chosen = choose_backend(backend, query.device.type, query.dtype, "gated_prefix")
+    chosen = choose_backend(backend, query.device.type, query.dtype, "gated_prefix", query.shape[3])
     args = (base, query, prefix_key, prefix_value, gate, row_ids, float(softmax_scale), gate_fn)
     if torch.is_grad_enabled() and any(x.requires_grad for x in args[:5]):
         return _GatedPrefix.apply(*args, chosen)
     return run_forward(chosen, *args)
 
 
+@checks.once(tensors=6)
 def _validate(base, query, prefix_key, prefix_value, gate, row_ids, gate_fn) -> None:
     op = "gated_prefix"
     checks.require_tensor(

@@ -76,7 +76,7 @@ def gated_prefix_attention(
     >>> gated_prefix_attention(query, key, value, prefix_key, prefix_value, torch.ones(1, 4), is_causal=True).shape
     torch.Size([2, 4, 5, 8])
     """
-    check_operands(_OP, query, key, value, prefix_key, prefix_value)
+    check_operands(query, key, value, prefix_key, prefix_value, _OP)
     checks.require_tensor(_OP, gate=gate)
     num_prefixes = prefix_key.shape[0]
     checks.require_gate(_OP, gate, query.dtype, num_prefixes, query.shape[1])
@@ -95,7 +95,7 @@ def gated_prefix_attention(
         softmax_scale=softmax_scale,
         row_ids=row_ids,
     )
-    chosen = choose_backend(backend, query.device.type, query.dtype, _OP)
+    chosen = choose_backend(backend, query.device.type, query.dtype, _OP, query.shape[3])
     operands = (query, key, value, prefix_key, prefix_value, gate)
     if chosen == "triton":
         base, _ = choose_base(query, key, options)

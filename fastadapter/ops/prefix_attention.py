@@ -73,7 +73,7 @@ def prefix_attention(
     >>> prefix_attention(query, key, value, prefix_key, prefix_value, is_causal=True).shape
     torch.Size([2, 4, 5, 8])
     """
-    check_operands(_OP, query, key, value, prefix_key, prefix_value)
+    check_operands(query, key, value, prefix_key, prefix_value, _OP)
     options = check_options(
         _OP,
         query,
@@ -87,7 +87,7 @@ def prefix_attention(
         softmax_scale=softmax_scale,
         row_ids=row_ids,
     )
-    chosen = choose_backend(backend, query.device.type, query.dtype, _OP)
+    chosen = choose_backend(backend, query.device.type, query.dtype, _OP, query.shape[3])
     base = _base_of(form, chosen, query, key, options)
     if base is not None:
         return merged_over_base(base, chosen, query, key, value, prefix_key, prefix_value, options)

@@ -64,6 +64,18 @@ def prefix_merge(
     >>> torch.allclose(out, torch.ones_like(out))
     True
     """
+    _validate(base, base_lse, query, prefix_key, prefix_value, row_ids)
+    checks.require_row_ids_in_range(_OP, row_ids, prefix_key.shape[0])
+    constants = (scale_or_default(_OP, softmax_scale, query.shape[3]), softcap_or_zero(_OP, softcap))
+    chosen = choose_backend(backend, query.device.type, query.dtype, _OP, query.shape[3])
+    args = (base, base_lse, query, prefix_key, prefix_value, row_ids, *constants)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in args[:5]):
+        return PrefixMerge(*_PrefixMerge.apply(chosen, *args))
+    return PrefixMerge(*run_forward(chosen, *args))
+
+
+@checks.once(tensors=6)
+def _validate(base, base_lse, query, prefix_key, prefix_value, row_ids) -> None:
     checks.require_tensor(
         _OP, base=base, base_lse=base_lse, query=query, prefix_key=prefix_key, prefix_value=prefix_value
     )
@@ -77,12 +89,6 @@ def prefix_merge(
     check_prefix(_OP, query, prefix_key.shape[1], prefix_key, prefix_value)
     checks.require_same_device(_OP, query.device, base=base, base_lse=base_lse, row_ids=row_ids)
     checks.require_row_ids(_OP, row_ids, query.shape[0], prefix_key.shape[0])
-    constants = (scale_or_default(_OP, softmax_scale, query.shape[3]), softcap_or_zero(_OP, softcap))
-    chosen = choose_backend(backend, query.device.type, query.dtype, _OP)
-    args = (base, base_lse, query, prefix_key, prefix_value, row_ids, *constants)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in args[:5]):
-        return PrefixMerge(*_PrefixMerge.apply(chosen, *args))
-    return PrefixMerge(*run_forward(chosen, *args))
 
 
 class _PrefixMerge(torch.autograd.Function):

@@ -35,7 +35,12 @@ def describe(value):
     if isinstance(value, torch.Tensor):
         aligned = value.data_ptr() % 16 == 0 or value.numel() == 0
         dtype = str(value.dtype).removeprefix("torch.")
-        return {"shape": list(value.shape), "strides": list(value.stride()), "dtype": dtype, "aligned": aligned}
+        return {
+            "shape": list(value.shape),
+            "strides": list(value.stride()),
+            "dtype": dtype,
+            "aligned": aligned,
+        }
     if isinstance(value, torch.dtype):
         return {"is": str(value).removeprefix("torch.")}
     if isinstance(value, tuple | list):
@@ -64,7 +69,9 @@ class Recorder:
             raise RuntimeError(f"{module}.{code.co_name} launches and is no function of its module")
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         arguments = {name: describe(outermost.f_locals[name]) for name in names}
-        line = json.dumps({"module": module, "function": code.co_name, "arguments": arguments}, sort_keys=True)
+        line = json.dumps(
+            {"module": module, "function": code.co_name, "arguments": arguments}, sort_keys=True
+        )
         if line not in self.seen:
             self.seen.add(line)
             folder().mkdir(exist_ok=True)
@@ -92,5 +99,7 @@ def recorded(recorder: Recorder) -> Iterator[None]:
 
 def calls() -> list[dict]:
     """Everything noted in this run so far, each call once."""
-    lines = {line for path in folder().glob("*.jsonl") for line in path.read_text(encoding="utf-8").splitlines()}
+    lines = {
+        line for path in folder().glob("*.jsonl") for line in path.read_text(encoding="utf-8").splitlines()
+    }
     return [json.loads(line) for line in sorted(lines)]
