@@ -171,7 +171,7 @@ def prefix_term_forward(
     batch, num_heads, q_len, head_dim = query.shape
     num_kv_heads, prefix_len = prefix_key.shape[1:3]
     arch = target.arch(query)
-    tiles = config(arch, head_dim, prefix_len, query.dtype, "forward", q_len)
+    tiles = config(arch, head_dim, prefix_len, query.dtype, "merge" if form == "merge" else "forward", q_len)
     group_size = num_heads // num_kv_heads
     packed = q_len < tiles.block_m
     launch = None

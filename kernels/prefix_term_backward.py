@@ -164,9 +164,8 @@ def _prefix_term_bwd_kernel(
         )
         mask_md = mask_m[:, None] & mask_d
         q = tl.load(_tile(query_ptr, QUERY_STRIDES, row, head, offs_m, offs_d), mask=mask_md, other=0.0)
-        do = tl.load(
-            _tile(grad_out_ptr, GRAD_OUT_STRIDES, row, head, offs_m, offs_d), mask=mask_md, other=0.0
-        )
+        do_ptrs = _tile(grad_out_ptr, GRAD_OUT_STRIDES, row, head, offs_m, offs_d)
+        do = tl.load(do_ptrs, mask=mask_md, other=0.0)
         factor = _factor(gate_ptr, GATE_STRIDES, row_id, entry, num_prefixes, head, FORM)
         offs_stats = (row * num_heads + head) * q_len + offs_m  # (BLOCK_M,) in (batch, num_heads, q_len)
         lse = tl.zeros((BLOCK_M,), tl.float32)
@@ -188,7 +187,9 @@ def _prefix_term_bwd_kernel(
             if FORM == "merge":
                 o_ptrs = _tile(out_ptr, OUT_STRIDES, row, head, offs_m, offs_d)
                 o = tl.load(o_ptrs, mask=mask_md, other=0.0)
-                delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
+                # loaded again (from L2): shared memory is laid out for one kind of use, and products need the other
+                do_rows = tl.load(do_ptrs, mask=mask_md, other=0.0, eviction_policy="evict_first")
+                delta = tl.sum(o.to(tl.float32) * do_rows.to(tl.float32), axis=1)
 
         if PART != "query":
             s, slope = _scores(q, k, softmax_scale, softcap, mask_p, HAS_SOFTCAP, PRECISION)
@@ -225,33 +226,33 @@ def _prefix_term_bwd_kernel(
             if FORM != "merge" or PART == "query":
                 tl.store(delta_ptr + offs_stats, delta, mask=mask_m)
             mask_w = (offs_m < written_rows)[:, None] & mask_d
-            dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-            # no product with zero: Inf or NaN in the prefix stay out of what has no adapter
-            if factor != 0.0:
-                if PART == "both":
-                    # the factor comes after the product: in fp16 a small gate would flush dS to zero
-                    dq = tl.dot(ds.to(DTYPE), k, input_precision=PRECISION)
-                else:
-                    for start in range(0, prefix_len, BLOCK_P):
-                        kn, vn, mask_n = _prefix_block(
-                            k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, start, prefix_len, mask_d, DTYPE
-                        )
-                        s, slope = _scores(q, kn, softmax_scale, softcap, mask_n, HAS_SOFTCAP, PRECISION)
-                        dp = tl.dot(do, tl.trans(vn), input_precision=PRECISION)
-                        dsn = tl.exp(s - lse[:, None]) * (dp - delta[:, None])
-                        if HAS_SOFTCAP:
-                            dsn = dsn * slope
-                        dq = tl.dot(dsn.to(DTYPE), kn, dq, input_precision=PRECISION)
-                dq = dq * (factor * softmax_scale)
+            if PART == "both":
+                # the factor comes after the product: in fp16 a small gate would flush dS to zero
+                dq = tl.dot(ds.to(DTYPE), k, input_precision=PRECISION)
+            else:
+                dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+                for start in range(0, prefix_len, BLOCK_P):
+                    kn, vn, mask_n = _prefix_block(
+                        k_ptrs, v_ptrs, KEY_STRIDES, VALUE_STRIDES, start, prefix_len, mask_d, DTYPE
+                    )
+                    s, slope = _scores(q, kn, softmax_scale, softcap, mask_n, HAS_SOFTCAP, PRECISION)
+                    dp = tl.dot(do, tl.trans(vn), input_precision=PRECISION)
+                    dsn = tl.exp(s - lse[:, None]) * (dp - delta[:, None])
+                    if HAS_SOFTCAP:
+                        dsn = dsn * slope
+                    dq = tl.dot(dsn.to(DTYPE), kn, dq, input_precision=PRECISION)
+            # a choice, not a product with zero: Inf or NaN in the prefix stay out of what has no adapter
+            dq = tl.where(factor != 0.0, dq * (factor * softmax_scale), 0.0)
             if HAS_BASE_GRAD:
                 base_ptrs = _tile(base_grad_ptr, BASE_GRAD_STRIDES, row, head, offs_m, offs_d)
                 dq += tl.load(base_ptrs, mask=mask_w, other=0.0).to(tl.float32)
             dq_ptrs = _tile(grad_query_ptr, GRAD_QUERY_STRIDES, row, head, offs_m, offs_d)
             tl.store(dq_ptrs, dq.to(DTYPE), mask=mask_w)
         if PART != "query":
-            if factor != 0.0:
-                dk += tl.dot(tl.trans(ds.to(DTYPE)), q, input_precision=PRECISION) * factor
-                dv += tl.dot(tl.trans(p.to(DTYPE)), do, input_precision=PRECISION) * factor
+            on_key = tl.dot(tl.trans(ds.to(DTYPE)), q, input_precision=PRECISION)
+            on_value = tl.dot(tl.trans(p.to(DTYPE)), do, input_precision=PRECISION)
+            dk += tl.where(factor != 0.0, on_key * factor, 0.0)
+            dv += tl.where(factor != 0.0, on_value * factor, 0.0)
     if PART != "query":
         offs_pd = (kv_head * prefix_len + first_p + offs_p)[:, None] * HEAD_DIM + offs_d[None, :]
         mask_pd = (first_p + offs_p < written_positions)[:, None] & mask_d

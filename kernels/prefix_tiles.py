@@ -118,7 +118,7 @@ class Tiles(NamedTuple):
 
 
 def config(arch: str, head_dim: int, prefix_len: int, dtype: torch.dtype, launch: str, q_len: int) -> Tiles:
-    """The tiles of one launch: "forward"; "backward" of a prefix of one block; "backward-query" and then
+    """The tiles of one launch: "forward" or "merge"; "backward" of a prefix of one block; "backward-query" and then
     "backward-prefix" of a longer one. ``block_m`` is the same in all of backward.
 
     From what the kernels compile to (no spills) and what was measured on an H200 (benchmarks/results/gpu.jsonl). Fewer
@@ -126,13 +126,15 @@ def config(arch: str, head_dim: int, prefix_len: int, dtype: torch.dtype, launch
     programs than the device holds at once even out the last wave.
     """
     nvidia, wide = arch.startswith("sm_"), head_dim > 128
-    if launch == "forward":
+    if launch in ("forward", "merge"):
         if dtype == torch.float32:
             return Tiles(16, 16, 4, 1, 8)
         largest = 32 if not nvidia else 64 if wide else 128
         block_p = min(largest, max(16, triton.next_power_of_2(prefix_len)))
         if q_len < 16:  # a token of each head: one short tile per program, as many programs at once as fit
             return Tiles(16, block_p, 8 if wide or block_p > 64 else 2, 1, 16)
+        if launch == "merge" and block_p == 16 and not wide and nvidia:
+            return Tiles(16, 16, 2, 3, 6)
         return Tiles(32, block_p, 8 if wide else 4, 3 if nvidia else 2, 8)
     if dtype == torch.float32:  # two accumulators beside operands in six parts would spill
         if launch == "backward":
@@ -140,8 +142,10 @@ def config(arch: str, head_dim: int, prefix_len: int, dtype: torch.dtype, launch
         return Tiles(16, 16, 4 if head_dim <= 64 else 8, 1, 2)
     block_p = 32 if prefix_len > 16 and not wide else 16
     if launch == "backward-query":
-        return Tiles(32, 16 if wide or not nvidia else 32, 8 if wide else 4, 2, 2)
-    return Tiles(32, block_p, 8 if wide else 4, 2, 2)
+        return Tiles(16, 16 if wide or not nvidia else 32, 4, 2, 3)
+    if launch == "backward" and block_p == 16 and not wide:
+        return Tiles(16, 16, 2, 3, 4)
+    return Tiles(16, block_p, 8 if wide else 4, 2, 3)
 
 
 def operands(query, prefix_key, gate, row_ids, softmax_scale, softcap, form, tiles, arch) -> dict:
