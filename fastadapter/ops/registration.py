@@ -14,6 +14,9 @@ import torch
 from fastadapter.ops import self_check
 from fastadapter.ops.backends import GPU_TYPES, UNCHECKED, automatic_backend, extension_error, lack, library
 
+# What the dispatcher runs on a GPU, by registered name: compiled graphs, modes and tracing come this way.
+GPU_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+
 
 def register(
     op: str,
@@ -64,6 +67,7 @@ def register(
     if importlib.util.find_spec(file) is None:
         lack(op, "triton", f"there is no Triton kernel of {op}")
     library.impl(name, gpu, "CUDA")
+    GPU_IMPLEMENTATIONS[name] = gpu
     torch.library.register_fake(qualified, fake, lib=library)
     registered = getattr(torch.ops.fastadapter, name).default
 
@@ -76,7 +80,7 @@ def register(
         if backend == "triton":
             if args[0].is_cpu and "cpu" not in GPU_TYPES:
                 return triton(*args)  # in Triton's interpreter; the registered op of a CPU is the C++ one
-            if is_plain(args) or args[0].is_cpu:
+            if is_plain(args):
                 return checked(*args)
         return registered(*args)
 
