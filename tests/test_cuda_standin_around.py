@@ -1,7 +1,6 @@
 """What surrounds the ops on a GPU: models, training, generators, memory, doctor, explain, on a stand-in.
 
-Correct means: the same results as on a CPU, within rounding of the kernels; the GPU's own functions are asked, and asked
-for the right device.
+Correct means: the same results as on a CPU, within rounding of the kernels, and the GPU's own functions are asked.
 """
 
 import json
@@ -47,6 +46,7 @@ def loss_and_gradients(model):
     return {"loss": loss.detach(), **found}
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize(
     "config",

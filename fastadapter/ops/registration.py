@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fastadapter.ops import self_check
 from fastadapter.ops.backends import GPU_TYPES, UNCHECKED, automatic_backend, extension_error, lack, library
@@ -102,6 +103,7 @@ def is_plain(args: tuple) -> bool:
         and not torch._C._is_torch_function_mode_enabled()
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
     )
 
 
