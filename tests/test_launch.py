@@ -6,7 +6,11 @@ nothing that Triton would compile anew for is skipped. The GPU's launcher is mad
 
 import importlib
 import inspect
+import os
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -274,3 +278,14 @@ def test_the_interpreter_keeps_nothing(monkeypatch):
     for _ in range(2):
         twice(torch.ones(2), None, 1)
     assert len(asked) == 2
+
+
+def test_the_cost_on_the_host_is_measured_without_a_gpu():
+    """``benchmarks.host_cost`` in a process of its own, with kernels that are not the interpreter's."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.host_cost", "--calls", "1", "--op", "gated_prefix"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("  ")[0] for line in done.stdout.splitlines()]
+    assert rows == ["gated_prefix"] * 4 and " calls" in done.stdout
