@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import gc
 import importlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -36,6 +37,7 @@ class Row(NamedTuple):
     op: str
     what: str
     microseconds: float  # the least of the samples: another process can only add to it
+    calls: float  # of functions, Python's and C's, which no other process changes
 
 
 @contextlib.contextmanager
@@ -122,12 +124,32 @@ def measure(ops: list[str], calls: int = CALLS) -> Iterator[Row]:
         for op in ops:
             call, tensors = cases()[op]
             with torch.no_grad():
-                yield Row(op, "forward, no gradients", microseconds(partial(call, *tensors), calls))
-                yield Row(op, "floor of it", microseconds(partial(torch.empty_like, tensors[0]), calls))
+                yield _row(op, "forward, no gradients", partial(call, *tensors), calls)
+                yield _row(op, "floor of it", partial(torch.empty_like, tensors[0]), calls)
             for name, run in (("forward + backward", call), ("floor of it", _Nothing.apply)):
-                yield Row(
-                    op, name, microseconds(partial(_chain, run, tensors), max(1, calls // CHAIN)) / CHAIN
-                )
+                yield _row(op, name, partial(_chain, run, tensors), calls, CHAIN)
+
+
+def _row(op: str, what: str, call: Callable[[], Any], calls: int, of: int = 1) -> Row:
+    """A row of a ``call`` that makes ``of`` calls of the op."""
+    return Row(op, what, microseconds(call, max(1, calls // of)) / of, count(call) / of)
+
+
+def count(call: Callable[[], Any]) -> int:
+    """How many functions ``call`` calls, after a first time."""
+    call()
+    seen = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal seen
+        seen += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return seen
 
 
 def _chain(call: Callable[..., Tensor], tensors: list[Tensor]) -> None:
@@ -147,7 +169,7 @@ def main() -> None:
     parser.add_argument("--op", nargs="*", choices=list(cases()), help="all unless given")
     args = parser.parse_args()
     for row in measure(args.op or list(cases()), args.calls):
-        print(f"{row.op:<14} {row.what:<24} {row.microseconds:7.1f} us", flush=True)
+        print(f"{row.op:<14} {row.what:<24} {row.microseconds:7.1f} us {row.calls:6.0f} calls", flush=True)
 
 
 if __name__ == "__main__":

@@ -93,9 +93,7 @@ def _gpu(device: torch.device | str | None) -> torch.device:
         )
     if error := triton_error(place.type):
         raise RuntimeError(f"warmup: {error}")
-    if place.type == "cuda" and place.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return place
+    return torch.device("cuda", torch.cuda.current_device()) if place == torch.device("cuda") else place
 
 
 def _exercise(

@@ -6,12 +6,17 @@ nothing that Triton would compile anew for is skipped. The GPU's launcher is mad
 
 import importlib
 import inspect
+import os
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+tl = importlib.import_module("triton.language")
 launch = importlib.import_module("fastadapter.kernels.launch")
 target = importlib.import_module("fastadapter.kernels.target")
 
@@ -178,6 +183,30 @@ def test_the_installed_triton_launches_as_assumed():
     assert parameters[:6] == ["self", "gridX", "gridY", "gridZ", "stream", "function"]
 
 
+def _plain_kernel(out_ptr, scale, x_ptr, STRIDES, n, BLOCK: tl.constexpr, LAST: tl.constexpr):
+    pass
+
+
+def test_arguments_are_those_that_triton_binds(kernel):
+    """In number and order, tuples and compile-time values included; options such as num_warps are none of them."""
+    jit = importlib.import_module("triton.runtime.jit")
+    compiler = importlib.import_module("triton.compiler.compiler")
+    backends = importlib.import_module("triton.backends.compiler")
+    function = jit.JITFunction(_plain_kernel)
+    backend = compiler.make_backend(backends.GPUTarget("cuda", 90, 32))
+    bind = jit.create_function_from_signature(function.signature, function.params, backend)
+    tensors = [aligned(), aligned()]
+    constants = {"scale": 0.5, "STRIDES": (4, 1), "n": 7, "BLOCK": 16, "LAST": True}
+    bound, *_ = bind(out_ptr=tensors[0], x_ptr=tensors[1], num_warps=4, **constants)
+    kernel.arg_names = function.arg_names
+    run = launch.Launch(kernel, (1, 2), ("out_ptr", "x_ptr"), {**constants, "num_warps": 4})
+    for _ in range(2):
+        run(*tensors)
+    (arguments,) = kernel.direct
+    assert arguments[:3] == (1, 2, 1)
+    assert list(arguments[9:]) == [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in bound.values()]
+
+
 @pytest.fixture
 def kept(monkeypatch):
     """Layouts are kept, as they are outside the interpreter."""
@@ -249,3 +278,14 @@ def test_the_interpreter_keeps_nothing(monkeypatch):
     for _ in range(2):
         twice(torch.ones(2), None, 1)
     assert len(asked) == 2
+
+
+def test_the_cost_on_the_host_is_measured_without_a_gpu():
+    """``benchmarks.host_cost`` in a process of its own, with kernels that are not the interpreter's."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.host_cost", "--calls", "1", "--op", "gated_prefix"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("  ")[0] for line in done.stdout.splitlines()]
+    assert rows == ["gated_prefix"] * 4 and " calls" in done.stdout

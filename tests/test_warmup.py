@@ -7,6 +7,7 @@ import torch
 
 import fastadapter as fa
 from fastadapter.ops import self_check
+from tests.support.cuda_standin import cuda_standin, first_call, within
 
 warmup = importlib.import_module("fastadapter.warmup")
 
@@ -58,3 +59,40 @@ def test_the_calls_are_valid(op, monkeypatch):
     monkeypatch.setattr(warmup, "_LENGTHS", (1, 5))
     size = (32, 8) if op == "bottleneck" else 16
     warmup._exercise(op, torch.device("cpu"), torch.bfloat16, size, 3, "reference")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
+class TestOnAStandIn:
+    """The whole of it, kernels in the interpreter, backward on the device's own thread."""
+
+    @pytest.fixture
+    def gpu(self, monkeypatch, tmp_path):
+        pytest.importorskip("triton")
+        monkeypatch.setattr(warmup, "_LENGTHS", (1, 5))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        with cuda_standin(monkeypatch, tmp_path / "cache") as state:
+            yield state
+
+    def test_it_checks_and_runs_every_op_and_a_capture_follows(self, gpu):
+        options = {"head_dims": [16], "dtypes": [torch.float32], "device": "cpu", "prefix_len": 3}
+        done = within(240, lambda: fa.warmup(bottlenecks=[(32, 8)], **options))
+        assert [row.op for row in done] == list(self_check.PROBES) and all(row.checked for row in done)
+        assert gpu.launches and not gpu.unguarded and gpu.synchronised == len(done)
+        gpu.capturing = True
+        launched = len(gpu.launches)
+        for op in self_check.PROBES:
+            first_call(op)
+        assert len(gpu.launches) > launched
+        assert not any(row.checked for row in fa.warmup(["gated_prefix"], **options))
+
+    def test_wrong_kernels_end_it(self, gpu, monkeypatch):
+        kernels = importlib.import_module("fastadapter.kernels.gated_prefix")
+        right = kernels.gated_prefix_forward
+        monkeypatch.setattr(kernels, "gated_prefix_forward", lambda *args: right(*args) + 1)
+        with pytest.raises(RuntimeError, match="gated_prefix: the Triton kernels give wrong results"):
+            fa.warmup(["gated_prefix"], [torch.float32], [16], "cpu")
+
+    def test_a_capture_in_progress_is_no_moment_for_it(self, gpu):
+        gpu.capturing = True
+        with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+            fa.warmup(["gated_prefix"], [torch.float32], [16], "cpu")

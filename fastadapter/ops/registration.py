@@ -10,9 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fastadapter.ops import self_check
 from fastadapter.ops.backends import GPU_TYPES, UNCHECKED, automatic_backend, extension_error, lack, library
+
+# What the dispatcher runs on a GPU, by registered name: compiled graphs, modes and tracing come this way.
+GPU_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 
 def register(
@@ -71,6 +75,7 @@ def register(
     if launcher is not None and importlib.util.find_spec(file) is None:
         lack(op, "triton", f"there is no Triton kernel of {op}")
     library.impl(name, gpu, "CUDA")
+    GPU_IMPLEMENTATIONS[name] = gpu
     torch.library.register_fake(qualified, fake, lib=library)
     registered = getattr(torch.ops.fastadapter, name).default
 
@@ -83,7 +88,7 @@ def register(
         if backend == "triton":
             if args[0].is_cpu and "cpu" not in GPU_TYPES:
                 return triton(*args)  # in Triton's interpreter; the registered op of a CPU is the C++ one
-            if is_plain(args) or args[0].is_cpu:
+            if is_plain(args):
                 return checked(*args)
         return registered(*args)
 
@@ -105,6 +110,7 @@ def is_plain(args: tuple) -> bool:
         and not torch._C._is_torch_function_mode_enabled()
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
     )
 
 

@@ -15,6 +15,7 @@ import faulthandler
 import queue
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 
 from fastadapter.ops import self_check
 from fastadapter.ops.backends import GPU_TYPES
+from fastadapter.ops.registration import GPU_IMPLEMENTATIONS
 
 
 class DeviceThread:
@@ -39,7 +41,8 @@ class DeviceThread:
             job()
 
     def __call__(self, function: Callable, *args: Any, **options: Any) -> Any:
-        if threading.current_thread() is self._thread:
+        # a caller may ask autograd to stay on its thread, as tracing does
+        if threading.current_thread() is self._thread or not torch._C._is_multithreading_enabled():
             return function(*args, **options)
         done, answer = threading.Event(), SimpleNamespace(value=None, error=None)
 
@@ -136,9 +139,17 @@ def cuda_standin(monkeypatch, cache) -> Iterator[SimpleNamespace]:
             patch.setattr(torch.cuda, name, fake)
         state.generator = generator
         GPU_TYPES.add("cpu")
+        dispatched = torch.library.Library("fastadapter", "IMPL")
         try:
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", UserWarning
+                )  # that it overrides the C++ ones, which come back
+                for name, implementation in GPU_IMPLEMENTATIONS.items():
+                    dispatched.impl(name, implementation, "CPU", allow_override=True)
             yield state
         finally:
+            dispatched._destroy()
             GPU_TYPES.discard("cpu")
             state.thread.close()
 
