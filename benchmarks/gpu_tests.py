@@ -169,7 +169,10 @@ def finish(started: list[Tests], out: Path, commit: str, deadline: float) -> Out
         for test in started:
             text = test.log.read_text(encoding="utf-8", errors="replace")
             log.write(f"== {test.name}: exit status {test.process.returncode}\n{text}\n")
-            _read(test, text, outcome)
+            if test.name.startswith("search"):
+                read_search(test.name.split(" ")[1], text, test.process.returncode, outcome)
+            else:
+                read_tests(text, outcome)
     if not started:
         outcome.notes.append(
             "neither tests nor the packages that they need are here: each op checks itself at its first call"
@@ -178,24 +181,19 @@ def finish(started: list[Tests], out: Path, commit: str, deadline: float) -> Out
     return outcome
 
 
-def _read(test: Tests, text: str, outcome: Outcome) -> None:
-    if test.name.startswith("search"):
-        op, examples = test.name.split(" ")[1], 0
-        for line in text.splitlines():
-            if line.startswith('{"op"'):
-                row = json.loads(line)
-                examples += row.get("examples", 0)
-                if row["failures"]:
-                    outcome.search_failures[op] = row.get("what", "")
-        outcome.searched[op] = examples
-        if test.process.returncode not in (0, -signal.SIGINT, -signal.SIGKILL, 1, 130) or (
-            not examples and op not in outcome.search_failures
-        ):
-            last = [line for line in text.splitlines() if line.strip()][-1:]
-            outcome.notes.append(
-                f"search of {op} ended with {test.process.returncode}: {' '.join(last)[:200]}"
-            )
-        return
+def read_search(op: str, text: str, status: int, outcome: Outcome) -> None:
+    """Add what a search printed. Without a line of its own it has not searched: that is a note."""
+    found = [json.loads(line) for line in text.splitlines() if line.startswith('{"op"')]
+    outcome.searched[op] = sum(row.get("examples", 0) for row in found)
+    for row in found:
+        if row["failures"]:
+            outcome.search_failures[op] = row["what"]
+    if not found:
+        outcome.notes.append(f"search of {op} ended with {status}: {_last(text)}")
+
+
+def read_tests(text: str, outcome: Outcome) -> None:
+    """Add what pytest printed, whether it ended or not."""
     results = [(name, word) for word, name in XDIST.findall(text)] or PLAIN.findall(text)
     words = Counter(word for _, word in results)
     outcome.passed += words["PASSED"]
@@ -203,9 +201,12 @@ def _read(test: Tests, text: str, outcome: Outcome) -> None:
     outcome.failed += sorted({name for name, word in results if word in ("FAILED", "ERROR")})
     if selected := SELECTED.findall(text):
         outcome.selected += int(next(filter(None, selected[-1])))
-    elif "--collect-only" not in test.process.args:
-        last = [line for line in text.splitlines() if line.strip()][-1:]
-        outcome.failed.append(f"pytest itself: {' '.join(last)[:300]}")
+    else:
+        outcome.failed.append(f"pytest itself: {_last(text)}")
+
+
+def _last(text: str) -> str:
+    return " ".join([line for line in text.splitlines() if line.strip()][-1:])[:300]
 
 
 def stored(out: Path, commit: str) -> Outcome | None:
