@@ -23,6 +23,7 @@ STACK_SECONDS, TEST_SECONDS = 60, 100
 LAST_WORDS = 8
 XDIST = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED|XFAIL) (\S.*?)\s*$", re.MULTILINE)
 PLAIN = re.compile(r"^(tests/\S.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b.*$", re.MULTILINE)
+UNCOLLECTED = re.compile(r"^ERROR (tests/[\w/]+\.py)(?: - .*)?$", re.MULTILINE)
 SELECTED = re.compile(
     r"\d+ workers? \[(\d+) items?\]|collected .*?(\d+) selected|collected (\d+) items?$", re.MULTILINE
 )
@@ -36,6 +37,7 @@ class Tests:
     process: subprocess.Popen
     log: Path
     workers: int
+    interrupted: bool = False
 
 
 @dataclass
@@ -109,11 +111,13 @@ def start(wanted: Sequence[str], folder: Path, seconds: float, cores: int, dry: 
             command = ["-m", "tests.search", "--ops", op, *count, "--seconds", f"{limit:.0f}"]
             started.append(_start(f"search {op}", command, folder, 1))
     if "tests" in wanted and importlib.util.find_spec("pytest"):
-        names = ("gated_prefix",) if dry else ("",)
-        files = sorted(
-            path for name in names for path in (ROOT / "tests").glob(f"test_{name}*.py")
-            if "triton" in path.read_text(encoding="utf-8")
-        )  # fmt: skip
+        about = re.compile(
+            "gated_prefix.*triton" if dry else "triton|prefix|attention|bottleneck|decode|merge"
+        )
+        files = [
+            path for path in sorted((ROOT / "tests").glob("test_*.py"))
+            if about.search(path.stem) and "triton" in path.read_text(encoding="utf-8")
+        ]  # fmt: skip
         files.append(ROOT / "tests/search/test_search.py")
         workers = max(1, cores - len(started))
         options = [
@@ -157,6 +161,7 @@ def finish(started: list[Tests], out: Path, commit: str, deadline: float) -> Out
         time.sleep(0.1)
     for test in started:
         if test.process.poll() is None:
+            test.interrupted = True
             test.process.send_signal(signal.SIGINT)
     for test in started:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -172,7 +177,7 @@ def finish(started: list[Tests], out: Path, commit: str, deadline: float) -> Out
             if test.name.startswith("search"):
                 read_search(test.name.split(" ")[1], text, test.process.returncode, outcome)
             else:
-                read_tests(text, outcome)
+                read_tests(text, outcome, test.interrupted)
     if not started:
         outcome.notes.append(
             "neither tests nor the packages that they need are here: each op checks itself at its first call"
@@ -192,15 +197,18 @@ def read_search(op: str, text: str, status: int, outcome: Outcome) -> None:
         outcome.notes.append(f"search of {op} ended with {status}: {_last(text)}")
 
 
-def read_tests(text: str, outcome: Outcome) -> None:
-    """Add what pytest printed, whether it ended or not."""
+def read_tests(text: str, outcome: Outcome, interrupted: bool = False) -> None:
+    """Add what pytest printed, whether it ended or was interrupted."""
     results = [(name, word) for word, name in XDIST.findall(text)] or PLAIN.findall(text)
     words = Counter(word for _, word in results)
     outcome.passed += words["PASSED"]
     outcome.skipped += words["SKIPPED"] + words["XFAIL"]
-    outcome.failed += sorted({name for name, word in results if word in ("FAILED", "ERROR")})
+    failed = {name for name, word in results if word in ("FAILED", "ERROR")}
+    outcome.failed += sorted(failed | set(UNCOLLECTED.findall(text)))
     if selected := SELECTED.findall(text):
         outcome.selected += int(next(filter(None, selected[-1])))
+    elif interrupted:
+        outcome.notes.append("tests: NONE REACHED in time")
     else:
         outcome.failed.append(f"pytest itself: {_last(text)}")
 

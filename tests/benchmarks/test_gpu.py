@@ -141,6 +141,15 @@ def test_interrupted_tests_are_counted(text):
     assert outcome.red_by_op() == {"bottleneck": 1}
 
 
+def test_pytest_that_does_not_begin():
+    """In time is one thing, at all is another: that is red, and so is a file that cannot be collected."""
+    slow, broken = gpu_tests.Outcome(), gpu_tests.Outcome()
+    gpu_tests.read_tests("created: 2/2 workers\n", slow, interrupted=True)
+    assert slow.words() == "tests: NONE REACHED in time" and not slow.red
+    gpu_tests.read_tests("ERROR tests/test_bottleneck.py - ImportError: x\nno tests ran\n", broken)
+    assert broken.failed == ["tests/test_bottleneck.py", "pytest itself: no tests ran"]
+
+
 def test_a_search_says_what_it_found():
     outcome = gpu_tests.Outcome()
     found = {
