@@ -49,13 +49,15 @@ class Outcome:
     skipped: int = 0
     selected: int = 0
     failed: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)  # of failed tests, a line each
     searched: dict[str, int] = field(default_factory=dict)
     search_failures: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
     def red(self) -> list[str]:
-        return [*self.failed, *(f"search of {op}: {what}" for op, what in self.search_failures.items())]
+        tests = (f"{name}: {self.reasons[name]}" if name in self.reasons else name for name in self.failed)
+        return [*tests, *(f"search of {op}: {what}" for op, what in self.search_failures.items())]
 
     def red_by_op(self) -> dict[str, int]:
         """How many failures concern each op."""
@@ -127,6 +129,8 @@ def start(wanted: Sequence[str], folder: Path, seconds: float, cores: int, dry: 
             "triton",
             "-p",
             "no:cacheprovider",
+            "-p",
+            f"{__package__}.gpu_pytest",
             "-o",
             f"faulthandler_timeout={STACK_SECONDS}",
         ]
@@ -205,6 +209,9 @@ def read_tests(text: str, outcome: Outcome, interrupted: bool = False) -> None:
     outcome.skipped += words["SKIPPED"] + words["XFAIL"]
     failed = {name for name, word in results if word in ("FAILED", "ERROR")}
     outcome.failed += sorted(failed | set(UNCOLLECTED.findall(text)))
+    for name, block in re.findall(r"^-- (tests/.*)\n((?:.*\n)*?)--$", text, re.MULTILINE):
+        if lines := re.findall(r"^E +(.*)$", block, re.MULTILINE):
+            outcome.reasons[name] = lines[0][:200]
     if selected := SELECTED.findall(text):
         outcome.selected += int(next(filter(None, selected[-1])))
     elif interrupted:

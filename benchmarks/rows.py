@@ -100,7 +100,11 @@ def describe_gpu() -> tuple[str, str, str]:
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         driver, sm, memory, maximum = answer.split(", ")
-    except (OSError, subprocess.CalledProcessError, ValueError):  # a container may lack the tool, MIG the clocks
+    except (
+        OSError,
+        subprocess.CalledProcessError,
+        ValueError,
+    ):  # a container may lack the tool, MIG the clocks
         return name, "unknown", "unknown"
     return name, driver, f"sm {sm} of {maximum}, memory {memory}"
 

@@ -119,6 +119,11 @@ Thread 0x02 (most recent call first):
 XDIST = """2 workers [5 items]
 [gw0] [ 20%] PASSED tests/test_gated_prefix_triton.py::test_a[b c]
 [gw1] [ 40%] FAILED tests/test_bottleneck_triton.py::test_b[x-y]
+-- tests/test_bottleneck_triton.py::test_b[x-y]
+tests/test_bottleneck_triton.py:7: in test_b
+E   AssertionError: out: off
+E   assert 1
+--
 [gw0] [ 60%] SKIPPED tests/test_gated_prefix_triton.py::test_d
 [gw0] [ 80%] PASSED tests/test_gated_prefix_triton.py::test_e
 """
@@ -126,6 +131,9 @@ PLAIN = """collected 9 items / 4 deselected / 5 selected
 
 tests/test_gated_prefix_triton.py::test_a[b c] PASSED            [ 20%]
 tests/test_bottleneck_triton.py::test_b[x-y] FAILED              [ 40%]
+-- tests/test_bottleneck_triton.py::test_b[x-y]
+E   AssertionError: out: off
+--
 tests/test_gated_prefix_triton.py::test_d SKIPPED (no fp64)      [ 60%]
 tests/test_gated_prefix_triton.py::test_e PASSED                 [ 80%]
 """
@@ -139,6 +147,7 @@ def test_interrupted_tests_are_counted(text):
     assert outcome.failed == ["tests/test_bottleneck_triton.py::test_b[x-y]"]
     assert outcome.words() == "tests: 2 passed, 1 failed, 1 skipped, 1 NOT REACHED in time"
     assert outcome.red_by_op() == {"bottleneck": 1}
+    assert outcome.red == ["tests/test_bottleneck_triton.py::test_b[x-y]: AssertionError: out: off"]
 
 
 def test_pytest_that_does_not_begin():
