@@ -1,6 +1,7 @@
 # Every target prepares .venv itself (scripts/setup_env.py); once it is up to date no pip runs and no network is needed.
 # Variables: PYTHON (interpreter the environment is made with), TORCH_INDEX, TORCH_ALLOW_CUDA (see the script);
-# WORKERS (processes that share the tests; auto: one per core).
+# WORKERS (processes that share the tests; auto: one per core); GPU_PYTHON (for `make gpu` where torch for the GPU is
+# installed already: nothing is downloaded, the project is installed beside it, editable and without the extension).
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -19,7 +20,7 @@ help:
 	@echo "make check    lint, formatting, types  (changes nothing)"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make bench    benchmarks on this machine's CPU"
-	@echo "make gpu      GPU correctness, then timings against peers (ARGS='--part 1', then 2: ten minutes each)"
+	@echo "make gpu      GPU correctness, then timings against peers (ARGS='--part 1', then 2: six minutes each; docs/gpu.md)"
 	@echo "make audit    what the GPU kernels compile to, without a GPU"
 	@echo "make clean    remove .venv, build outputs and caches"
 
@@ -50,8 +51,14 @@ format: setup
 bench: setup-bench
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
+ifdef GPU_PYTHON
+gpu:
+	FASTADAPTER_BUILD=0 $(GPU_PYTHON) -m pip install -q --no-deps --no-build-isolation --no-index -e .
+	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
+else
 gpu: setup-bench
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+endif
 
 audit: setup
 	$(BIN)/python -m benchmarks.audit $(ARGS)

@@ -27,9 +27,9 @@ def summary(run: Any) -> str:
     head += _cut([f"RED {problem}" for problem in run.problems], 2400)
     head += _cut(run.notes, 800)
     found = _rows(run)
-    lines = [_line(rows) for rows in _by_case(found)]
+    lines = [line(rows) for rows in _by_case(found)]
     tail = "dry run: nothing here is a measurement" if run.dry else f"rows, logs, stacks: {run.out}"
-    used = sum(len(line) + 1 for line in head) + len(tail) + 1
+    used = sum(len(text) + 1 for text in head) + len(tail) + 1
     return "\n".join([*head, *_cut(lines, LIMIT - used), tail])[:LIMIT]
 
 
@@ -49,13 +49,13 @@ def _by_case(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return list(cases.values())
 
 
-def _line(rows: list[dict[str, Any]]) -> str:
-    """A case: every variant's time (from Python), error, share of the floor; then ours against the best peer."""
+def line(rows: list[dict[str, Any]]) -> str:
+    """A case: ours against floor and best peer, then every variant's time (from Python), error, share of the floor."""
     first = rows[0]
-    text = f"{first['entry']} | {first['shape']}, {first['dtype']}, {first['unit']}: "
-    text += "; ".join(_variant(row) for row in rows)
     red = first["extra"].get("red_tests")
-    return text + (f" | {red:.0f} RED TESTS, nothing is claimed" if red else _verdict(rows))
+    verdict = f" | {red:.0f} RED TESTS, nothing is claimed" if red else _verdict(rows)
+    text = f"{first['entry']} | {first['shape']}, {first['dtype']}{verdict} | {first['unit']}: "
+    return text + "; ".join(_variant(row) for row in rows)
 
 
 def _variant(row: dict[str, Any]) -> str:
@@ -99,10 +99,10 @@ def _number(value: float) -> str:
 def _cut(lines: list[str], limit: int) -> list[str]:
     """As many whole lines as fit, and how many are missing."""
     kept, used = [], 0
-    for index, line in enumerate(lines):
-        line = line if len(line) <= 600 else line[:600] + " ..."
-        if used + len(line) + 60 > limit:
+    for index, text in enumerate(lines):
+        text = text if len(text) <= 800 else text[:800] + " ..."
+        if used + len(text) + 60 > limit:
             return [*kept, f"... and {len(lines) - index} more, in the files"]
-        kept.append(line)
-        used += len(line) + 1
+        kept.append(text)
+        used += len(text) + 1
     return kept

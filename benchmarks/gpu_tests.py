@@ -23,6 +23,7 @@ STACK_SECONDS, TEST_SECONDS = 60, 100
 LAST_WORDS = 8
 XDIST = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED|XFAIL) (\S.*?)\s*$", re.MULTILINE)
 PLAIN = re.compile(r"^(tests/\S.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b.*$", re.MULTILINE)
+UNCOLLECTED = re.compile(r"^ERROR (tests/[\w/]+\.py)(?: - .*)?$", re.MULTILINE)
 SELECTED = re.compile(
     r"\d+ workers? \[(\d+) items?\]|collected .*?(\d+) selected|collected (\d+) items?$", re.MULTILINE
 )
@@ -36,6 +37,7 @@ class Tests:
     process: subprocess.Popen
     log: Path
     workers: int
+    interrupted: bool = False
 
 
 @dataclass
@@ -47,13 +49,15 @@ class Outcome:
     skipped: int = 0
     selected: int = 0
     failed: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)  # of failed tests, a line each
     searched: dict[str, int] = field(default_factory=dict)
     search_failures: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
     def red(self) -> list[str]:
-        return [*self.failed, *(f"search of {op}: {what}" for op, what in self.search_failures.items())]
+        tests = (f"{name}: {self.reasons[name]}" if name in self.reasons else name for name in self.failed)
+        return [*tests, *(f"search of {op}: {what}" for op, what in self.search_failures.items())]
 
     def red_by_op(self) -> dict[str, int]:
         """How many failures concern each op."""
@@ -109,11 +113,13 @@ def start(wanted: Sequence[str], folder: Path, seconds: float, cores: int, dry: 
             command = ["-m", "tests.search", "--ops", op, *count, "--seconds", f"{limit:.0f}"]
             started.append(_start(f"search {op}", command, folder, 1))
     if "tests" in wanted and importlib.util.find_spec("pytest"):
-        names = ("gated_prefix",) if dry else ("",)
-        files = sorted(
-            path for name in names for path in (ROOT / "tests").glob(f"test_{name}*.py")
-            if "triton" in path.read_text(encoding="utf-8")
-        )  # fmt: skip
+        about = re.compile(
+            "gated_prefix.*triton" if dry else "triton|prefix|attention|bottleneck|decode|merge"
+        )
+        files = [
+            path for path in sorted((ROOT / "tests").glob("test_*.py"))
+            if about.search(path.stem) and "triton" in path.read_text(encoding="utf-8")
+        ]  # fmt: skip
         files.append(ROOT / "tests/search/test_search.py")
         workers = max(1, cores - len(started))
         options = [
@@ -123,6 +129,8 @@ def start(wanted: Sequence[str], folder: Path, seconds: float, cores: int, dry: 
             "triton",
             "-p",
             "no:cacheprovider",
+            "-p",
+            f"{__package__}.gpu_pytest",
             "-o",
             f"faulthandler_timeout={STACK_SECONDS}",
         ]
@@ -157,6 +165,7 @@ def finish(started: list[Tests], out: Path, commit: str, deadline: float) -> Out
         time.sleep(0.1)
     for test in started:
         if test.process.poll() is None:
+            test.interrupted = True
             test.process.send_signal(signal.SIGINT)
     for test in started:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -169,7 +178,10 @@ def finish(started: list[Tests], out: Path, commit: str, deadline: float) -> Out
         for test in started:
             text = test.log.read_text(encoding="utf-8", errors="replace")
             log.write(f"== {test.name}: exit status {test.process.returncode}\n{text}\n")
-            _read(test, text, outcome)
+            if test.name.startswith("search"):
+                read_search(test.name.split(" ")[1], text, test.process.returncode, outcome)
+            else:
+                read_tests(text, outcome, test.interrupted)
     if not started:
         outcome.notes.append(
             "neither tests nor the packages that they need are here: each op checks itself at its first call"
@@ -178,34 +190,38 @@ def finish(started: list[Tests], out: Path, commit: str, deadline: float) -> Out
     return outcome
 
 
-def _read(test: Tests, text: str, outcome: Outcome) -> None:
-    if test.name.startswith("search"):
-        op, examples = test.name.split(" ")[1], 0
-        for line in text.splitlines():
-            if line.startswith('{"op"'):
-                row = json.loads(line)
-                examples += row.get("examples", 0)
-                if row["failures"]:
-                    outcome.search_failures[op] = row.get("what", "")
-        outcome.searched[op] = examples
-        if test.process.returncode not in (0, -signal.SIGINT, -signal.SIGKILL, 1, 130) or (
-            not examples and op not in outcome.search_failures
-        ):
-            last = [line for line in text.splitlines() if line.strip()][-1:]
-            outcome.notes.append(
-                f"search of {op} ended with {test.process.returncode}: {' '.join(last)[:200]}"
-            )
-        return
+def read_search(op: str, text: str, status: int, outcome: Outcome) -> None:
+    """Add what a search printed. Without a line of its own it has not searched: that is a note."""
+    found = [json.loads(line) for line in text.splitlines() if line.startswith('{"op"')]
+    outcome.searched[op] = sum(row.get("examples", 0) for row in found)
+    for row in found:
+        if row["failures"]:
+            outcome.search_failures[op] = row["what"]
+    if not found:
+        outcome.notes.append(f"search of {op} ended with {status}: {_last(text)}")
+
+
+def read_tests(text: str, outcome: Outcome, interrupted: bool = False) -> None:
+    """Add what pytest printed, whether it ended or was interrupted."""
     results = [(name, word) for word, name in XDIST.findall(text)] or PLAIN.findall(text)
     words = Counter(word for _, word in results)
     outcome.passed += words["PASSED"]
     outcome.skipped += words["SKIPPED"] + words["XFAIL"]
-    outcome.failed += sorted({name for name, word in results if word in ("FAILED", "ERROR")})
+    failed = {name for name, word in results if word in ("FAILED", "ERROR")}
+    outcome.failed += sorted(failed | set(UNCOLLECTED.findall(text)))
+    for name, block in re.findall(r"^-- (tests/.*)\n((?:.*\n)*?)--$", text, re.MULTILINE):
+        if lines := re.findall(r"^E +(.*)$", block, re.MULTILINE):
+            outcome.reasons[name] = lines[0][:200]
     if selected := SELECTED.findall(text):
         outcome.selected += int(next(filter(None, selected[-1])))
-    elif "--collect-only" not in test.process.args:
-        last = [line for line in text.splitlines() if line.strip()][-1:]
-        outcome.failed.append(f"pytest itself: {' '.join(last)[:300]}")
+    elif interrupted:
+        outcome.notes.append("tests: NONE REACHED in time")
+    else:
+        outcome.failed.append(f"pytest itself: {_last(text)}")
+
+
+def _last(text: str) -> str:
+    return " ".join([line for line in text.splitlines() if line.strip()][-1:])[:300]
 
 
 def stored(out: Path, commit: str) -> Outcome | None:

@@ -158,12 +158,18 @@ def ceilings(device: str, dry: bool) -> dict[str, float]:
     return {"copy_bytes_per_s": 2 * size / copying, "flops_per_s": 2 * length**3 / multiplying}
 
 
+@functools.cache
+def capture_stream() -> torch.cuda.Stream:
+    """One for all captures: the nodes of leaves that several forms share remember the stream they were made on."""
+    return torch.cuda.Stream()
+
+
 def graphed(variant: Variant) -> Callable[[Any], Any]:
     """A replay of ``variant`` as a CUDA graph, which ignores what ``prepare`` made for the sample.
 
     ``prepare`` runs once, on the stream of the capture: autograd runs a backward where its forward ran.
     """
-    side = torch.cuda.Stream()
+    side = capture_stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         state = variant.prepare()
@@ -259,28 +265,34 @@ def _timed(bench: Bench, case: Case, bytes_moved: int) -> list[Row]:
     """GPU time as the rows' median, the time from Python beside it."""
     if bench.dry:
         return runner.measure(case, bench.settings, dry_meter)
-    captured: dict[str, Callable] = {}
+    alone, captured = [], set()
     for variant in case.variants:
         try:
-            captured[variant.name] = graphed(variant)
+            alone.append(Variant(variant.name, graphed(variant), backend=variant.backend))
+            captured.add(variant.name)
         except Exception as error:
             torch.cuda.synchronize()
             log(f"{case.entry}: {variant.name} is not captured: {str(error).strip()[:200]}")
-    # a state once, not once a sample: forwards in between would double the time of the run
-    plain = [
-        Variant(v.name, functools.partial(_ignoring, v.run, v.prepare()), backend=v.backend)
-        for v in case.variants
-    ]
-    alone = [dataclasses.replace(v, run=captured.get(v.name, v.run)) for v in plain]
+            alone.append(_prepared(variant))
     many = dataclasses.replace(bench.settings, rounds=2 * bench.rounds)
-    found = runner.measure(
-        dataclasses.replace(case, variants=alone, bytes_moved=bytes_moved), many, event_meter()
-    )
-    calls = runner.interleave(dataclasses.replace(case, variants=plain), bench.rounds, event_meter(0))
+    timed = dataclasses.replace(case, variants=alone, bytes_moved=bytes_moved)
+    found = runner.measure(timed, many, event_meter())
+    # Only now, and with the graphs gone: autograd's nodes of the operands belong to the stream they were made on.
+    del timed
+    alone.clear()
+    plain = dataclasses.replace(case, variants=[_prepared(variant) for variant in case.variants])
+    calls = runner.interleave(plain, bench.rounds, event_meter(0))
     for row in found:
         row.extra["eager_us"] = 1e6 * statistics.median(calls[row.variant])
         row.extra["graphed"] = float(row.variant in captured)
     return found
+
+
+def _prepared(variant: Variant) -> Variant:
+    """With one state for all samples: forwards in between would double the time of the run."""
+    return Variant(
+        variant.name, functools.partial(_ignoring, variant.run, variant.prepare()), backend=variant.backend
+    )
 
 
 def _ignoring(run: Callable, state: Any, _: Any) -> Any:

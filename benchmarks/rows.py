@@ -96,9 +96,17 @@ def describe_gpu() -> tuple[str, str, str]:
     """Card, driver version and current clocks of the first GPU."""
     fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    driver, sm, memory, maximum = answer.split(", ")
-    return torch.cuda.get_device_name(0), driver, f"sm {sm} of {maximum}, memory {memory}"
+    name = torch.cuda.get_device_name(0)
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        driver, sm, memory, maximum = answer.split(", ")
+    except (
+        OSError,
+        subprocess.CalledProcessError,
+        ValueError,
+    ):  # a container may lack the tool, MIG the clocks
+        return name, "unknown", "unknown"
+    return name, driver, f"sm {sm} of {maximum}, memory {memory}"
 
 
 def commit() -> str:

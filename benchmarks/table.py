@@ -21,6 +21,8 @@ EXTRA = {
     "gb_per_s": "GB/s",
     "percent_of_copy": "% of copy",
     "percent_of_floor": "% of floor",
+    "eager_us": "from Python, us",
+    "error": "error",
     "total_mib": "total, MiB",
 }
 
@@ -48,7 +50,9 @@ def table(found: list[Row]) -> str:
         what = f"{row.entry}, {row.shape}, {row.dtype}"
         variant = row.variant + (f" ({row.backend})" if row.backend not in row.variant else "")
         median = f"{number(row.median)} {row.unit} ({number(row.p20)} to {number(row.p80)})"
-        if row.variant == row.floor:
+        if row.extra.get("red_tests"):
+            ratio = "tests are red"
+        elif row.variant == row.floor:
             ratio = "floor"
         else:
             ratio = f"{row.ratio:.3f} ({row.ratio_p20:.3f} to {row.ratio_p80:.3f})"

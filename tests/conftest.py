@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What cuBLAS needs where torch is asked for deterministic algorithms, as poisoned_memory does.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Workers share the cores. A thread that spins while it waits for one would take it from another worker.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -36,6 +38,14 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def device_memory():
+    """Give back what a test with gigabytes of gaps took on a GPU: workers share it."""
+    yield
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > 2**31:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -102,7 +102,8 @@ def test_every_route_has_the_same_results(arch, prefix_len, monkeypatch):
     """TMA descriptors clip a tile at the end of q_len and head_dim; a run walks over tiles and heads."""
     monkeypatch.setattr(kernels, "MIN_TMA_VISITS", 1)
     routes = []
-    monkeypatch.setattr(kernels, "_provide_scratch", lambda: routes.append("tma"))
+    provide = kernels._provide_scratch  # without it, the descriptors have nowhere to be on a device
+    monkeypatch.setattr(kernels, "_provide_scratch", lambda: (routes.append("tma"), provide()))
     shape = Shape(batch=1, num_heads=4, num_kv_heads=2, q_len=37, head_dim=40, prefix_len=prefix_len)
     inputs = make_inputs(shape, torch.float16)
     with target.assume(arch):

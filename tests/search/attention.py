@@ -8,6 +8,7 @@ import torch
 from fastadapter import ops, reference
 from fastadapter.ops.backends import choose_backend
 from tests.search.problems import Problem, generator_of, ids_of, laid_out
+from tests.support.gated_prefix import device_of, on_device
 
 OPERANDS = {
     "gated_prefix": ("base", "query", "prefix_key", "prefix_value", "gate"),
@@ -94,6 +95,8 @@ def saved(problem, backend):
     """What the forward keeps for backward, by name."""
     if not SAVED[problem.op]:
         return {}
+    device = device_of(backend)
+    problem = problem.replace(**{name: on_device(x, device) for name, x in problem.tensors().items()})
     options = problem.options
     query, mask = problem.operands["query"], options["attn_mask"]
     scale = options["softmax_scale"] or query.shape[-1] ** -0.5
@@ -106,7 +109,7 @@ def saved(problem, backend):
         *problem.operands.values(), mask, options["cu_seqlens"], options["row_ids"], scale, *gate_fn,
         options["is_causal"], options["window"] or 0, options["softcap"] or 0.0, True,
     )  # fmt: skip
-    return dict(zip(SAVED[problem.op], kept, strict=True))
+    return dict(zip(SAVED[problem.op], (on_device(x, "cpu") for x in kept), strict=True))
 
 
 def truth(problem, compute_dtype):

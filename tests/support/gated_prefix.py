@@ -79,10 +79,22 @@ def device_of(backend):
 
 
 def on_device(x, device):
-    """A copy with the same strides: ``.to`` would make a strided view dense."""
-    if x is None or x.device.type == device:
-        return x
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+    """``x`` where the kernels run, laid out as it is."""
+    return x if x is None or x.device.type == device else same_layout(x, device)
+
+
+def same_layout(x, device):
+    """A copy with the same strides and the same offset from an aligned address: ``.to`` would make a view dense.
+
+    A broadcast axis is copied once, since nothing can be copied into an expanded tensor.
+    """
+    shared = [stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)]
+    once = x[tuple(slice(0, 1) if axis else slice(None) for axis in shared)]
+    extent = 1 + sum(stride * max(size - 1, 0) for stride, size in zip(once.stride(), once.shape))
+    offset = x.data_ptr() % 64 // x.element_size()
+    memory = torch.empty(offset + extent, dtype=x.dtype, device=device)
+    memory.as_strided(once.shape, once.stride(), offset).copy_(once)
+    return memory.as_strided(x.shape, x.stride(), offset)
 
 
 def run(inputs, backend="auto", *, gate_fn="tanh", softmax_scale=None, frozen=()):
