@@ -21,9 +21,9 @@ Layouts: x, residual, out ``(batch, seq, hidden)``; banks down_weight ``(n, r, h
 """
 
 import torch
-from fastadapter.kernels import bottleneck_rows
+from fastadapter.kernels import bottleneck_rows, bottleneck_tiles
 from fastadapter.kernels.bottleneck_norm import fold, standardise, standardise_backward, unfold
-from fastadapter.kernels.bottleneck_tiles import check, flat, product
+from fastadapter.kernels.bottleneck_tiles import check, flat
 from fastadapter.kernels.bottleneck_wide import hidden, wide
 from torch import Tensor
 
@@ -87,7 +87,7 @@ def bottleneck_saving(
 def _project(x: Tensor, down_weight: Tensor, down_bias: Tensor | None) -> Tensor:
     """z of every row, (rows, bottleneck_size) in the dtype of x."""
     bias = None if down_bias is None else down_bias[0].to(x.dtype)
-    return product(flat(x)[0], down_weight[0].to(x.dtype).mT, x.dtype, bias)
+    return bottleneck_tiles.product(flat(x)[0], down_weight[0].to(x.dtype).mT, x.dtype, bias)
 
 
 def _widen(
@@ -196,7 +196,7 @@ def _backward(
     dtype, size = x.dtype, down_weight.shape[1]
     rows, grad_rows = flat(x)[0], flat(grad_out)[0]
     z = _project(x, down_weight, down_bias) if z is None else flat(z)[0].contiguous()
-    grad_hidden = product(grad_rows, up_weight[0].to(dtype), dtype)
+    grad_hidden = bottleneck_tiles.product(grad_rows, up_weight[0].to(dtype), dtype)
     # both biases or none is the rule: then one product gives dU and db_u
     ones = down_bias is not None
     need_hidden = need_weights or (need_biases and ones)
@@ -217,12 +217,12 @@ def _backward(
         if target.data_ptr() != grad_x.data_ptr():
             grad_x.copy_(target.view(x.shape))
     if need_hidden:
-        grad_up = product(grad_rows.mT, h, up_weight.dtype)
+        grad_up = bottleneck_tiles.product(grad_rows.mT, h, up_weight.dtype)
         if ones:
             grad_up_bias = grad_up[None, :, size] * scale
         grad_up = grad_up[None, :, :size].contiguous()
     if need_weights:
-        grad_down = below(product(grad_z_rows.mT, rows, down_weight.dtype))[None]
+        grad_down = below(bottleneck_tiles.product(grad_z_rows.mT, rows, down_weight.dtype))[None]
     if need_biases:
         grad_bias = below(grad_z_rows.sum(0, dtype=torch.float32))[None]
         if not ones:
