@@ -24,7 +24,7 @@ import torch
 from fastadapter.kernels import bottleneck_rows, bottleneck_tiles
 from fastadapter.kernels.bottleneck_norm import fold, standardise, standardise_backward, unfold
 from fastadapter.kernels.bottleneck_tiles import check, flat
-from fastadapter.kernels.bottleneck_wide import hidden, wide
+from fastadapter.kernels.bottleneck_wide import below, hidden, hidden_backward, wide
 from torch import Tensor
 
 __all__ = ["bottleneck_backward", "bottleneck_forward", "bottleneck_saving"]
@@ -95,7 +95,7 @@ def _widen(
     scale: float,
 ) -> None:  # fmt: skip
     """Write out, given z."""
-    h = z if activation == "identity" and scale == 1 else hidden(z, None, activation, scale)[0]
+    h = z if activation == "identity" and scale == 1 else hidden(z, activation, scale)
     rows = flat(out)
     wide(rows, h, up_weight, up_bias, None if residual is None else flat(residual), None, scale)
     if rows.data_ptr() != out.data_ptr():  # strides that no view has
@@ -148,16 +148,24 @@ def bottleneck_backward(
         inner = found.values
         down, bias = fold(down_weight, down_bias, norm_weight, norm_bias)
         # biases too: that of the norm is in b'
-        below = need_weights or need_norm
-        needs = (need_x, below, below or need_biases)
+        need_below = need_weights or need_norm
+        needs = (need_x, need_below, need_below or need_biases)
     plain = norm == "none"
-    reached = up_weight.flatten(1).any(1)
     with torch.cuda.device_of(x):
         compute = _backward if row_ids is None else bottleneck_rows.backward
-        grad_x, grad_down, grad_up, grad_bias, grad_up_bias = compute(
-            grad_out, inner, down, up_weight, bias, row_ids, z, reached, activation, scale,
-            add_grad_out and plain, *needs,
-        )  # fmt: skip
+        grad_x, grad_down, grad_up, grad_bias, grad_up_bias, reached = compute(
+            grad_out,
+            inner,
+            down,
+            up_weight,
+            bias,
+            row_ids,
+            z,
+            activation,
+            scale,
+            add_grad_out and plain,
+            *needs,
+        )
         grad_norm: list[Tensor | None] = [None, None]
         if not plain:
             if need_x:
@@ -171,60 +179,50 @@ def bottleneck_backward(
 
 def _through(chain: Tensor, kept: Tensor | None, reached: Tensor, row_ids: Tensor | None) -> Tensor:
     """kept + chain in the rows that the adapter's gradient reaches, the bits of kept (or zeros) in the others."""
-    through = reached[:1] if row_ids is None else _reached_rows(reached, row_ids)
+    through = reached.any(1)
+    if row_ids is not None:
+        last = len(reached) - 1
+        through = through[row_ids.clamp(0, last).long()] & (row_ids >= 0)
+        through |= (row_ids < -1) | (row_ids > last)  # a wrong id, whose row is NaN
     total = chain if kept is None else kept + chain
     return torch.where(through[:, None, None], total, 0.0 if kept is None else kept)
 
 
-def _reached_rows(reached: Tensor, row_ids: Tensor) -> Tensor:
-    """Rows of a wrong id too: they carry NaN."""
-    num_adapters = len(reached)
-    wrong = (row_ids < -1) | (row_ids >= num_adapters)
-    return wrong | (reached[row_ids.clamp(0, num_adapters - 1).long()] & (row_ids >= 0))
-
-
 def _backward(
     grad_out: Tensor, x: Tensor, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor | None,
-    row_ids: None, z: Tensor | None, reached: Tensor, activation: str, scale: float, add_grad_out: bool,
+    row_ids: None, z: Tensor | None, activation: str, scale: float, add_grad_out: bool,
     need_x: bool, need_weights: bool, need_biases: bool,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     """Gradients of x, down_weight, up_weight, down_bias (or of an absent one) and up_bias, without a norm.
 
     The same products whatever is asked for, so that a gradient has the same bits. Those of weights are in the weight's
-    dtype, of biases in fp32.
+    dtype, of biases in fp32. Last, which entries of the bank (here one) the gradient reaches, in parts.
     """
     dtype, size = x.dtype, down_weight.shape[1]
     rows, grad_rows = flat(x)[0], flat(grad_out)[0]
     z = _project(x, down_weight, down_bias) if z is None else flat(z)[0].contiguous()
-    grad_hidden = bottleneck_tiles.product(grad_rows, up_weight[0].to(dtype), dtype)
+    up = up_weight[0].to(dtype).contiguous()
     # both biases or none is the rule: then one product gives dU and db_u
     ones = down_bias is not None
-    need_hidden = need_weights or (need_biases and ones)
-    h, grad_z = hidden(z, grad_hidden, activation, scale, ones=ones, need_hidden=need_hidden)
-    grad_z_rows = grad_z[:, :size]
+    grad_hidden = bottleneck_tiles.product(grad_rows, up, dtype)
+    h, grad_z, sums, reached = hidden_backward(z, grad_hidden, up, activation, scale, ones)
     grad_x = grad_down = grad_up = grad_bias = grad_up_bias = None
-
-    def below(grad: Tensor) -> Tensor:
-        """Of what lies below the up projection: exact zeros where that is zero, whatever x and z hold."""
-        return torch.where(reached, grad, 0.0)
-
     if need_x:
         grad_x = torch.empty_like(x)
         target = flat(grad_x)
         residual = flat(grad_out) if add_grad_out else None
-        if x.numel():
-            wide(target, grad_z, down_weight.mT, None, residual, None, 1.0, reached)
+        wide(target, grad_z, down_weight.mT, None, residual, None, 1.0, reached)
         if target.data_ptr() != grad_x.data_ptr():
             grad_x.copy_(target.view(x.shape))
-    if need_hidden:
+    if need_weights or (need_biases and ones):
         grad_up = bottleneck_tiles.product(grad_rows.mT, h, up_weight.dtype)
         if ones:
             grad_up_bias = grad_up[None, :, size] * scale
         grad_up = grad_up[None, :, :size].contiguous()
     if need_weights:
-        grad_down = below(bottleneck_tiles.product(grad_z_rows.mT, rows, down_weight.dtype))[None]
-    if need_biases:
-        grad_bias = below(grad_z_rows.sum(0, dtype=torch.float32))[None]
-        if not ones:
-            grad_up_bias = grad_rows.sum(0, dtype=torch.float32)[None] * scale
-    return grad_x, grad_down, grad_up, grad_bias, grad_up_bias
+        grad_down = bottleneck_tiles.product(grad_z[:, :size].mT, rows, down_weight.dtype)[None]
+    if need_weights or need_biases:
+        grad_bias = below(grad_down if need_weights else x.new_empty(0), sums, reached)[None]
+    if need_biases and not ones:
+        grad_up_bias = grad_rows.sum(0, dtype=torch.float32)[None] * scale
+    return grad_x, grad_down, grad_up, grad_bias, grad_up_bias, reached

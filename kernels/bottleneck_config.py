@@ -16,11 +16,15 @@ WIDE = {
     32: (32, 128, 4, 3, 4),
     64: (32, 128, 4, 3, 3),
     128: (32, 128, 8, 3, 2),
-    256: (32, 256, 8, 2, 1),
+    256: (32, 64, 4, 2, 2),
 }
-# What differs where a program has less than 160 KiB of shared memory, as before and beside the data centre's sm_90.
-WIDE_SMALL = {256: (32, 64, 4, 2, 2)}
-LARGE_SHARED = ("sm_90", "sm_100", "sm_103")
+# Where a program may have more than 100 KiB of shared memory. On sm_90 a product of 64 rows runs on wgmma, which is
+# safe here, as both operands come from shared memory.
+WIDE_LARGE = {
+    "sm_80": {256: (32, 128, 4, 2, 1)},
+    "sm_90": {256: (64, 128, 4, 3, 1)},
+    "sm_100": {256: (32, 128, 4, 2, 2)},
+}
 
 
 def wide_config(arch: str, dtype: torch.dtype, size: int, seq_len: int) -> dict:
@@ -37,7 +41,7 @@ def wide_config(arch: str, dtype: torch.dtype, size: int, seq_len: int) -> dict:
         block_k = 64
         block_m, block_n, num_warps, num_stages, programs = 32, 128, 4, 3, 3
     else:
-        table = WIDE if arch in LARGE_SHARED else WIDE | WIDE_SMALL
+        table = WIDE | WIDE_LARGE.get(arch, {})
         block_m, block_n, num_warps, num_stages, programs = table[block_k]
     if seq_len <= 16:
         block_m = 16

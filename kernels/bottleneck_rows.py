@@ -201,21 +201,23 @@ def _narrow(
 
 def backward(
     grad_out: Tensor, x: Tensor, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor | None, row_ids: Tensor,
-    z: None, reached: Tensor, activation: str, scale: float, add_grad_out: bool,
-    need_x: bool, need_weights: bool, need_biases: bool,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of x, down_weight, up_weight, down_bias (or of an absent one) and up_bias, in fp32 but that of x."""
+    z: None, activation: str, scale: float, add_grad_out: bool, need_x: bool, need_weights: bool, need_biases: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """Gradients of x, down_weight, up_weight, down_bias (or of an absent one) and up_bias, in fp32 but that of x.
+
+    Last, which entries of the bank the gradient reaches: those whose up projection is not zero.
+    """
     batch, seq_len, hidden_size = x.shape
     num_adapters, size, _ = down_weight.shape
+    reached = up_weight.flatten(1).any(1, keepdim=True)
     h, grad_z = _narrow(x, grad_out, down_weight, up_weight, down_bias, row_ids, reached, activation, scale)
     grad_x = None
     if need_x:
         grad_x = torch.empty_like(x)
         residual = grad_out if add_grad_out else None
-        if x.numel():
-            wide(grad_x, grad_z, down_weight.mT, None, residual, row_ids, 1.0, reached)
+        wide(grad_x, grad_z, down_weight.mT, None, residual, row_ids, 1.0, reached)
     if not (need_weights or need_biases):
-        return grad_x, None, None, None, None
+        return grad_x, None, None, None, None, reached
     shapes = ((hidden_size, size), (size, hidden_size), (size,), (hidden_size,))
     grads = [x.new_empty((num_adapters, *shape), dtype=torch.float32) for shape in shapes]
     ends = [0]
@@ -239,4 +241,4 @@ def backward(
         grad_up_bias_ptr=grad_up_bias, partial_ptr=partial, row_ids_ptr=row_ids, num_rows=batch,
         slots_per_row=slots_per_row, BLOCK_B=REDUCE_ROWS, BLOCK_E=REDUCE_COLUMNS, num_warps=4, **segments,
     )  # fmt: skip
-    return grad_x, grad_down, grad_up, grad_down_bias, grad_up_bias
+    return grad_x, grad_down, grad_up, grad_down_bias, grad_up_bias, reached
