@@ -24,7 +24,7 @@ import torch
 from fastadapter.kernels import bottleneck_rows, bottleneck_tiles
 from fastadapter.kernels.bottleneck_norm import fold, standardise, standardise_backward, unfold
 from fastadapter.kernels.bottleneck_tiles import check, flat
-from fastadapter.kernels.bottleneck_wide import below, hidden, hidden_backward, wide
+from fastadapter.kernels.bottleneck_wide import below, hidden, wide
 from torch import Tensor
 
 __all__ = ["bottleneck_backward", "bottleneck_forward", "bottleneck_saving"]
@@ -44,62 +44,54 @@ def bottleneck_forward(
         TypeError: fp64, or bf16 under the interpreter.
         ValueError: tensors on a device Triton cannot reach, an unknown activation or norm.
     """
-    check(x, activation, norm, norm_weight, norm_bias)
     out = torch.empty_like(x)
-    if out.numel() == 0:
-        return out
-    if norm != "none":
-        x = standardise(x, norm, norm_eps).values
-        down_weight, down_bias = fold(down_weight, down_bias, norm_weight, norm_bias)
-    with torch.cuda.device_of(x):
-        if row_ids is None:
-            z = _project(x, down_weight, down_bias)
-            _widen(out, z, up_weight, up_bias, residual, activation, scale)
-        else:
-            h = bottleneck_rows.forward(x, down_weight, down_bias, row_ids, activation, scale)
-            wide(out, h, up_weight, up_bias, residual, row_ids, scale)
+    _run(out, x, down_weight, up_weight, down_bias, up_bias, residual, norm_weight, norm_bias, row_ids,
+         activation, norm, norm_eps, scale)  # fmt: skip
     return out
 
 
-def bottleneck_saving(
-    x: Tensor, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor | None, up_bias: Tensor | None,
-    residual: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, row_ids: Tensor | None,
-    activation: str, norm: str, norm_eps: float, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def bottleneck_saving(x: Tensor, *args) -> tuple[Tensor, Tensor]:
     """:func:`bottleneck_forward` and z ``(batch, seq, bottleneck_size)`` in the dtype of ``x``, for backward.
 
     Raises: ValueError: row_ids, whose backward computes z from x.
     """
-    check(x, activation, norm, norm_weight, norm_bias)
-    if row_ids is not None:
+    if args[7] is not None:
         raise ValueError("bottleneck (Triton): row_ids must be None where z is kept")
     out = torch.empty_like(x)
+    z = _run(out, x, *args)
+    return out, z.view(*x.shape[:2], z.shape[1])
+
+
+def _run(
+    out: Tensor, x: Tensor, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor | None, up_bias: Tensor | None,
+    residual: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, row_ids: Tensor | None,
+    activation: str, norm: str, norm_eps: float, scale: float,
+) -> Tensor:  # fmt: skip
+    """Write out; z, or with row ids h, of every row."""
+    check(x, activation, norm, norm_weight, norm_bias)
+    if out.numel() == 0:
+        return x.new_empty((0, down_weight.shape[1]))
     if norm != "none":
         x = standardise(x, norm, norm_eps).values
         down_weight, down_bias = fold(down_weight, down_bias, norm_weight, norm_bias)
     with torch.cuda.device_of(x):
+        if row_ids is not None:
+            h = bottleneck_rows.forward(x, down_weight, down_bias, row_ids, activation, scale)
+            wide(out, h, up_weight, up_bias, residual, row_ids, scale)
+            return h
         z = _project(x, down_weight, down_bias)
-        if out.numel():
-            _widen(out, z, up_weight, up_bias, residual, activation, scale)
-    return out, z.view(*x.shape[:2], z.shape[1])
+        h = z if activation == "identity" and scale == 1 else hidden(z, activation, scale)[0]
+        rows = flat(out)
+        wide(rows, h, up_weight, up_bias, None if residual is None else flat(residual), None, scale)
+        if rows.data_ptr() != out.data_ptr():  # strides that no view has
+            out.copy_(rows.view(out.shape))
+        return z
 
 
 def _project(x: Tensor, down_weight: Tensor, down_bias: Tensor | None) -> Tensor:
     """z of every row, (rows, bottleneck_size) in the dtype of x."""
     bias = None if down_bias is None else down_bias[0].to(x.dtype)
     return bottleneck_tiles.product(flat(x)[0], down_weight[0].to(x.dtype).mT, x.dtype, bias)
-
-
-def _widen(
-    out: Tensor, z: Tensor, up_weight: Tensor, up_bias: Tensor | None, residual: Tensor | None, activation: str,
-    scale: float,
-) -> None:  # fmt: skip
-    """Write out, given z."""
-    h = z if activation == "identity" and scale == 1 else hidden(z, activation, scale)
-    rows = flat(out)
-    wide(rows, h, up_weight, up_bias, None if residual is None else flat(residual), None, scale)
-    if rows.data_ptr() != out.data_ptr():  # strides that no view has
-        out.copy_(rows.view(out.shape))
 
 
 def bottleneck_backward(
@@ -120,61 +112,57 @@ def bottleneck_backward(
     if z is not None and row_ids is not None:
         raise ValueError("bottleneck (Triton): z must be None with row_ids, which computes it from x")
 
-    def result(grad: Tensor | None, argument: Tensor | None, need: bool) -> Tensor:
-        """In the dtype of its argument; absent or not needed: without elements."""
-        if grad is None or argument is None or not need:
-            return x.new_empty(0) if argument is None else argument.new_empty(0)
-        return grad.to(argument.dtype)
-
-    def results(grad_x, grad_down, grad_up, grad_bias, grad_up_bias, grad_norm_weight, grad_norm_bias):
-        return (
-            result(grad_x, x, need_x),
-            result(grad_down, down_weight, need_weights),
-            result(grad_up, up_weight, need_weights),
-            result(grad_bias, down_bias, need_biases),
-            result(grad_up_bias, up_weight, need_biases),
-            result(grad_norm_weight, norm_weight, need_norm),
-            result(grad_norm_bias, norm_bias, need_norm),
-        )
-
+    arguments = (x, down_weight, up_weight, down_bias, up_weight[..., 0], norm_weight, norm_bias)
+    needed = (need_x, need_weights, need_weights, need_biases, need_biases, need_norm, need_norm)
+    grads: list[Tensor | None]
     if scale == 0 or x.numel() == 0:
-        zero = [None if p is None else torch.zeros_like(p) for p in (down_weight, up_weight, down_bias)]
-        zero += [up_weight.new_zeros(up_weight.shape[:2])]
-        zero += [None if p is None else torch.zeros_like(p) for p in (norm_weight, norm_bias)]
-        return results(torch.empty_like(x).copy_(grad_out) if add_grad_out else torch.zeros_like(x), *zero)
-    inner, down, bias, needs = x, down_weight, down_bias, (need_x, need_weights, need_biases)
-    if norm != "none":
-        found = standardise(x, norm, norm_eps)
-        inner = found.values
-        down, bias = fold(down_weight, down_bias, norm_weight, norm_bias)
-        # biases too: that of the norm is in b'
-        need_below = need_weights or need_norm
-        needs = (need_x, need_below, need_below or need_biases)
-    plain = norm == "none"
-    with torch.cuda.device_of(x):
-        compute = _backward if row_ids is None else bottleneck_rows.backward
-        grad_x, grad_down, grad_up, grad_bias, grad_up_bias, reached = compute(
-            grad_out,
-            inner,
-            down,
-            up_weight,
-            bias,
-            row_ids,
-            z,
-            activation,
-            scale,
-            add_grad_out and plain,
-            *needs,
-        )
-        grad_norm: list[Tensor | None] = [None, None]
-        if not plain:
-            if need_x:
-                grad_x = standardise_backward(grad_x, x, found)
-                grad_x = _through(grad_x, grad_out if add_grad_out else None, reached, row_ids)
-            if needs[1]:
-                grad_down, *grad_norm = unfold(grad_down, grad_bias, down_weight, norm_weight, norm_bias)
+        grads = [None if p is None else torch.zeros_like(p) for p in arguments]
+        if add_grad_out:
+            grads[0] = torch.empty_like(x).copy_(grad_out)
+    else:
+        grads = _chain(
+            grad_out, x, down_weight, up_weight, down_bias, norm_weight, norm_bias, row_ids, z, activation, norm,
+            norm_eps, scale, add_grad_out, need_x, need_weights, need_biases, need_norm,
+        )  # fmt: skip
+    return tuple(map(_result, grads, arguments, needed, [x] * 7))
 
-    return results(grad_x, grad_down, grad_up, grad_bias, grad_up_bias, *grad_norm)
+
+def _result(grad: Tensor | None, argument: Tensor | None, need: bool, x: Tensor) -> Tensor:
+    """In the dtype of its argument; absent or not needed: without elements."""
+    if grad is None or argument is None or not need:
+        return (x if argument is None else argument).new_empty(0)
+    return grad.to(argument.dtype)
+
+
+def _chain(
+    grad_out: Tensor, x: Tensor, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, row_ids: Tensor | None, z: Tensor | None,
+    activation: str, norm: str, norm_eps: float, scale: float, add_grad_out: bool,
+    need_x: bool, need_weights: bool, need_biases: bool, need_norm: bool,
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradients of :func:`bottleneck_backward`, those that are needed, in the dtypes they are summed in."""
+    compute = _backward if row_ids is None else bottleneck_rows.backward
+    tail = (row_ids, z, activation, scale)
+    with torch.cuda.device_of(x):
+        if norm == "none":
+            needs = (need_x, need_weights, need_biases)
+            *grads, _ = compute(grad_out, x, down_weight, up_weight, down_bias, *tail, add_grad_out, *needs)
+            return [*grads, None, None]
+        found = standardise(x, norm, norm_eps)
+        folded, bias = fold(down_weight, down_bias, norm_weight, norm_bias)
+        need_below = need_weights or need_norm
+        # of biases, too: that of the norm is in b'
+        needs = (need_x, need_below, need_below or need_biases)
+        grad_x, grad_down, grad_up, grad_bias, grad_up_bias, reached = compute(
+            grad_out, found.values, folded, up_weight, bias, *tail, False, *needs
+        )
+        if need_x:
+            grad_x = standardise_backward(grad_x, x, found)
+            grad_x = _through(grad_x, grad_out if add_grad_out else None, reached, row_ids)
+        of_norm: tuple[Tensor | None, ...] = (None, None)
+        if need_below:
+            grad_down, *of_norm = unfold(grad_down, grad_bias, down_weight, norm_weight, norm_bias)
+        return [grad_x, grad_down, grad_up, grad_bias, grad_up_bias, *of_norm]
 
 
 def _through(chain: Tensor, kept: Tensor | None, reached: Tensor, row_ids: Tensor | None) -> Tensor:
@@ -205,7 +193,7 @@ def _backward(
     # both biases or none is the rule: then one product gives dU and db_u
     ones = down_bias is not None
     grad_hidden = bottleneck_tiles.product(grad_rows, up, dtype)
-    h, grad_z, sums, reached = hidden_backward(z, grad_hidden, up, activation, scale, ones)
+    h, grad_z, sums, reached = hidden(z, activation, scale, grad_hidden, up, ones)
     grad_x = grad_down = grad_up = grad_bias = grad_up_bias = None
     if need_x:
         grad_x = torch.empty_like(x)

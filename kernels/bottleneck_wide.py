@@ -14,12 +14,24 @@ Where a tile has 64 rows Hopper runs ``wgmma``. ptxas before 13.3 may reuse the 
 early (triton issue 11781); here both come from shared memory, as ``hidden`` is loaded and used as it is.
 """
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from fastadapter.kernels import bottleneck_config, target
 from fastadapter.kernels.activation import _activate, _activation_slope
-from fastadapter.kernels.bottleneck_tiles import LENGTHS, _row_entry, _tile, _vector, padded, strides
+from fastadapter.kernels.bottleneck_tiles import (
+    LENGTHS,
+    _row_entry,
+    _tile,
+    _vector,
+    blocks,
+    padded,
+    power_of_2,
+    strides,
+)
 from torch import Tensor
 
 HIDDEN_ROWS = 32
@@ -174,35 +186,26 @@ def _bottleneck_wide_kernel(
         tl.store(_tile(out_ptr, OUT_STRIDES, row, offs_m, offs_c), out, mask=mask)
 
 
-def hidden(z: Tensor, activation: str, scale: float) -> Tensor:
-    """``scale * act(z)``, (rows, padded), for z ``(rows, bottleneck_size)``, contiguous."""
-    return _hidden(z, None, None, activation, scale, False)[0]
-
-
-def hidden_backward(
-    z: Tensor, grad_hidden: Tensor, up: Tensor, activation: str, scale: float, ones: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``scale * act(z)`` and ``scale * act'(z) * grad_hidden``; for :func:`below`, sums of that and what ``up`` holds.
+def hidden(
+    z: Tensor, activation: str, scale: float, grad_hidden: Tensor | None = None, up: Tensor | None = None,
+    ones: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """``scale * act(z)``; in backward ``scale * act'(z) * grad_hidden``, its sums, and what ``up`` holds, too.
 
     Args:
         z, grad_hidden: ``(rows, bottleneck_size)``, contiguous.
         up: ``(hidden, bottleneck_size)``, contiguous.
         ones: a column of ones behind those of h.
+    Returns: the first two ``(rows, padded)``, and what :func:`below` takes.
     """
-    return _hidden(z, grad_hidden, up, activation, scale, ones)
-
-
-def _hidden(
-    z: Tensor, grad_hidden: Tensor | None, up: Tensor | None, activation: str, scale: float, ones: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, size = z.shape
     width, backward = padded(size + ones), grad_hidden is not None
     h = z.new_empty((rows, width))
     grad_z = z.new_empty((rows if backward else 0, width))
-    block_r, tiles = min(128, triton.next_power_of_2(width)), triton.cdiv(rows, HIDDEN_ROWS)
+    block_r, tiles = min(128, power_of_2(width)), blocks(rows, HIDDEN_ROWS)
     sums = z.new_empty((tiles if backward else 0, size), dtype=torch.float32)
     reached = z.new_empty((1, PARTS if backward else 0), dtype=torch.int32)
-    programs = tiles * triton.cdiv(width, block_r)
+    programs = tiles * blocks(width, block_r)
     _bottleneck_hidden_kernel[(max(programs, PARTS) if backward else programs,)](
         hidden_ptr=h, grad_z_ptr=grad_z, sums_ptr=sums, reached_ptr=reached, z_ptr=z, grad_hidden_ptr=grad_hidden,
         up_ptr=up, scale=scale, rows=rows, SIZE=size, HIDDEN_STRIDE=width, UP_SIZE=0 if up is None else up.numel(),
@@ -216,13 +219,31 @@ def below(grad_down: Tensor, sums: Tensor, reached: Tensor) -> Tensor:
     """The gradient of the down bias, (bottleneck_size,) in fp32; zeros in ``grad_down`` where U is zero."""
     num_sums, size = sums.shape
     grad_bias = sums.new_empty(size)
-    block, block_r = 1024, min(64, triton.next_power_of_2(size))
-    programs = max(triton.cdiv(grad_down.numel(), block), triton.cdiv(size, block_r))
+    block, block_r = 1024, min(64, power_of_2(size))
+    programs = max(blocks(grad_down.numel(), block), blocks(size, block_r))
     _bottleneck_below_kernel[(programs,)](
         grad_down_ptr=grad_down, grad_bias_ptr=grad_bias, sums_ptr=sums, reached_ptr=reached, num_sums=num_sums,
         SIZE=size, DOWN_SIZE=grad_down.numel(), BLOCK_M=64, BLOCK_R=block_r, BLOCK=block, PARTS=PARTS, num_warps=4,
     )  # fmt: skip
     return grad_bias
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(
+    arch: str, dtype: torch.dtype, batch: int, seq_len: int, hidden_size: int, size: int
+) -> tuple[int, dict[str, Any]]:
+    """Programs and launch options of the wide kernel, all that follows from shapes."""
+    tiles = bottleneck_config.wide_config(arch, dtype, size, seq_len)
+    programs = tiles.pop("programs")
+    num_tiles, num_blocks = blocks(seq_len, tiles["BLOCK_M"]), blocks(hidden_size, tiles["BLOCK_N"])
+    # one wave: as many runs as the device holds programs at once
+    tiles_per_run = blocks(num_tiles, min(num_tiles, max(1, programs // (batch * num_blocks))))
+    runs = blocks(num_tiles, tiles_per_run)
+    options = {
+        "seq_len": seq_len, "runs": runs, "tiles_per_run": tiles_per_run, "HIDDEN_SIZE": hidden_size, "SIZE": size,
+        "STAGES": tiles["num_stages"], "PRECISION": bottleneck_config.products(arch, dtype),
+    }  # fmt: skip
+    return batch * runs * num_blocks, options | tiles
 
 
 def wide(
@@ -239,21 +260,13 @@ def wide(
     """
     batch, seq_len, hidden_size = out.shape
     num_adapters, _, size = weight.shape
-    arch = target.arch(out)
-    tiles = bottleneck_config.wide_config(arch, out.dtype, size, seq_len)
-    programs, block_m = tiles.pop("programs"), tiles["BLOCK_M"]
-    if size > tiles["BLOCK_K"]:  # read again with every tile of rows: rounded once, in one pass
+    programs, options = plan(target.arch(out), out.dtype, batch, seq_len, hidden_size, size)
+    if size > options["BLOCK_K"]:  # read again with every tile of rows: rounded once, in one pass
         weight = weight.to(out.dtype)
-    num_tiles, num_blocks = triton.cdiv(seq_len, block_m), triton.cdiv(hidden_size, tiles["BLOCK_N"])
-    # one wave: as many runs as the device holds programs at once
-    tiles_per_run = triton.cdiv(num_tiles, min(num_tiles, max(1, programs // (batch * num_blocks))))
-    runs = triton.cdiv(num_tiles, tiles_per_run)
-    _bottleneck_wide_kernel[(batch * runs * num_blocks,)](
+    _bottleneck_wide_kernel[(programs,)](
         out_ptr=out, hidden_ptr=h, weight_ptr=weight, bias_ptr=bias, residual_ptr=residual, row_ids_ptr=row_ids,
         reached_ptr=reached, OUT_STRIDES=out.stride(), WEIGHT_STRIDES=weight.stride(),
-        BIAS_STRIDES=strides(bias, 2), RESIDUAL_STRIDES=strides(residual, 3), scale=scale, seq_len=seq_len,
-        num_adapters=num_adapters, runs=runs, tiles_per_run=tiles_per_run, HIDDEN_SIZE=hidden_size, SIZE=size,
-        HIDDEN_STRIDE=h.stride(0), STAGES=tiles["num_stages"], HAS_ROW_IDS=row_ids is not None,
-        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, PARTS=0 if reached is None else reached.shape[1],
-        PRECISION=bottleneck_config.products(arch, out.dtype), **tiles,
+        BIAS_STRIDES=strides(bias, 2), RESIDUAL_STRIDES=strides(residual, 3), scale=scale, num_adapters=num_adapters,
+        HIDDEN_STRIDE=h.stride(0), HAS_ROW_IDS=row_ids is not None, HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None, PARTS=0 if reached is None else reached.shape[1], **options,
     )  # fmt: skip
