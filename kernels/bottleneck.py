@@ -21,10 +21,10 @@ Layouts: x, residual, out ``(batch, seq, hidden)``; banks down_weight ``(n, r, h
 """
 
 import torch
-from fastadapter.kernels import bottleneck_rows
+from fastadapter.kernels import bottleneck_rows, bottleneck_tiles
 from fastadapter.kernels.bottleneck_norm import fold, standardise, standardise_backward, unfold
-from fastadapter.kernels.bottleneck_tiles import check, flat, product
-from fastadapter.kernels.bottleneck_wide import hidden, wide
+from fastadapter.kernels.bottleneck_tiles import check, flat
+from fastadapter.kernels.bottleneck_wide import below, hidden, wide
 from torch import Tensor
 
 __all__ = ["bottleneck_backward", "bottleneck_forward", "bottleneck_saving"]
@@ -44,62 +44,54 @@ def bottleneck_forward(
         TypeError: fp64, or bf16 under the interpreter.
         ValueError: tensors on a device Triton cannot reach, an unknown activation or norm.
     """
-    check(x, activation, norm, norm_weight, norm_bias)
     out = torch.empty_like(x)
-    if out.numel() == 0:
-        return out
-    if norm != "none":
-        x = standardise(x, norm, norm_eps).values
-        down_weight, down_bias = fold(down_weight, down_bias, norm_weight, norm_bias)
-    with torch.cuda.device_of(x):
-        if row_ids is None:
-            z = _project(x, down_weight, down_bias)
-            _widen(out, z, up_weight, up_bias, residual, activation, scale)
-        else:
-            h = bottleneck_rows.forward(x, down_weight, down_bias, row_ids, activation, scale)
-            wide(out, h, up_weight, up_bias, residual, row_ids, scale)
+    _run(out, x, down_weight, up_weight, down_bias, up_bias, residual, norm_weight, norm_bias, row_ids,
+         activation, norm, norm_eps, scale)  # fmt: skip
     return out
 
 
-def bottleneck_saving(
-    x: Tensor, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor | None, up_bias: Tensor | None,
-    residual: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, row_ids: Tensor | None,
-    activation: str, norm: str, norm_eps: float, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def bottleneck_saving(x: Tensor, *args) -> tuple[Tensor, Tensor]:
     """:func:`bottleneck_forward` and z ``(batch, seq, bottleneck_size)`` in the dtype of ``x``, for backward.
 
     Raises: ValueError: row_ids, whose backward computes z from x.
     """
-    check(x, activation, norm, norm_weight, norm_bias)
-    if row_ids is not None:
+    if args[7] is not None:
         raise ValueError("bottleneck (Triton): row_ids must be None where z is kept")
     out = torch.empty_like(x)
+    z = _run(out, x, *args)
+    return out, z.view(*x.shape[:2], z.shape[1])
+
+
+def _run(
+    out: Tensor, x: Tensor, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor | None, up_bias: Tensor | None,
+    residual: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, row_ids: Tensor | None,
+    activation: str, norm: str, norm_eps: float, scale: float,
+) -> Tensor:  # fmt: skip
+    """Write out; z, or with row ids h, of every row."""
+    check(x, activation, norm, norm_weight, norm_bias)
+    if out.numel() == 0:
+        return x.new_empty((0, down_weight.shape[1]))
     if norm != "none":
         x = standardise(x, norm, norm_eps).values
         down_weight, down_bias = fold(down_weight, down_bias, norm_weight, norm_bias)
     with torch.cuda.device_of(x):
+        if row_ids is not None:
+            h = bottleneck_rows.forward(x, down_weight, down_bias, row_ids, activation, scale)
+            wide(out, h, up_weight, up_bias, residual, row_ids, scale)
+            return h
         z = _project(x, down_weight, down_bias)
-        if out.numel():
-            _widen(out, z, up_weight, up_bias, residual, activation, scale)
-    return out, z.view(*x.shape[:2], z.shape[1])
+        h = z if activation == "identity" and scale == 1 else hidden(z, activation, scale)[0]
+        rows = flat(out)
+        wide(rows, h, up_weight, up_bias, None if residual is None else flat(residual), None, scale)
+        if rows.data_ptr() != out.data_ptr():  # strides that no view has
+            out.copy_(rows.view(out.shape))
+        return z
 
 
 def _project(x: Tensor, down_weight: Tensor, down_bias: Tensor | None) -> Tensor:
     """z of every row, (rows, bottleneck_size) in the dtype of x."""
     bias = None if down_bias is None else down_bias[0].to(x.dtype)
-    return product(flat(x)[0], down_weight[0].to(x.dtype).mT, x.dtype, bias)
-
-
-def _widen(
-    out: Tensor, z: Tensor, up_weight: Tensor, up_bias: Tensor | None, residual: Tensor | None, activation: str,
-    scale: float,
-) -> None:  # fmt: skip
-    """Write out, given z."""
-    h = z if activation == "identity" and scale == 1 else hidden(z, None, activation, scale)[0]
-    rows = flat(out)
-    wide(rows, h, up_weight, up_bias, None if residual is None else flat(residual), None, scale)
-    if rows.data_ptr() != out.data_ptr():  # strides that no view has
-        out.copy_(rows.view(out.shape))
+    return bottleneck_tiles.product(flat(x)[0], down_weight[0].to(x.dtype).mT, x.dtype, bias)
 
 
 def bottleneck_backward(
@@ -120,111 +112,105 @@ def bottleneck_backward(
     if z is not None and row_ids is not None:
         raise ValueError("bottleneck (Triton): z must be None with row_ids, which computes it from x")
 
-    def result(grad: Tensor | None, argument: Tensor | None, need: bool) -> Tensor:
-        """In the dtype of its argument; absent or not needed: without elements."""
-        if grad is None or argument is None or not need:
-            return x.new_empty(0) if argument is None else argument.new_empty(0)
-        return grad.to(argument.dtype)
-
-    def results(grad_x, grad_down, grad_up, grad_bias, grad_up_bias, grad_norm_weight, grad_norm_bias):
-        return (
-            result(grad_x, x, need_x),
-            result(grad_down, down_weight, need_weights),
-            result(grad_up, up_weight, need_weights),
-            result(grad_bias, down_bias, need_biases),
-            result(grad_up_bias, up_weight, need_biases),
-            result(grad_norm_weight, norm_weight, need_norm),
-            result(grad_norm_bias, norm_bias, need_norm),
-        )
-
+    arguments = (x, down_weight, up_weight, down_bias, up_weight[..., 0], norm_weight, norm_bias)
+    needed = (need_x, need_weights, need_weights, need_biases, need_biases, need_norm, need_norm)
+    grads: list[Tensor | None]
     if scale == 0 or x.numel() == 0:
-        zero = [None if p is None else torch.zeros_like(p) for p in (down_weight, up_weight, down_bias)]
-        zero += [up_weight.new_zeros(up_weight.shape[:2])]
-        zero += [None if p is None else torch.zeros_like(p) for p in (norm_weight, norm_bias)]
-        return results(torch.empty_like(x).copy_(grad_out) if add_grad_out else torch.zeros_like(x), *zero)
-    inner, down, bias, needs = x, down_weight, down_bias, (need_x, need_weights, need_biases)
-    if norm != "none":
-        found = standardise(x, norm, norm_eps)
-        inner = found.values
-        down, bias = fold(down_weight, down_bias, norm_weight, norm_bias)
-        # biases too: that of the norm is in b'
-        below = need_weights or need_norm
-        needs = (need_x, below, below or need_biases)
-    plain = norm == "none"
-    reached = up_weight.flatten(1).any(1)
-    with torch.cuda.device_of(x):
-        compute = _backward if row_ids is None else bottleneck_rows.backward
-        grad_x, grad_down, grad_up, grad_bias, grad_up_bias = compute(
-            grad_out, inner, down, up_weight, bias, row_ids, z, reached, activation, scale,
-            add_grad_out and plain, *needs,
+        grads = [None if p is None else torch.zeros_like(p) for p in arguments]
+        if add_grad_out:
+            grads[0] = torch.empty_like(x).copy_(grad_out)
+    else:
+        grads = _chain(
+            grad_out, x, down_weight, up_weight, down_bias, norm_weight, norm_bias, row_ids, z, activation, norm,
+            norm_eps, scale, add_grad_out, need_x, need_weights, need_biases, need_norm,
         )  # fmt: skip
-        grad_norm: list[Tensor | None] = [None, None]
-        if not plain:
-            if need_x:
-                grad_x = standardise_backward(grad_x, x, found)
-                grad_x = _through(grad_x, grad_out if add_grad_out else None, reached, row_ids)
-            if needs[1]:
-                grad_down, *grad_norm = unfold(grad_down, grad_bias, down_weight, norm_weight, norm_bias)
+    return tuple(map(_result, grads, arguments, needed, [x] * 7))
 
-    return results(grad_x, grad_down, grad_up, grad_bias, grad_up_bias, *grad_norm)
+
+def _result(grad: Tensor | None, argument: Tensor | None, need: bool, x: Tensor) -> Tensor:
+    """In the dtype of its argument; absent or not needed: without elements."""
+    if grad is None or argument is None or not need:
+        return (x if argument is None else argument).new_empty(0)
+    return grad.to(argument.dtype)
+
+
+def _chain(
+    grad_out: Tensor, x: Tensor, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, row_ids: Tensor | None, z: Tensor | None,
+    activation: str, norm: str, norm_eps: float, scale: float, add_grad_out: bool,
+    need_x: bool, need_weights: bool, need_biases: bool, need_norm: bool,
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradients of :func:`bottleneck_backward`, those that are needed, in the dtypes they are summed in."""
+    compute = _backward if row_ids is None else bottleneck_rows.backward
+    tail = (row_ids, z, activation, scale)
+    with torch.cuda.device_of(x):
+        if norm == "none":
+            needs = (need_x, need_weights, need_biases)
+            *grads, _ = compute(grad_out, x, down_weight, up_weight, down_bias, *tail, add_grad_out, *needs)
+            return [*grads, None, None]
+        found = standardise(x, norm, norm_eps)
+        folded, bias = fold(down_weight, down_bias, norm_weight, norm_bias)
+        need_below = need_weights or need_norm
+        # of biases, too: that of the norm is in b'
+        needs = (need_x, need_below, need_below or need_biases)
+        grad_x, grad_down, grad_up, grad_bias, grad_up_bias, reached = compute(
+            grad_out, found.values, folded, up_weight, bias, *tail, False, *needs
+        )
+        if need_x:
+            grad_x = standardise_backward(grad_x, x, found)
+            grad_x = _through(grad_x, grad_out if add_grad_out else None, reached, row_ids)
+        of_norm: tuple[Tensor | None, ...] = (None, None)
+        if need_below:
+            grad_down, *of_norm = unfold(grad_down, grad_bias, down_weight, norm_weight, norm_bias)
+        return [grad_x, grad_down, grad_up, grad_bias, grad_up_bias, *of_norm]
 
 
 def _through(chain: Tensor, kept: Tensor | None, reached: Tensor, row_ids: Tensor | None) -> Tensor:
     """kept + chain in the rows that the adapter's gradient reaches, the bits of kept (or zeros) in the others."""
-    through = reached[:1] if row_ids is None else _reached_rows(reached, row_ids)
+    through = reached.any(1)
+    if row_ids is not None:
+        last = len(reached) - 1
+        through = through[row_ids.clamp(0, last).long()] & (row_ids >= 0)
+        through |= (row_ids < -1) | (row_ids > last)  # a wrong id, whose row is NaN
     total = chain if kept is None else kept + chain
     return torch.where(through[:, None, None], total, 0.0 if kept is None else kept)
 
 
-def _reached_rows(reached: Tensor, row_ids: Tensor) -> Tensor:
-    """Rows of a wrong id too: they carry NaN."""
-    num_adapters = len(reached)
-    wrong = (row_ids < -1) | (row_ids >= num_adapters)
-    return wrong | (reached[row_ids.clamp(0, num_adapters - 1).long()] & (row_ids >= 0))
-
-
 def _backward(
     grad_out: Tensor, x: Tensor, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor | None,
-    row_ids: None, z: Tensor | None, reached: Tensor, activation: str, scale: float, add_grad_out: bool,
+    row_ids: None, z: Tensor | None, activation: str, scale: float, add_grad_out: bool,
     need_x: bool, need_weights: bool, need_biases: bool,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     """Gradients of x, down_weight, up_weight, down_bias (or of an absent one) and up_bias, without a norm.
 
     The same products whatever is asked for, so that a gradient has the same bits. Those of weights are in the weight's
-    dtype, of biases in fp32.
+    dtype, of biases in fp32. Last, which entries of the bank (here one) the gradient reaches, in parts.
     """
     dtype, size = x.dtype, down_weight.shape[1]
     rows, grad_rows = flat(x)[0], flat(grad_out)[0]
     z = _project(x, down_weight, down_bias) if z is None else flat(z)[0].contiguous()
-    grad_hidden = product(grad_rows, up_weight[0].to(dtype), dtype)
+    up = up_weight[0].to(dtype).contiguous()
     # both biases or none is the rule: then one product gives dU and db_u
     ones = down_bias is not None
-    need_hidden = need_weights or (need_biases and ones)
-    h, grad_z = hidden(z, grad_hidden, activation, scale, ones=ones, need_hidden=need_hidden)
-    grad_z_rows = grad_z[:, :size]
+    grad_hidden = bottleneck_tiles.product(grad_rows, up, dtype)
+    h, grad_z, sums, reached = hidden(z, activation, scale, grad_hidden, up, ones)
     grad_x = grad_down = grad_up = grad_bias = grad_up_bias = None
-
-    def below(grad: Tensor) -> Tensor:
-        """Of what lies below the up projection: exact zeros where that is zero, whatever x and z hold."""
-        return torch.where(reached, grad, 0.0)
-
     if need_x:
         grad_x = torch.empty_like(x)
         target = flat(grad_x)
         residual = flat(grad_out) if add_grad_out else None
-        if x.numel():
-            wide(target, grad_z, down_weight.mT, None, residual, None, 1.0, reached)
+        wide(target, grad_z, down_weight.mT, None, residual, None, 1.0, reached)
         if target.data_ptr() != grad_x.data_ptr():
             grad_x.copy_(target.view(x.shape))
-    if need_hidden:
-        grad_up = product(grad_rows.mT, h, up_weight.dtype)
+    if need_weights or (need_biases and ones):
+        grad_up = bottleneck_tiles.product(grad_rows.mT, h, up_weight.dtype)
         if ones:
             grad_up_bias = grad_up[None, :, size] * scale
         grad_up = grad_up[None, :, :size].contiguous()
     if need_weights:
-        grad_down = below(product(grad_z_rows.mT, rows, down_weight.dtype))[None]
-    if need_biases:
-        grad_bias = below(grad_z_rows.sum(0, dtype=torch.float32))[None]
-        if not ones:
-            grad_up_bias = grad_rows.sum(0, dtype=torch.float32)[None] * scale
-    return grad_x, grad_down, grad_up, grad_bias, grad_up_bias
+        grad_down = bottleneck_tiles.product(grad_z[:, :size].mT, rows, down_weight.dtype)[None]
+    if need_weights or need_biases:
+        grad_bias = below(grad_down if need_weights else x.new_empty(0), sums, reached)[None]
+    if need_biases and not ones:
+        grad_up_bias = grad_rows.sum(0, dtype=torch.float32)[None] * scale
+    return grad_x, grad_down, grad_up, grad_bias, grad_up_bias, reached

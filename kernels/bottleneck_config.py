@@ -4,7 +4,7 @@ Chosen so that every kernel compiles without spills for sm_80, sm_90, sm_100 and
 """
 
 import torch
-import triton
+from fastadapter.kernels.bottleneck_tiles import power_of_2
 from fastadapter.kernels.prefix_tiles import PROCESSORS
 
 # The largest bottleneck_size whose block of U stays on chip while a program walks over rows.
@@ -16,16 +16,20 @@ WIDE = {
     32: (32, 128, 4, 3, 4),
     64: (32, 128, 4, 3, 3),
     128: (32, 128, 8, 3, 2),
-    256: (32, 256, 8, 2, 1),
+    256: (32, 64, 4, 2, 2),
 }
-# What differs where a program has less than 160 KiB of shared memory, as before and beside the data centre's sm_90.
-WIDE_SMALL = {256: (32, 64, 4, 2, 2)}
-LARGE_SHARED = ("sm_90", "sm_100", "sm_103")
+# Where a program may have more than 100 KiB of shared memory. On sm_90 a product of 64 rows runs on wgmma, which is
+# safe here, as both operands come from shared memory.
+WIDE_LARGE = {
+    "sm_80": {256: (32, 128, 4, 2, 1)},
+    "sm_90": {256: (64, 128, 4, 3, 1)},
+    "sm_100": {256: (32, 128, 4, 2, 2)},
+}
 
 
 def wide_config(arch: str, dtype: torch.dtype, size: int, seq_len: int) -> dict:
     """Launch options of the kernel that is as wide as the hidden states, and its ``programs`` per multiprocessor."""
-    block_k = max(16, triton.next_power_of_2(size))
+    block_k = max(16, power_of_2(size))
     if dtype == torch.float32:
         # an operand of a tf32x3 product is held in two parts
         block_k = min(block_k, 64)
@@ -37,7 +41,7 @@ def wide_config(arch: str, dtype: torch.dtype, size: int, seq_len: int) -> dict:
         block_k = 64
         block_m, block_n, num_warps, num_stages, programs = 32, 128, 4, 3, 3
     else:
-        table = WIDE if arch in LARGE_SHARED else WIDE | WIDE_SMALL
+        table = WIDE | WIDE_LARGE.get(arch, {})
         block_m, block_n, num_warps, num_stages, programs = table[block_k]
     if seq_len <= 16:
         block_m = 16
@@ -53,7 +57,7 @@ def wide_config(arch: str, dtype: torch.dtype, size: int, seq_len: int) -> dict:
 def narrow_config(arch: str, dtype: torch.dtype, size: int, seq_len: int) -> dict:
     """Launch options of the products that end in ``bottleneck_size`` columns, of calls with row ids."""
     fp32, few = dtype == torch.float32, seq_len <= 16
-    block_r = max(16, triton.next_power_of_2(size))
+    block_r = max(16, power_of_2(size))
     block_r = 16 if few else min(block_r, 32 if fp32 else 64)
     return {
         "BLOCK_M": 16 if few else 32, "BLOCK_R": block_r, "BLOCK_C": 32 if fp32 else 64, "num_warps": 4,
@@ -64,7 +68,7 @@ def narrow_config(arch: str, dtype: torch.dtype, size: int, seq_len: int) -> dic
 def weights_config(arch: str, dtype: torch.dtype, size: int) -> dict:
     """Launch options of the weight gradients of calls with row ids."""
     fp32 = dtype == torch.float32
-    block_r = min(max(16, triton.next_power_of_2(size)), 32 if fp32 else 64)
+    block_r = min(max(16, power_of_2(size)), 32 if fp32 else 64)
     return {"BLOCK_M": 32, "BLOCK_R": block_r, "BLOCK_C": 32, "num_warps": 4, "num_stages": 2}
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from fastadapter.kernels import target
 from fastadapter.kernels.activation import _activate, _activation_slope
 from fastadapter.kernels.bottleneck_config import narrow_config, products, weights_config
-from fastadapter.kernels.bottleneck_tiles import LENGTHS, _row_entry, _tile, _vector, padded, strides
+from fastadapter.kernels.bottleneck_tiles import LENGTHS, _row_entry, _tile, _vector, blocks, padded, strides
 from fastadapter.kernels.bottleneck_wide import wide
 from torch import Tensor
 
@@ -187,7 +187,7 @@ def _narrow(
     h = x.new_empty((batch * seq_len, width))
     backward = grad_out is not None
     grad_z = x.new_empty((batch * seq_len if backward else 0, width))
-    programs = batch * triton.cdiv(seq_len, tiles["BLOCK_M"]) * triton.cdiv(size, tiles["BLOCK_R"])
+    programs = batch * blocks(seq_len, tiles["BLOCK_M"]) * blocks(size, tiles["BLOCK_R"])
     _bottleneck_narrow_kernel[(programs,)](
         hidden_ptr=h, grad_z_ptr=grad_z, x_ptr=x, grad_out_ptr=grad_out, down_ptr=down_weight, up_ptr=up_weight,
         down_bias_ptr=down_bias, row_ids_ptr=row_ids, reached_ptr=reached, X_STRIDES=x.stride(),
@@ -201,21 +201,23 @@ def _narrow(
 
 def backward(
     grad_out: Tensor, x: Tensor, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor | None, row_ids: Tensor,
-    z: None, reached: Tensor, activation: str, scale: float, add_grad_out: bool,
-    need_x: bool, need_weights: bool, need_biases: bool,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of x, down_weight, up_weight, down_bias (or of an absent one) and up_bias, in fp32 but that of x."""
+    z: None, activation: str, scale: float, add_grad_out: bool, need_x: bool, need_weights: bool, need_biases: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """Gradients of x, down_weight, up_weight, down_bias (or of an absent one) and up_bias, in fp32 but that of x.
+
+    Last, which entries of the bank the gradient reaches: those whose up projection is not zero.
+    """
     batch, seq_len, hidden_size = x.shape
     num_adapters, size, _ = down_weight.shape
+    reached = up_weight.flatten(1).any(1, keepdim=True)
     h, grad_z = _narrow(x, grad_out, down_weight, up_weight, down_bias, row_ids, reached, activation, scale)
     grad_x = None
     if need_x:
         grad_x = torch.empty_like(x)
         residual = grad_out if add_grad_out else None
-        if x.numel():
-            wide(grad_x, grad_z, down_weight.mT, None, residual, row_ids, 1.0, reached)
+        wide(grad_x, grad_z, down_weight.mT, None, residual, row_ids, 1.0, reached)
     if not (need_weights or need_biases):
-        return grad_x, None, None, None, None
+        return grad_x, None, None, None, None, reached
     shapes = ((hidden_size, size), (size, hidden_size), (size,), (hidden_size,))
     grads = [x.new_empty((num_adapters, *shape), dtype=torch.float32) for shape in shapes]
     ends = [0]
@@ -223,20 +225,20 @@ def backward(
         ends.append(ends[-1] + grad.numel() // num_adapters)
     arch = target.arch(x)
     tiles = weights_config(arch, x.dtype, size)
-    slots_per_row = triton.cdiv(triton.cdiv(seq_len, tiles["BLOCK_M"]), TILES_PER_SLOT)
+    slots_per_row = blocks(blocks(seq_len, tiles["BLOCK_M"]), TILES_PER_SLOT)
     partial = x.new_empty((batch * slots_per_row, ends[4]), dtype=torch.float32)
     segments = {"columns": ends[4], "up_end": ends[1], "down_end": ends[2], "down_bias_end": ends[3]}
-    blocks = triton.cdiv(hidden_size, tiles["BLOCK_C"]) * triton.cdiv(size, tiles["BLOCK_R"])
-    _bottleneck_weights_kernel[(len(partial) * blocks,)](
+    programs = len(partial) * blocks(hidden_size, tiles["BLOCK_C"]) * blocks(size, tiles["BLOCK_R"])
+    _bottleneck_weights_kernel[(programs,)](
         partial_ptr=partial, hidden_ptr=h, grad_z_ptr=grad_z, x_ptr=x, grad_out_ptr=grad_out, row_ids_ptr=row_ids,
         reached_ptr=reached, X_STRIDES=x.stride(), GRAD_OUT_STRIDES=grad_out.stride(), scale=scale, seq_len=seq_len,
         num_adapters=num_adapters, slots_per_row=slots_per_row, HIDDEN_SIZE=hidden_size, SIZE=size,
         HIDDEN_STRIDE=h.stride(0), TILES=TILES_PER_SLOT, PRECISION=products(arch, x.dtype), **segments, **tiles,
     )  # fmt: skip
     grad_up, grad_down, grad_down_bias, grad_up_bias = grads
-    _bottleneck_reduce_kernel[(num_adapters * triton.cdiv(ends[4], REDUCE_COLUMNS),)](
+    _bottleneck_reduce_kernel[(num_adapters * blocks(ends[4], REDUCE_COLUMNS),)](
         grad_up_ptr=grad_up, grad_down_ptr=grad_down, grad_down_bias_ptr=grad_down_bias,
         grad_up_bias_ptr=grad_up_bias, partial_ptr=partial, row_ids_ptr=row_ids, num_rows=batch,
         slots_per_row=slots_per_row, BLOCK_B=REDUCE_ROWS, BLOCK_E=REDUCE_COLUMNS, num_warps=4, **segments,
     )  # fmt: skip
-    return grad_x, grad_down, grad_up, grad_down_bias, grad_up_bias
+    return grad_x, grad_down, grad_up, grad_down_bias, grad_up_bias, reached

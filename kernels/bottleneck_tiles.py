@@ -61,9 +61,19 @@ def check(x: Tensor, activation: str, norm: str, *norm_vectors: Tensor | None) -
         raise ValueError(f"{op}: norm_weight and norm_bias need a norm, got norm 'none'")
 
 
+def blocks(size: int, block: int) -> int:
+    """How many blocks cover ``size``; triton.cdiv is made for kernels, too, and takes a microsecond or two."""
+    return -(-size // block)
+
+
 def padded(size: int) -> int:
     """The length of a scratch row that holds ``size`` elements."""
-    return triton.cdiv(size, SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
+    return blocks(size, SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
+
+
+def power_of_2(size: int) -> int:
+    """The smallest that is at least ``size``."""
+    return 1 << (size - 1).bit_length()
 
 
 def strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:

@@ -10,29 +10,45 @@ the weight on chip, and walks over a run of row tiles, the next of which are on 
 depends on a channel alone is decided before the walk: a channel that adds nothing (its row of the weight and bias
 zero; its row of the batch without an adapter) is a copy of residual, whatever ``hidden`` holds.
 
-Tiles have fewer than 64 rows so that Hopper runs ``mma.sync``: ptxas before 13.3 may reuse the registers of a
-``wgmma`` operand too early (triton issue 11781).
+Where a tile has 64 rows Hopper runs ``wgmma``. ptxas before 13.3 may reuse the registers of one of its operands too
+early (triton issue 11781); here both come from shared memory, as ``hidden`` is loaded and used as it is.
 """
 
+import functools
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from fastadapter.kernels import bottleneck_config, target
 from fastadapter.kernels.activation import _activate, _activation_slope
-from fastadapter.kernels.bottleneck_tiles import LENGTHS, _row_entry, _tile, _vector, padded, strides
+from fastadapter.kernels.bottleneck_tiles import (
+    LENGTHS,
+    _row_entry,
+    _tile,
+    _vector,
+    blocks,
+    padded,
+    power_of_2,
+    strides,
+)
 from torch import Tensor
 
 HIDDEN_ROWS = 32
+# Programs that look for something in U, each in a part of it.
+PARTS = 64
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _bottleneck_hidden_kernel(
-    hidden_ptr, grad_z_ptr, z_ptr, grad_hidden_ptr, scale, rows,
-    SIZE: tl.constexpr, HIDDEN_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-    ACTIVATION: tl.constexpr, ONES: tl.constexpr, NEED_HIDDEN: tl.constexpr, NEED_GRAD: tl.constexpr,
+    hidden_ptr, grad_z_ptr, sums_ptr, reached_ptr, z_ptr, grad_hidden_ptr, up_ptr, scale, rows,
+    SIZE: tl.constexpr, HIDDEN_STRIDE: tl.constexpr, UP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, ONES: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """h = scale f(z) and dZ = scale f'(z) dH of a tile; z and dH (rows, SIZE), h and dZ (rows, HIDDEN_STRIDE).
 
-    Columns past SIZE are zero; with ONES, column SIZE of h is one: its product with dO is the sum of dO.
+    Columns past SIZE are zero; with ONES, column SIZE of h is one: its product with dO is the sum of dO. Backward also
+    writes the tile's sum of dZ (tiles, SIZE) and, for each of PARTS parts of U, whether it holds anything but zeros.
     """
     pid = tl.program_id(0)
     num_blocks: tl.constexpr = (HIDDEN_STRIDE + BLOCK_R - 1) // BLOCK_R
@@ -45,15 +61,53 @@ def _bottleneck_hidden_kernel(
     offs_out = (offs_m * HIDDEN_STRIDE)[:, None] + offs_r[None, :]
     z = tl.load(z_ptr + offs, mask=mask_m & inside, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_R)
     dtype = z_ptr.dtype.element_ty
-    if NEED_HIDDEN:
-        h = _activate(z, ACTIVATION) * scale
-        if ONES:
-            h = tl.where((offs_r == SIZE)[None, :], 1.0, h)
-        tl.store(hidden_ptr + offs_out, h.to(dtype), mask=mask)
-    if NEED_GRAD:
+    h = _activate(z, ACTIVATION) * scale
+    if ONES:
+        h = tl.where((offs_r == SIZE)[None, :], 1.0, h)
+    tl.store(hidden_ptr + offs_out, h.to(dtype), mask=mask)
+    if BACKWARD:
         dh = tl.load(grad_hidden_ptr + offs, mask=mask_m & inside, other=0.0).to(tl.float32)
         dz = dh * scale * _activation_slope(z, ACTIVATION)
-        tl.store(grad_z_ptr + offs_out, tl.where(inside, dz, 0.0).to(dtype), mask=mask)
+        dz = tl.where(mask_m & inside, dz, 0.0)
+        tl.store(grad_z_ptr + offs_out, dz.to(dtype), mask=mask)
+        tile = (pid // num_blocks).to(tl.int64)
+        # more programs than tiles where these are few: the others look at U alone
+        mask_r = offs_r < tl.where(tile * BLOCK_M < rows, SIZE, 0)
+        tl.store(sums_ptr + tile * SIZE + offs_r, tl.sum(dz, axis=0), mask=mask_r)
+        if pid < PARTS:
+            part: tl.constexpr = (UP_SIZE + PARTS - 1) // PARTS
+            found = tl.zeros((2048,), tl.int32)
+            for start in range(0, part, 2048):
+                offs_u = start + tl.arange(0, 2048)
+                mask_u = (offs_u < part) & (pid * part + offs_u < UP_SIZE)
+                u = tl.load(up_ptr + pid * part + offs_u, mask=mask_u, other=0.0)
+                found = tl.maximum(found, (u != 0.0).to(tl.int32))
+            tl.store(reached_ptr + pid, tl.max(found, axis=0))
+
+
+@triton.jit(do_not_specialize=["num_sums"])
+def _bottleneck_below_kernel(
+    grad_down_ptr, grad_bias_ptr, sums_ptr, reached_ptr, num_sums,
+    SIZE: tl.constexpr, DOWN_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the down bias, and where U is zero, exact zeros in that of the down projection."""
+    pid = tl.program_id(0)
+    reached = tl.max(tl.load(reached_ptr + tl.arange(0, PARTS)), axis=0)
+    if pid < (SIZE + BLOCK_R - 1) // BLOCK_R:
+        offs_r = pid * BLOCK_R + tl.arange(0, BLOCK_R)
+        acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for start in range(0, num_sums, BLOCK_M):
+            offs_m = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
+            mask = (offs_m < num_sums)[:, None] & (offs_r < SIZE)[None, :]
+            acc += tl.load(sums_ptr + (offs_m * SIZE)[:, None] + offs_r[None, :], mask=mask, other=0.0)
+        total = tl.where(reached > 0, tl.sum(acc, axis=0), 0.0)
+        tl.store(grad_bias_ptr + offs_r, total, mask=offs_r < SIZE)
+    if reached == 0:
+        offs = pid * BLOCK + tl.arange(0, BLOCK)
+        tl.store(
+            grad_down_ptr + offs, tl.zeros((BLOCK,), grad_down_ptr.dtype.element_ty), mask=offs < DOWN_SIZE
+        )
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "runs", "tiles_per_run"])
@@ -62,7 +116,7 @@ def _bottleneck_wide_kernel(
     OUT_STRIDES, WEIGHT_STRIDES, BIAS_STRIDES, RESIDUAL_STRIDES, scale, seq_len, num_adapters, runs, tiles_per_run,
     HIDDEN_SIZE: tl.constexpr, SIZE: tl.constexpr, HIDDEN_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, HAS_ROW_IDS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_REACHED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """residual + hidden weight^T + scale * bias of a block of channels, over a run of row tiles of one batch row."""
     pid = tl.program_id(0)
@@ -91,8 +145,8 @@ def _bottleneck_wide_kernel(
             wk = tl.load(w_ptrs + start * WEIGHT_STRIDES[2], mask=mask_w, other=0.0)
             used = tl.maximum(used, tl.max((wk != 0.0).to(tl.int32), axis=0))
     acts = tl.where(scale != 0.0, 1, 0)
-    if HAS_REACHED:
-        acts *= tl.load(reached_ptr + entry).to(tl.int32)
+    if PARTS > 0:
+        acts *= tl.max(tl.load(reached_ptr + entry * PARTS + tl.arange(0, PARTS)).to(tl.int32), axis=0)
     bias *= scale
     if HAS_ROW_IDS:
         acts *= adapted.to(tl.int32)
@@ -133,26 +187,63 @@ def _bottleneck_wide_kernel(
 
 
 def hidden(
-    z: Tensor, grad_hidden: Tensor | None, activation: str, scale: float, *,
-    ones: bool = False, need_hidden: bool = True,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``scale * act(z)`` and, for a gradient, ``scale * act'(z) * grad_hidden``, each ``(rows, padded)``.
+    z: Tensor, activation: str, scale: float, grad_hidden: Tensor | None = None, up: Tensor | None = None,
+    ones: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """``scale * act(z)``; in backward ``scale * act'(z) * grad_hidden``, its sums, and what ``up`` holds, too.
 
     Args:
         z, grad_hidden: ``(rows, bottleneck_size)``, contiguous.
+        up: ``(hidden, bottleneck_size)``, contiguous.
         ones: a column of ones behind those of h.
+    Returns: the first two ``(rows, padded)``, and what :func:`below` takes.
     """
     rows, size = z.shape
-    width = padded(size + ones)
-    h = z.new_empty((rows if need_hidden else 0, width))
-    grad_z = z.new_empty((rows if grad_hidden is not None else 0, width))
-    block_r = min(128, triton.next_power_of_2(width))
-    _bottleneck_hidden_kernel[(triton.cdiv(rows, HIDDEN_ROWS) * triton.cdiv(width, block_r),)](
-        hidden_ptr=h, grad_z_ptr=grad_z, z_ptr=z, grad_hidden_ptr=grad_hidden, scale=scale, rows=rows, SIZE=size,
-        HIDDEN_STRIDE=width, BLOCK_M=HIDDEN_ROWS, BLOCK_R=block_r, ACTIVATION=activation, ONES=ones,
-        NEED_HIDDEN=need_hidden, NEED_GRAD=grad_hidden is not None, num_warps=4,
+    width, backward = padded(size + ones), grad_hidden is not None
+    h = z.new_empty((rows, width))
+    grad_z = z.new_empty((rows if backward else 0, width))
+    block_r, tiles = min(128, power_of_2(width)), blocks(rows, HIDDEN_ROWS)
+    sums = z.new_empty((tiles if backward else 0, size), dtype=torch.float32)
+    reached = z.new_empty((1, PARTS if backward else 0), dtype=torch.int32)
+    programs = tiles * blocks(width, block_r)
+    _bottleneck_hidden_kernel[(max(programs, PARTS) if backward else programs,)](
+        hidden_ptr=h, grad_z_ptr=grad_z, sums_ptr=sums, reached_ptr=reached, z_ptr=z, grad_hidden_ptr=grad_hidden,
+        up_ptr=up, scale=scale, rows=rows, SIZE=size, HIDDEN_STRIDE=width, UP_SIZE=0 if up is None else up.numel(),
+        BLOCK_M=HIDDEN_ROWS, BLOCK_R=block_r, PARTS=PARTS, ACTIVATION=activation, ONES=ones, BACKWARD=backward,
+        num_warps=4,
     )  # fmt: skip
-    return h, grad_z
+    return h, grad_z, sums, reached
+
+
+def below(grad_down: Tensor, sums: Tensor, reached: Tensor) -> Tensor:
+    """The gradient of the down bias, (bottleneck_size,) in fp32; zeros in ``grad_down`` where U is zero."""
+    num_sums, size = sums.shape
+    grad_bias = sums.new_empty(size)
+    block, block_r = 1024, min(64, power_of_2(size))
+    programs = max(blocks(grad_down.numel(), block), blocks(size, block_r))
+    _bottleneck_below_kernel[(programs,)](
+        grad_down_ptr=grad_down, grad_bias_ptr=grad_bias, sums_ptr=sums, reached_ptr=reached, num_sums=num_sums,
+        SIZE=size, DOWN_SIZE=grad_down.numel(), BLOCK_M=64, BLOCK_R=block_r, BLOCK=block, PARTS=PARTS, num_warps=4,
+    )  # fmt: skip
+    return grad_bias
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(
+    arch: str, dtype: torch.dtype, batch: int, seq_len: int, hidden_size: int, size: int
+) -> tuple[int, dict[str, Any]]:
+    """Programs and launch options of the wide kernel, all that follows from shapes."""
+    tiles = bottleneck_config.wide_config(arch, dtype, size, seq_len)
+    programs = tiles.pop("programs")
+    num_tiles, num_blocks = blocks(seq_len, tiles["BLOCK_M"]), blocks(hidden_size, tiles["BLOCK_N"])
+    # one wave: as many runs as the device holds programs at once
+    tiles_per_run = blocks(num_tiles, min(num_tiles, max(1, programs // (batch * num_blocks))))
+    runs = blocks(num_tiles, tiles_per_run)
+    options = {
+        "seq_len": seq_len, "runs": runs, "tiles_per_run": tiles_per_run, "HIDDEN_SIZE": hidden_size, "SIZE": size,
+        "STAGES": tiles["num_stages"], "PRECISION": bottleneck_config.products(arch, dtype),
+    }  # fmt: skip
+    return batch * runs * num_blocks, options | tiles
 
 
 def wide(
@@ -165,25 +256,17 @@ def wide(
         out, residual: ``(batch, seq, hidden)`` any strides.
         h: ``(batch * seq, at least bottleneck_size)``, dense.
         weight, bias: banks ``(n, hidden, bottleneck_size)`` and ``(n, hidden)``, any strides.
-        reached: bool ``(n,)``: entries that are False copy ``residual``.
+        reached: ``(n, a power of two)``: entries where all is zero copy ``residual``.
     """
     batch, seq_len, hidden_size = out.shape
     num_adapters, _, size = weight.shape
-    arch = target.arch(out)
-    tiles = bottleneck_config.wide_config(arch, out.dtype, size, seq_len)
-    programs, block_m = tiles.pop("programs"), tiles["BLOCK_M"]
-    if size > tiles["BLOCK_K"]:  # read again with every tile of rows: rounded once, in one pass
+    programs, options = plan(target.arch(out), out.dtype, batch, seq_len, hidden_size, size)
+    if size > options["BLOCK_K"]:  # read again with every tile of rows: rounded once, in one pass
         weight = weight.to(out.dtype)
-    num_tiles, num_blocks = triton.cdiv(seq_len, block_m), triton.cdiv(hidden_size, tiles["BLOCK_N"])
-    # one wave: as many runs as the device holds programs at once
-    tiles_per_run = triton.cdiv(num_tiles, min(num_tiles, max(1, programs // (batch * num_blocks))))
-    runs = triton.cdiv(num_tiles, tiles_per_run)
-    _bottleneck_wide_kernel[(batch * runs * num_blocks,)](
+    _bottleneck_wide_kernel[(programs,)](
         out_ptr=out, hidden_ptr=h, weight_ptr=weight, bias_ptr=bias, residual_ptr=residual, row_ids_ptr=row_ids,
         reached_ptr=reached, OUT_STRIDES=out.stride(), WEIGHT_STRIDES=weight.stride(),
-        BIAS_STRIDES=strides(bias, 2), RESIDUAL_STRIDES=strides(residual, 3), scale=scale, seq_len=seq_len,
-        num_adapters=num_adapters, runs=runs, tiles_per_run=tiles_per_run, HIDDEN_SIZE=hidden_size, SIZE=size,
-        HIDDEN_STRIDE=h.stride(0), STAGES=tiles["num_stages"], HAS_ROW_IDS=row_ids is not None,
-        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, HAS_REACHED=reached is not None,
-        PRECISION=bottleneck_config.products(arch, out.dtype), **tiles,
+        BIAS_STRIDES=strides(bias, 2), RESIDUAL_STRIDES=strides(residual, 3), scale=scale, num_adapters=num_adapters,
+        HIDDEN_STRIDE=h.stride(0), HAS_ROW_IDS=row_ids is not None, HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None, PARTS=0 if reached is None else reached.shape[1], **options,
     )  # fmt: skip

@@ -48,7 +48,7 @@ def _bytes(case: Case) -> int:
 
 
 def _flops(case: Case) -> int:
-    """Down and up forward; both again for the hidden gradient, and both weight gradients, backward."""
+    """Down and up forward; both gradients of the hidden layer's sides and of weights, backward, which has no z here."""
     s = case.sizes
     products = 2 if case.direction == "forward" else 3 if case.options.get("frozen") else 5
     return 2 * products * s["b"] * s["q"] * s["c"] * s["r"]
@@ -75,7 +75,8 @@ def _small() -> Iterator[Case]:
         for dtype in ("fp16", "fp32"):
             yield Case("bottleneck", direction, dtype, sizes)
         yield Case("bottleneck", direction, "fp16", sizes | {"r": 160})
-        yield Case("bottleneck", direction, "fp16", sizes | {"n": 2}, {"bias": True, "norm": "layer_norm"})
+        # a norm is the library's, whose reading is not seen
+        yield Case("bottleneck", direction, "fp16", sizes | {"n": 2}, {"bias": True})
 
 
 OP = Op(_run, _bytes, _flops, _cases, _small)

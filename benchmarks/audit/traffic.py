@@ -1,7 +1,9 @@
 """Counts the bytes a call really touches, by running its kernels in Triton's interpreter on small tensors.
 
 Every load and store of the interpreter ends in one of two methods, descriptors included. Replaced for the time of a
-call, they note which addresses are used. Three counts, each of bytes read plus bytes written:
+call, they note which addresses are used; so does the one function through which launchers ask the library for a
+product, which counts as a launch, and results that no launch wrote are the library's. Three counts, each of bytes read
+plus bytes written:
 
 - ``touched``: every address of the caller's tensors once per call. The formula of the case must agree with it.
 - ``moved``: every address once per launch, scratch memory included. What comes from and goes to memory when a cache
@@ -18,7 +20,7 @@ from typing import Any
 
 import numpy
 import torch
-from fastadapter.kernels import target
+from fastadapter.kernels import bottleneck_tiles, target
 from torch import Tensor
 from triton.runtime import interpreter
 
@@ -84,6 +86,25 @@ class Log:
         self.seen.setdefault((kind, itemsize), []).append((self.launch, used))
         self.requested += used.size * itemsize
 
+    def note_tensor(self, kind: str, tensor: Tensor) -> None:
+        """Every element of ``tensor``, as one access."""
+        offsets = numpy.zeros(1, dtype=numpy.uint64)
+        for size, stride in zip(tensor.shape, tensor.stride()):
+            steps = numpy.arange(size, dtype=numpy.uint64) * numpy.uint64(stride * tensor.itemsize)
+            offsets = (offsets[:, None] + steps).reshape(-1)
+        addresses = offsets + numpy.uint64(tensor.data_ptr())
+        self.note(kind, addresses, numpy.ones(addresses.shape, dtype=bool), tensor.itemsize)
+
+    def note_results(self, tensors: Iterable[Tensor]) -> None:
+        """As written by the library, those of which no launch wrote anything."""
+        self.launch += 1
+        parts = [used for (kind, _), found in self.seen.items() if kind == "written" for _, used in found]
+        written = numpy.concatenate(parts)
+        for tensor in tensors:
+            start, size = tensor.data_ptr(), tensor.nbytes
+            if not ((written >= start) & (written < start + size)).any():
+                self.note_tensor("written", tensor)
+
     def touched(self, tensors: Iterable[Tensor]) -> int:
         """Bytes within ``tensors``, once per call."""
         ranges = [(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors]
@@ -113,6 +134,7 @@ def logging() -> Iterator[Log]:
     builder = interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
     execute = interpreter.GridExecutor.__call__
+    product = bottleneck_tiles.product
 
     def create_masked_load(self, ptrs, mask, *rest):
         log.note("read", ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8)
@@ -126,13 +148,24 @@ def logging() -> Iterator[Log]:
         log.launch += 1
         return execute(self, *args, **kwargs)
 
+    def noted(*operands, **options):
+        log.launch += 1
+        result = product(*operands, **options)
+        for operand in (*operands, *options.values()):
+            if isinstance(operand, Tensor):
+                log.note_tensor("read", operand)
+        log.note_tensor("written", result)
+        return result
+
     builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
     interpreter.GridExecutor.__call__ = __call__
+    bottleneck_tiles.product = noted
     try:
         yield log
     finally:
         builder.create_masked_load, builder.create_masked_store = load, store
         interpreter.GridExecutor.__call__ = execute
+        bottleneck_tiles.product = product
 
 
 def count(case: Case, arch: str) -> Count:
@@ -142,8 +175,9 @@ def count(case: Case, arch: str) -> Count:
     """
     make = RealMaker(case)
     with logging() as log, target.assume(arch):
-        results = cases.run(case, make)
-    touched = log.touched([*make.made, *_tensors(results)])
+        results = _tensors(cases.run(case, make))
+        log.note_results(results)
+    touched = log.touched([*make.made, *results])
     if not touched:
         raise RuntimeError(
             f"{case.op}: nothing was loaded; set TRITON_INTERPRET=1 before kernels are imported"

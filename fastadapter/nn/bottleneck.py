@@ -120,8 +120,8 @@ def operands(
         bank: the adapters.
         dtype: of the activations.
         stacked: as banks, one entry per adapter; otherwise those of the one adapter there is.
-        rounded: weights in ``dtype``, as a GPU multiplies them, for calls that need no gradient; those in front of which
-            a norm stands stay as they are, since its weight goes into them first.
+        rounded: weights in ``dtype``, as a GPU multiplies them, for calls that need no gradient; beside a norm they
+            stay as they are, since its weight goes into them first.
     """
     first = bank[0]
     weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32

@@ -23,9 +23,15 @@ BOTTLENECK = [
             tests_named("bits_of_the_residual"),
         ),
         an_unreached_entry_is_added=(
-            "acts *= tl.load(reached_ptr + entry).to(tl.int32)",
-            "acts *= 1",
+            "    if PARTS > 0:\n",
+            "    if PARTS < 0:\n",
             tests_named("zero_up_projection"),
+        ),
+        nothing_below_is_not_zero=("if reached == 0:", "if reached < 0:", tests_named("zero_up_projection")),
+        one_part_of_the_up_projection_is_looked_at=(
+            "(offs_u < part) & (pid * part + offs_u < UP_SIZE)",
+            "(pid == 0) & (offs_u < part) & (pid * part + offs_u < UP_SIZE)",
+            tests_named("small_part_of_the_up"),
         ),
         without_an_adapter_adds=(
             "acts *= adapted.to(tl.int32)",
@@ -61,11 +67,6 @@ BOTTLENECK = [
         up_bias_not_scaled=(
             "grad_up_bias = grad_up[None, :, size] * scale",
             "grad_up_bias = grad_up[None, :, size]",
-        ),
-        nothing_below_is_not_zero=(
-            "return torch.where(reached, grad, 0.0)",
-            "return grad",
-            tests_named("zero_up_projection"),
         ),
         grad_out_missing_behind_a_norm=(
             "total = chain if kept is None else kept + chain",
