@@ -19,12 +19,17 @@ from tests.support import launches
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU, launches compile by themselves"),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU, launches compile by themselves"
+    ),
 ]
 
 
 def compiled(calls, *options):
     """How many kernels compiled, and what did not."""
+    assert not [call for call in calls if "unclear" in call], (
+        "tests/support/launches.py cannot write these down"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     lines = "".join(json.dumps(call) + "\n" for call in calls)
     command = [sys.executable, "-m", "tests.support.compile_launches", *options]
@@ -76,7 +81,9 @@ def test_a_call_is_noted_once_and_as_it_was():
             gated_prefix_forward(base, query, prefix, prefix, torch.ones(1, 2), None, 0.25, "tanh")
     (line,) = recorder.seen
     noted = json.loads(line)
-    assert noted["function"] == "gated_prefix_forward" and noted["module"] == "fastadapter.kernels.gated_prefix"
+    assert (
+        noted["function"] == "gated_prefix_forward" and noted["module"] == "fastadapter.kernels.gated_prefix"
+    )
     assert noted["arguments"]["query"] == {
         "shape": [1, 2, 4, 16], "strides": [128, 16, 32, 1], "dtype": "float32", "aligned": True,
     }  # fmt: skip
@@ -95,11 +102,17 @@ def test_a_sample_of_what_was_launched_compiles():
 @pytest.mark.slow
 def test_everything_that_the_default_tests_launch_compiles(tmp_path):
     environment = os.environ | {"FASTADAPTER_TEST_LAUNCHES": str(tmp_path)}
-    files = [path for path in (ROOT / "tests").rglob("test_*.py") if "triton" in path.read_text(encoding="utf-8")]
+    files = [
+        path for path in (ROOT / "tests").rglob("test_*.py") if "triton" in path.read_text(encoding="utf-8")
+    ]
     files = [str(path) for path in files if path != Path(__file__)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)  # red ones show elsewhere
-    lines = {line for path in tmp_path.glob("*.jsonl") for line in path.read_text(encoding="utf-8").splitlines()}
+    subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True
+    )  # red ones show elsewhere
+    lines = {
+        line for path in tmp_path.glob("*.jsonl") for line in path.read_text(encoding="utf-8").splitlines()
+    }
     assert lines
     _, failures = compiled([json.loads(line) for line in sorted(lines)])
     assert not failures, f"{len(failures)} kernels, the first: {json.dumps(failures[0], indent=1)}"

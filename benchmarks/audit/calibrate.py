@@ -21,15 +21,16 @@ from .estimate import CARDS, Constants, Estimate, Features, time_of
 FEATURES = RESULTS / "estimate_features.jsonl"
 PREDICTIONS = RESULTS / "estimates.csv"
 CARD = CARDS["H200"]
+ESTIMATED = ("gated_prefix", "prefix_merge", "bottleneck")
 # What is tried for the three fitted constants.
 GRID = {
-    "launch_us": (2.0, 3.0, 4.0, 5.0), "cache_terabytes_per_s": (7.0, 9.0, 11.0), "overlap": (2.0, 3.0, 4.0, 6.0),
+    "launch_us": (2.0, 3.0, 4.0), "cache_terabytes_per_s": (7.0, 9.0, 11.0), "overlap": (3.0, 4.0, 6.0),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A measured call. ``how``: replays of a CUDA graph, or events around eager calls, which see the host's time too."""
+    """A measured call. ``how``: replays of a CUDA graph, or events around eager calls (the host's time too)."""
 
     case: str
     us: float
@@ -48,7 +49,9 @@ class Measured:
 def measured(path: Path = FEATURES) -> list[Measured]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [
-        Measured(row["case"], row["measured_us"], row["how"], tuple(Features(**one) for one in row["launches"]))
+        Measured(
+            row["case"], row["measured_us"], row["how"], tuple(Features(**one) for one in row["launches"])
+        )
         for row in rows
     ]
 
@@ -69,7 +72,9 @@ def left_out(rows: Sequence[Measured]) -> list[float]:
 
 
 def table(rows: Sequence[Measured]) -> list[list[str]]:
-    lines = [["call", "measured by", "measured, us", "estimated, us", "error, %", "left out, %", "launches, us"]]
+    lines = [
+        ["call", "measured by", "measured, us", "estimated, us", "error, %", "left out, %", "launches, us"]
+    ]
     for row, out in zip(rows, left_out(rows)):
         found = row.estimate(Constants())
         launches = " + ".join(f"{part.us:.0f}" for part in found.parts)
@@ -117,9 +122,7 @@ def predict(case) -> Prediction:
     from .estimate import features
 
     found = features(lambda: cases.run(case, Maker(case)))
-    times = {
-        name: [time_of(step, card, Constants()) for step in found] for name, card in CARDS.items()
-    }
+    times = {name: [time_of(step, card, Constants()) for step in found] for name, card in CARDS.items()}
     slowest = max(times["H200"], key=lambda part: part.us)
     by = max(("processors", "cache", "memory"), key=lambda name: getattr(slowest, name))
     return Prediction(
@@ -129,11 +132,11 @@ def predict(case) -> Prediction:
     )  # fmt: skip
 
 
-def chosen(dtype: str = "bf16") -> list:
+def chosen() -> list:
     """The cases that have a prediction."""
     from . import cases
 
-    return [case for case in cases.all_cases() if case.dtype == dtype]
+    return [case for case in cases.all_cases() if case.dtype == "bf16" and case.op in ESTIMATED]
 
 
 def store(path: Path, rows: Iterable[Prediction]) -> None:
@@ -154,7 +157,8 @@ def load(path: Path = PREDICTIONS) -> list[Prediction]:
     kinds = {field.name: field.type if field.type in (int, float) else str for field in fields(Prediction)}
     with path.open(encoding="utf-8", newline="") as file:
         return [
-            Prediction(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)
+            Prediction(**{name: kinds[name](value) for name, value in row.items()})
+            for row in csv.DictReader(file)
         ]
 
 

@@ -145,6 +145,8 @@ def _address(text: str) -> Address:
             offset += int(part, 16)
         elif match := REGISTER.match(part):
             name = match[3]
-            registers.append(Register(name.startswith("U"), None if name.endswith("Z") else int(name.lstrip("UR"))))
+            registers.append(
+                Register(name.startswith("U"), None if name.endswith("Z") else int(name.lstrip("UR")))
+            )
             wide |= ".64" in part
     return Address(tuple(registers), offset, wide)

@@ -15,9 +15,10 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from benchmarks.audit import capture
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import compiler, make_backend
+
+from benchmarks.audit import capture
 
 ARCHITECTURES = ("sm_80", "sm_90")
 FRONT_END = 4
@@ -106,7 +107,9 @@ def main() -> int:
     parser.add_argument("--sample", nargs=2, metavar=("N", "SEED"))
     parser.add_argument("--front-end", action="store_true")
     args = parser.parse_args()
-    work = [(json.loads(line), arch, halves) for line in sys.stdin for arch, halves in variants(json.loads(line))]
+    work = [
+        (json.loads(line), arch, halves) for line in sys.stdin for arch, halves in variants(json.loads(line))
+    ]
     whole = 0 if args.front_end else sys.maxsize
     stop = sys.maxsize
     if args.sample:
@@ -141,7 +144,10 @@ def _report(call, arch, halves, kernel, error) -> int:
     while error is not None:
         causes.append(f"{type(error).__name__}: {error}"[:600])
         error = error.__cause__
-    print(json.dumps({"call": call, "arch": arch, "halves": halves, "kernel": kernel, "error": causes}), flush=True)
+    print(
+        json.dumps({"call": call, "arch": arch, "halves": halves, "kernel": kernel, "error": causes}),
+        flush=True,
+    )
     return 1
 
 

@@ -35,7 +35,12 @@ def describe(value):
     if isinstance(value, torch.Tensor):
         aligned = value.data_ptr() % 16 == 0 or value.numel() == 0
         dtype = str(value.dtype).removeprefix("torch.")
-        return {"shape": list(value.shape), "strides": list(value.stride()), "dtype": dtype, "aligned": aligned}
+        return {
+            "shape": list(value.shape),
+            "strides": list(value.stride()),
+            "dtype": dtype,
+            "aligned": aligned,
+        }
     if isinstance(value, torch.dtype):
         return {"is": str(value).removeprefix("torch.")}
     if isinstance(value, tuple | list):
@@ -58,18 +63,26 @@ class Recorder:
             frame = frame.f_back
         if outermost is None:  # a kernel of a test's own
             return
-        module, code = outermost.f_globals["__name__"], outermost.f_code
-        function = getattr(sys.modules[module], code.co_name, None)
-        if getattr(inspect.unwrap(function), "__code__", None) is not code if function else True:
-            raise RuntimeError(f"{module}.{code.co_name} launches and is no function of its module")
-        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        arguments = {name: describe(outermost.f_locals[name]) for name in names}
-        line = json.dumps({"module": module, "function": code.co_name, "arguments": arguments}, sort_keys=True)
+        line = json.dumps(_call(outermost), sort_keys=True)
         if line not in self.seen:
             self.seen.add(line)
             folder().mkdir(exist_ok=True)
             with (folder() / f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
+
+
+def _call(frame) -> dict:
+    """Of a function's frame; with "unclear" where the call cannot be made again from what is written down."""
+    module, code = frame.f_globals["__name__"], frame.f_code
+    function = inspect.unwrap(getattr(sys.modules[module], code.co_name, None) or _call)
+    if getattr(function, "__code__", None) is not code:
+        return {"module": module, "function": code.co_name, "unclear": "no function of its module"}
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    try:
+        arguments = {name: describe(frame.f_locals[name]) for name in names}
+    except (KeyError, TypeError) as error:
+        return {"module": module, "function": code.co_name, "unclear": str(error)}
+    return {"module": module, "function": code.co_name, "arguments": arguments}
 
 
 @contextlib.contextmanager
@@ -92,5 +105,7 @@ def recorded(recorder: Recorder) -> Iterator[None]:
 
 def calls() -> list[dict]:
     """Everything noted in this run so far, each call once."""
-    lines = {line for path in folder().glob("*.jsonl") for line in path.read_text(encoding="utf-8").splitlines()}
+    lines = {
+        line for path in folder().glob("*.jsonl") for line in path.read_text(encoding="utf-8").splitlines()
+    }
     return [json.loads(line) for line in sorted(lines)]
