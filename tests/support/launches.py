@@ -6,10 +6,12 @@ the folder. A call is noted as shapes, strides and dtypes; :mod:`tests.support.c
 with tensors that have no memory, on each architecture, with the tiles of that architecture.
 """
 
+import atexit
 import contextlib
 import inspect
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -53,6 +55,9 @@ def describe(value):
 class Recorder:
     def __init__(self):
         self.seen: set[str] = set()
+        if not {"FASTADAPTER_TEST_LAUNCHES", "PYTEST_XDIST_TESTRUNUID"} & os.environ.keys():
+            shutil.rmtree(folder(), ignore_errors=True)  # of an earlier process with this number
+            atexit.register(shutil.rmtree, folder(), ignore_errors=True)
 
     def note(self) -> None:
         """The call that launches: of the frames on the stack, the outermost function of the kernels' package."""
