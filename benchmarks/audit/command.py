@@ -35,6 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--traffic", action="store_true", help="count the bytes that small calls touch, in the interpreter"
     )
+    parser.add_argument(
+        "--estimate",
+        action="store_true",
+        help="estimate times on H200 and H100 (bf16, unless --dtype says more)",
+    )
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compile in parallel")
     parser.add_argument(
         "--out", type=Path, help="store the rows in this file: they replace those of the same cases"
@@ -49,9 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
     if args.draw:
-        from . import draw, report, traffic
+        from . import calibrate, draw, report, traffic
 
-        args.draw.write_text(draw.document(report.load(), traffic.load()), encoding="utf-8")
+        tables = (report.load(), traffic.load(), calibrate.measured(), calibrate.load())
+        args.draw.write_text(draw.document(*tables), encoding="utf-8")
         return 0
     if args.traffic != (os.environ.get("TRITON_INTERPRET") == "1"):
         # settled when a kernel is decorated: one made for the interpreter cannot be compiled, nor the reverse
@@ -85,6 +91,8 @@ def main(argv: list[str] | None = None) -> int:
         for case in chosen:
             print(case.op, case.direction, case.dtype, case)
         return 0
+    if args.estimate:
+        return estimate_main(args, [case for case in chosen if args.dtype or case.dtype == "bf16"])
     work = [(case, arch) for case in chosen for arch in args.arch]
     if args.sample:
         sample = cases.sample(ARCHITECTURES)
@@ -117,6 +125,37 @@ def traffic_main(args: argparse.Namespace) -> int:
     return int(any(abs(count.ratio - 1) > 0.1 for count in counts))
 
 
+def estimate_main(args: argparse.Namespace, chosen: list) -> int:
+    from . import calibrate, draw
+
+    rows = in_parallel(calibrate.predict, [(case,) for case in chosen], args.jobs, "estimate")
+    if args.out:
+        calibrate.update(args.out, rows)
+    if args.json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+    else:
+        print(draw.aligned(calibrate.predictions_table(rows)))
+    return 0
+
+
+def in_parallel(function, arguments: list[tuple], jobs: int, what: str) -> list:
+    """Results in the order of ``arguments``, each computed in one of ``jobs`` processes."""
+    progress = Progress(what, len(arguments))
+    found = {}
+    if jobs == 1 or len(arguments) == 1:
+        for place, given in enumerate(arguments):
+            found[place] = function(*given)
+            progress(len(found))
+    else:
+        # spawned: a forked compiler inherits locks that another thread may hold
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            futures = {pool.submit(function, *given): place for place, given in enumerate(arguments)}
+            for future in as_completed(futures):
+                found[futures[future]] = future.result()
+                progress(len(found))
+    return [found[place] for place in range(len(arguments))]
+
+
 def collect(work, jobs: int) -> list:
     """Rows of all (case, architecture) pairs, in their order. What compiles to the same kernel is compiled once."""
     from . import capture, report
@@ -128,19 +167,8 @@ def collect(work, jobs: int) -> list:
     ]
     keys = [capture.identity(launch, arch) for _, arch, _, launch in launches]
     first = {key: place for place, key in reversed(list(enumerate(keys)))}
-    progress = Progress("audit", len(first))
-    found = {}
-    if jobs == 1 or len(first) == 1:
-        for key, place in first.items():
-            found[key] = report.inspect(*launches[place][:3])
-            progress(len(found))
-    else:
-        # spawned: a forked compiler inherits locks that another thread may hold
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            futures = {pool.submit(report.inspect, *launches[place][:3]): key for key, place in first.items()}
-            for future in as_completed(futures):
-                found[futures[future]] = future.result()
-                progress(len(found))
+    inspected = in_parallel(report.inspect, [launches[place][:3] for place in first.values()], jobs, "audit")
+    found = dict(zip(first, inspected, strict=True))
     return [
         report.make_row(case, arch, index, launch, found[key])
         for (case, arch, index, launch), key in zip(launches, keys, strict=True)

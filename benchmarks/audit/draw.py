@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Sequence
 
-from . import cases
+from . import calibrate, cases
 from .chips import CHIPS
 from .report import Row, faults
 from .traffic import Count
@@ -57,14 +57,20 @@ def traffic_table(counts: Iterable[Count]) -> str:
 INTRODUCTION = """# Kernel audit
 
 What the Triton kernels compile to and move, known without a GPU. Drawn by `fastadapter bench audit --draw
-docs/audit.md` from `benchmarks/results/audit.csv` (a row per launch, case and architecture) and `traffic.csv`; tests
-compile a sample again and compare. Nothing here is a measurement of time on a GPU.
+docs/audit.md` from `benchmarks/results/audit.csv` (a row per launch, case and architecture), `traffic.csv`,
+`estimates.csv` and `estimate_features.jsonl`; tests compile a sample again and compare. Times on a GPU are measured
+only where it says so.
 
 """
 
 
-def document(rows: Sequence[Row], counts: Sequence[Count]) -> str:
-    """The short document: kernels by architecture, floors by chip, counted bytes."""
+def document(
+    rows: Sequence[Row],
+    counts: Sequence[Count],
+    measured: Sequence[calibrate.Measured],
+    predictions: Sequence[calibrate.Prediction],
+) -> str:
+    """The short document: kernels by architecture, floors by chip, counted bytes, estimated times."""
     versions = [f"triton {name}" for name in sorted({row.triton for row in rows})]
     versions += [f"ptxas {name}" for name in sorted({row.ptxas for row in rows} - {""})]
     unsound = sorted({(row.kernel, row.arch, fault) for row in rows for fault in faults(row)})
@@ -76,6 +82,9 @@ def document(rows: Sequence[Row], counts: Sequence[Count]) -> str:
         parts.append("## Faults\n\n" + aligned(lines))
     parts.append("## Floors\n\n" + FLOORS + "\n\n" + _floors(rows))
     parts.append("## Bytes\n\n" + BYTES + "\n\n" + _bytes(counts))
+    parts.append("## Estimates\n\n" + ESTIMATES + "\n\n" + aligned(calibrate.predictions_table(predictions)))
+    held = f"{CALIBRATION}\n\n{calibrate.summary(measured)}"
+    parts.append("## Estimates against measurements\n\n" + held + "\n\n" + aligned(calibrate.table(measured)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -90,6 +99,19 @@ to reach, 3.0 TB/s and 790 TFLOP/s. First case of each op, pass and dtype."""
 BYTES = """Counted in the interpreter, address by address, on small shapes; relative to the formula behind the floor.
 Touched: the caller's tensors, once per call. Moved: everything, scratch memory too, once per launch. Requested: once
 per tile that asks. The spread is over dtypes, cases and architectures."""
+
+
+ESTIMATES = """Predicted before a card measured them: bf16 cases, by `benchmarks/audit/estimate.py` from the machine
+code for sm_90, in microseconds of GPU time, launches included. The last columns name the launch that takes longest and
+what takes most of its time: its multiprocessors (instructions, latencies, waves), the cache, or memory."""
+
+CALIBRATION = """The same estimates for calls that an H200 has measured (2026-11-27, commit d9a2e4b, torch 2.11.0,
+triton 3.6.0; 4 x 2048 tokens, 32 heads, 8 kv heads, head_dim 128, prefix 10, bf16; most of these kernels are gone
+since). Three constants are fitted to these rows: the cost of a launch, the bandwidth of the cache, and how far memory
+and multiprocessors overlap. "Left out" is the error of a row by constants that are fitted to the others. Events around
+eager calls see the host's time where it is longer than the GPU's. The bottleneck with r 64 is what the model does not
+explain: few warps, rows read 64 to 128 bytes at a time with a stride of 8 KB, and a backward of several launches from
+Python; a tile that the model calls fast there needs a card to say so."""
 
 
 def _span(values: Iterable[float], form: str) -> str:

@@ -16,6 +16,7 @@ literature, named where it stands. Products by libraries are the slower of bytes
 
 import argparse
 import math
+import os
 import struct
 import sys
 from collections import Counter
@@ -39,7 +40,7 @@ SAMPLED_PROGRAMS = 5
 SCHEDULERS = 4
 # Tensors up to this size are taken to come from the cache when a program asks for them.
 CACHED = 20e6
-# mma.sync reaches 63 % of Hopper's 512 multiplications and additions per cycle and scheduler: arXiv:2402.13499, table 7.
+# mma.sync reaches 63 % of Hopper's 512 multiplications and additions per cycle and scheduler (arXiv:2402.13499).
 MATRIX_RATE = 0.63 * 512
 SHARED_RATE = 128 / SCHEDULERS  # bytes per cycle
 
@@ -124,14 +125,17 @@ class Estimate:
                 f"memory {part.memory:.1f}"
             )
             if isinstance(step, Features):
-                lines.append(
+                matrix, shared = step.matrix_fma / MATRIX_RATE, step.shared_bytes / SHARED_RATE
+                lines += [
                     f"    {step.programs} programs of {step.warps} warps, {part.resident} resident, "
-                    f"{step.registers} registers, {step.shared} bytes shared; alone {step.cycles:.0f} cycles; a warp: "
-                    f"arithmetic {step.arithmetic:.0f}, special {step.special:.0f}, "
-                    f"matrix {step.matrix_fma / MATRIX_RATE:.0f}, shared {step.shared_bytes / SHARED_RATE:.0f} cycles, "
-                    f"{step.barriers:.0f} barriers; {step.touched / 1e6:.1f} MB, {step.requested / 1e6:.1f} from the cache"
-                    + (f"; {step.unknown} instructions not understood" if step.unknown else "")
-                )
+                    f"{step.registers} registers, {step.shared} bytes shared; "
+                    f"{step.touched / 1e6:.1f} MB, {step.requested / 1e6:.1f} from the cache",
+                    f"    a warp: alone {step.cycles:.0f} cycles; arithmetic {step.arithmetic:.0f}, "
+                    f"special {step.special:.0f}, matrix {matrix:.0f}, shared {shared:.0f}; "
+                    f"{step.barriers:.0f} barriers",
+                ]
+                if step.unknown:
+                    lines.append(f"    {step.unknown} instructions not understood")
         return "\n".join(lines)
 
 
@@ -320,6 +324,8 @@ class _Operations(TorchDispatchMode):
 
 
 def _steps(call: Callable[[], Any]) -> list[capture.Launch | Operation]:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("estimates compile kernels: unset TRITON_INTERPRET")
     with capture.recording() as steps, capture.target.assume(ARCH), _Operations(steps):
         call()
     if not steps:

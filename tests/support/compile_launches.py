@@ -15,9 +15,10 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from benchmarks.audit import capture
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import compiler, make_backend
+
+from benchmarks.audit import capture
 
 ARCHITECTURES = ("sm_80", "sm_90")
 FRONT_END = 4

@@ -6,10 +6,12 @@ the folder. A call is noted as shapes, strides and dtypes; :mod:`tests.support.c
 with tensors that have no memory, on each architecture, with the tiles of that architecture.
 """
 
+import atexit
 import contextlib
 import inspect
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -53,6 +55,9 @@ def describe(value):
 class Recorder:
     def __init__(self):
         self.seen: set[str] = set()
+        if not {"FASTADAPTER_TEST_LAUNCHES", "PYTEST_XDIST_TESTRUNUID"} & os.environ.keys():
+            shutil.rmtree(folder(), ignore_errors=True)  # of an earlier process with this number
+            atexit.register(shutil.rmtree, folder(), ignore_errors=True)
 
     def note(self) -> None:
         """The call that launches: of the frames on the stack, the outermost function of the kernels' package."""
@@ -63,20 +68,26 @@ class Recorder:
             frame = frame.f_back
         if outermost is None:  # a kernel of a test's own
             return
-        module, code = outermost.f_globals["__name__"], outermost.f_code
-        function = getattr(sys.modules[module], code.co_name, None)
-        if getattr(inspect.unwrap(function), "__code__", None) is not code if function else True:
-            raise RuntimeError(f"{module}.{code.co_name} launches and is no function of its module")
-        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        arguments = {name: describe(outermost.f_locals[name]) for name in names}
-        line = json.dumps(
-            {"module": module, "function": code.co_name, "arguments": arguments}, sort_keys=True
-        )
+        line = json.dumps(_call(outermost), sort_keys=True)
         if line not in self.seen:
             self.seen.add(line)
             folder().mkdir(exist_ok=True)
             with (folder() / f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
+
+
+def _call(frame) -> dict:
+    """Of a function's frame; with "unclear" where the call cannot be made again from what is written down."""
+    module, code = frame.f_globals["__name__"], frame.f_code
+    function = inspect.unwrap(getattr(sys.modules[module], code.co_name, None) or _call)
+    if getattr(function, "__code__", None) is not code:
+        return {"module": module, "function": code.co_name, "unclear": "no function of its module"}
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    try:
+        arguments = {name: describe(frame.f_locals[name]) for name in names}
+    except (KeyError, TypeError) as error:
+        return {"module": module, "function": code.co_name, "unclear": str(error)}
+    return {"module": module, "function": code.co_name, "arguments": arguments}
 
 
 @contextlib.contextmanager
