@@ -8,6 +8,7 @@ import contextlib
 import csv
 import importlib.util
 import json
+import os
 import random
 import signal
 import sys
@@ -108,7 +109,21 @@ def finetune(commands: Commands) -> None:
 
 
 def resume(commands: Commands) -> None:
-    """A run that a signal stopped and that was resumed ends in the bits of one that was not."""
+    """A run that a signal stopped and that was resumed ends in the bits of one that was not.
+
+    In torch's deterministic mode: attention's backward adds up in any order otherwise, on a GPU.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        _resume(commands)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def _resume(commands: Commands) -> None:
     from fastadapter.checkpoints.files import read_tensors
     from fastadapter.training.report import Reporter
     from fastadapter.training.targets import AdapterTarget
@@ -150,6 +165,9 @@ def generate(commands: Commands) -> None:
     if not json.loads(out.read_text())["completions"][0]["new_tokens"]:
         raise RuntimeError("generate made no tokens")
     chosen = ["first", None, "second", "first"]
+    # on a GPU transformers compiles the decoding step then, and records it as a CUDA graph
+    static = ("--cache-implementation", "static")
+    commands("generate", "--adapter", adapters[0], "--prompt", "Review : w1 w2", *few, *static)
     lines = [{"prompt": f"Review : w{row} w2", "adapter": name} for row, name in enumerate(chosen)]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     named = [f"{path.name}={path}" for path in adapters]

@@ -24,7 +24,10 @@ CONFIGS = {
     "pfeiffer": fa.BottleneckConfig(placement="pfeiffer", bottleneck_size=4, init="houlsby"),
     "parallel": fa.BottleneckConfig(placement="parallel", bottleneck_size=4, init="houlsby"),
 }
-every_method = pytest.mark.parametrize("method", CONFIGS)
+QUICK = ("llama-adapter", "v2", "prefix", "houlsby")
+every_method = pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CONFIGS]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +113,7 @@ def test_rows_are_ready_before_the_first_call(method):
     assert graphs and not made_on_the_host(graphs)
 
 
-@pytest.mark.parametrize("method", ["llama-adapter", "prefix", "houlsby"])
+@pytest.mark.parametrize("method", ["llama-adapter", pytest.param("prefix", marks=pytest.mark.slow)])
 def test_blocks_share_their_graphs(method):
     """Compiled one by one, five blocks are two graphs: with and without a gradient for their input."""
     model, ids, graphs = adapted(method, layers=5).train(), token_ids(), []
