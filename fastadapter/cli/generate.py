@@ -45,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=float, help="draw from the most likely tokens of this total probability"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the drawing")
+    parser.add_argument(
+        "--cache-implementation",
+        choices=("dynamic", "static"),
+        default="dynamic",
+        help="static: of a fixed size; transformers then compiles the model on a GPU",
+    )
     parser.add_argument("--json", metavar="FILE", help="write prompts and completions to this file, too")
 
 
@@ -74,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
             )
     torch.manual_seed(args.seed)
     options = {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.eos_token_id, **sampling}
+    if args.cache_implementation != "dynamic":
+        options["cache_implementation"] = args.cache_implementation
     if paths:
         records = _answer_together(model, tokenizer, encoded, names, args.batch_size, options)
     else:

@@ -124,6 +124,13 @@ def decoder_of(model: nn.Module, stack: str) -> tuple[str, Any]:
     return path, decoder
 
 
+def looks_back_only(model: nn.Module) -> bool:
+    """Whether no token sees what stands behind it, as far as can be told: then padding on the right needs no mask."""
+    paths = list(self_attentions(model))
+    one_stack = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return bool(paths) and one_stack and is_causal(model, paths)
+
+
 def checkpointed_block(model: nn.Module, path: str) -> nn.Module:
     """The layer around the attention at ``path`` that activation checkpointing acts on, or the attention itself."""
     parts = path.split(".")

@@ -28,6 +28,7 @@ class State:
         self.active: str | None = None
         self.rows: tuple[str | None, ...] | None = None
         self.factor = 1
+        self._tensors: dict[Any, Tensor] = {}
 
     @contextlib.contextmanager
     def only(self, name: str | None) -> Iterator[None]:
@@ -38,6 +39,29 @@ class State:
             yield
         finally:
             self.active, self.rows = kept
+
+    def tensor(self, values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Some numbers on a device, the same tensor for every host that asks for them; not to be written to.
+
+        Raises: RuntimeError: a CUDA graph is being recorded, and the numbers are new.
+        """
+        key = (values, dtype, device)
+        found = self._tensors.get(key)
+        if found is not None:
+            return found
+        found = torch.tensor(values, dtype=dtype)
+        if torch.compiler.is_compiling():
+            return found.to(device)
+        if not may_keep(device):
+            raise RuntimeError(
+                "rows: enter rows(...) and call the model once before a CUDA graph is captured"
+            )
+        if device.type == "cuda":  # without waiting for it
+            found = found.pin_memory()
+        if len(self._tensors) >= _KEPT:
+            self._tensors = {}
+        self._tensors[key] = found.to(device, non_blocking=True)
+        return self._tensors[key]
 
     def row_names(self, batch: int) -> tuple[str | None, ...] | None:
         """The adapter of every row of a batch; ``None`` when one acts on all.
@@ -69,6 +93,7 @@ class Host(nn.Module):
     """The adapters of one module of the model, by name; lives in it as the child ``CHILD``."""
 
     CHILD: ClassVar[str]
+    GROUPED: ClassVar[bool] = True  # whether it acts by groups of rows
 
     def __init__(self, state: State):
         super().__init__()
@@ -100,9 +125,18 @@ class Host(nn.Module):
         found = self._groups.get(key)
         if found is None:
             found = self._grouped(rows, device)
-            if not torch.compiler.is_compiling():
+            if may_keep(device):
                 self._groups = {key: found}  # the last one: a batch is many calls
         return found
+
+    def prepare_rows(self) -> None:
+        """Make the groups of the rows that were chosen, before a compiler or a CUDA graph would have to.
+
+        A compiled graph would copy them to the device in every call, which also keeps it from being recorded.
+        """
+        device = next((each.device for each in self.parameters()), None)
+        if self.GROUPED and device is not None and self.state.rows is not None:
+            self.groups(len(self.state.rows), device)
 
     def _grouped(self, rows: tuple[str | None, ...], device: torch.device) -> list[Group]:
         kinds: dict[Any, list[str]] = {}
@@ -116,8 +150,8 @@ class Host(nn.Module):
             found.append(
                 Group(
                     tuple(names),
-                    torch.tensor(ids, dtype=torch.int32, device=device),
-                    torch.tensor(members, device=device),
+                    self.state.tensor(tuple(ids), torch.int32, device),
+                    self.state.tensor(tuple(members), torch.int64, device),
                 )
             )
         return found
@@ -126,9 +160,9 @@ class Host(nn.Module):
         """What ``make`` gives, kept between calls that cannot need a gradient through it.
 
         Valid while every tensor of ``sources`` is the same version of the same storage; not kept where versions are
-        not counted (tensors made under inference mode) or cannot be checked at run time (a compiled graph).
+        not counted (tensors made under inference mode) or cannot be checked at run time (:func:`may_keep`).
         """
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.training or torch.is_grad_enabled() or not (sources and may_keep(sources[0].device)):
             return make()
         if any(tensor.is_inference() for tensor in sources):
             return make()
@@ -179,6 +213,17 @@ class Host(nn.Module):
         self.forget()
 
 
+def may_keep(device: torch.device) -> bool:
+    """Whether what is made now can be used by later calls.
+
+    Not in a compiled graph, and not while a CUDA graph is recorded: nothing is computed then, and the memory is the
+    graph's own.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
 def stamp(sources: Sequence[Tensor]) -> list[tuple[int, int]]:
     """What changes whenever one of some tensors is written to or replaced."""
     return [(tensor._version, tensor.data_ptr()) for tensor in sources]
@@ -202,6 +247,7 @@ class ReparamHost(Host):
     """The networks behind prefixes; they belong to the model around the blocks, not to one of them."""
 
     CHILD: ClassVar[str] = "fa_reparam"
+    GROUPED: ClassVar[bool] = False
 
 
 # An adapter's module in a model: the path of the module it is in, and the kind of host there.

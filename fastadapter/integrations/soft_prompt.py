@@ -28,6 +28,7 @@ class PromptHost(Host):
     """
 
     CHILD: ClassVar[str] = "fa_prompt"
+    GROUPED: ClassVar[bool] = False
 
     def __init__(self, state: State, context: int | None):
         super().__init__(state)
@@ -49,11 +50,15 @@ class PromptHost(Host):
                 f"{self.context}"
             )
 
-    def lengths(self, batch: int) -> list[int]:
+    def lengths(self, batch: int) -> tuple[int, ...]:
         """How long the prompt of each row is; of one entry where one prompt acts on all."""
         rows = self.state.row_names(batch) or (self.active,)
         own = {name: len(self.adapter(name).prompt) for name in self.adapters}
-        return [0 if name is None else own.get(name, 0) for name in rows]
+        return tuple(0 if name is None else own.get(name, 0) for name in rows)
+
+    def moved_by(self, lengths: tuple[int, ...], device: torch.device) -> Any:
+        """How far the prompt moves each row's positions: a number for all, or ``(batch, 1)``."""
+        return lengths[0] if len(lengths) == 1 else self.state.tensor(lengths, torch.int64, device)[:, None]
 
 
 class SoftPromptHost(PromptHost):
@@ -112,7 +117,7 @@ def _provide(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
             cache = kwargs.get("cache", kwargs.get("past_key_values"))
             start = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(q_len, device=inputs.device)[None] + start
-        kwargs["position_ids"] = positions + torch.tensor(host.lengths(batch), device=inputs.device)[:, None]
+        kwargs["position_ids"] = positions + host.moved_by(host.lengths(batch), inputs.device)
     return args, kwargs
 
 

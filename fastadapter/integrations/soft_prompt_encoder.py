@@ -101,7 +101,7 @@ class EncoderPromptHost(PromptHost):
             )
         return output.to_tuple() if run.as_tuple else output
 
-    def rows_of_prompts(self, lengths: list[int], like: Tensor) -> Tensor:
+    def rows_of_prompts(self, lengths: tuple[int, ...], like: Tensor) -> Tensor:
         """The prompt of every row, filled up in front, ``(batch, max(lengths), hidden_size)``.
 
         Args:
@@ -171,7 +171,12 @@ class TextPromptHost(EncoderPromptHost):
         return prompts
 
     def _positions(
-        self, encoder: Any, ids: Tensor | None, words: Tensor | None, lengths: list[int], given: Tensor | None
+        self,
+        encoder: Any,
+        ids: Tensor | None,
+        words: Tensor | None,
+        lengths: tuple[int, ...],
+        given: Tensor | None,
     ) -> Tensor:
         """Position numbers of prompt and text, ``(1 or batch, width + text_len)``."""
         device = (ids if words is None else words).device  # type: ignore[union-attr]
@@ -184,7 +189,7 @@ class TextPromptHost(EncoderPromptHost):
             own = encoder.embeddings.create_position_ids_from_input_ids(ids, self.padding)
         else:
             own = encoder.embeddings.create_position_ids_from_inputs_embeds(words, self.padding)
-        width, moved_by = max(lengths), torch.tensor(lengths, device=device)[:, None]
+        width, moved_by = max(lengths), self.moved_by(lengths, device)
         text = own + moved_by
         if self.padding is not None:
             text = torch.where(own == self.padding, own, text)
@@ -194,7 +199,7 @@ class TextPromptHost(EncoderPromptHost):
                 raise ValueError(
                     f"position_ids behind a soft prompt of {width} reach {last}, the model has positions below {end}"
                 )
-        prompt = self.first + (torch.arange(width, device=device) - width + moved_by).clamp(min=0)
+        prompt = self.first + (torch.arange(width, device=device)[None] - width + moved_by).clamp(min=0)
         rows = max(len(text), len(prompt))
         return torch.cat([prompt.expand(rows, -1), text.expand(rows, -1)], dim=1)
 
@@ -235,7 +240,7 @@ class ImagePromptHost(EncoderPromptHost):
 
 
 def joined_mask(
-    mask: Any, lengths: list[int], batch: int, text_len: int, device: torch.device
+    mask: Any, lengths: tuple[int, ...], batch: int, text_len: int, device: torch.device
 ) -> Tensor | None:
     """The attention mask of prompt and text.
 
@@ -249,8 +254,9 @@ def joined_mask(
     Raises: TypeError, ValueError: ``mask`` is none of these.
     """
     width = max(lengths)
-    slots = torch.arange(width, device=device)
-    visible = slots >= width - torch.tensor(lengths, device=device)[:, None]  # (1 or batch, width)
+    slots = torch.arange(width, device=device)[None]
+    own: Any = lengths[0] if len(lengths) == 1 else torch.tensor(lengths, device=device)[:, None]
+    visible = slots >= width - own  # (1 or batch, width)
     if mask is None:
         if min(lengths) == width:
             return None

@@ -210,6 +210,9 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     if expand is not None:
         inner._expand_inputs_for_generation = expanding  # type: ignore[assignment]
     try:
+        for module in inner.modules():
+            if isinstance(module, Host):
+                module.prepare_rows()
         yield model
     finally:
         state.rows, state.factor = None, 1

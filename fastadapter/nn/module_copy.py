@@ -33,15 +33,16 @@ class ModuleCopy(Masters):
     def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What ``module`` gives with these parameters in place of its own."""
         dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
-        own = {name: parameter.to(dtypes[name]) for name, parameter in self.own.named_parameters()}
-        return functional_call(_plain(module), own, args, kwargs)
+        buffers = dict(module.named_buffers())
+        own = {name: buffers[name] for name, _ in self.own.named_buffers()}
+        own |= {name: parameter.to(dtypes[name]) for name, parameter in self.own.named_parameters()}
+        # Not a copy of the module made for the call: a compiler cannot follow that.
+        return functional_call(self.own, own, args, kwargs)
 
 
 def _plain(module: nn.Module) -> nn.Module:
     """The same module without hooks and without the adapters in it."""
     plain = copy.copy(module)
-    # functional_call puts parameters into these dictionaries for the duration of the call
-    plain._parameters = dict(module._parameters)
     plain._forward_hooks, plain._forward_pre_hooks = OrderedDict(), OrderedDict()
     plain._modules = {name: child for name, child in module._modules.items() if not name.startswith("fa_")}
     return plain

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastadapter.checkpoints import CheckpointError
+from fastadapter.training.batching import to_device
 from fastadapter.training.config import TrainingConfig, UserError
 from fastadapter.training.data import Example
 from fastadapter.training.evaluation import Tick
@@ -74,7 +75,7 @@ class ClassificationTask:
 
     def loss(self, model: nn.Module, rows: Sequence[int], device: torch.device) -> Tensor:
         chosen = [self.train[row] for row in rows]
-        truth = torch.tensor([row.label for row in chosen], device=device)
+        (truth,) = to_device([torch.tensor([row.label for row in chosen])], device)
         return F.cross_entropy(self._logits(model, chosen, device), truth, reduction="sum")
 
     @torch.no_grad()
@@ -206,7 +207,8 @@ def pad(texts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device 
     for number, ids in enumerate(texts):
         input_ids[number, : len(ids)] = torch.tensor(ids)
         mask[number, : len(ids)] = 1
-    return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
+    input_ids, mask = to_device([input_ids, mask], device)
+    return {"input_ids": input_ids, "attention_mask": mask}
 
 
 def class_logits(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastadapter.integrations.discovery import looks_back_only
 from fastadapter.training.batching import collate
 from fastadapter.training.config import UserError
 from fastadapter.training.data import Encoded, Example, encode_examples
@@ -126,7 +127,7 @@ def score_candidates(
     if not candidates:
         return torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool)
     rows, width = len(candidates), len(candidates[0])
-    device = next(model.parameters()).device
+    device, causal = next(model.parameters()).device, looks_back_only(model)
     shared = all(
         each.num_supervised == 1 and each.input_ids[:-1] == row[0].input_ids[:-1]
         for row in candidates
@@ -142,10 +143,10 @@ def score_candidates(
     try:
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
-            batch = collate([flat[index] for index in chunk], device)
+            batch = collate([flat[index] for index in chunk], device, causal=causal)
             logits = supervised_logits(model, batch)
             hit = (logits.argmax(-1) == batch.targets).cpu()
-            members = batch.rows.cpu()
+            members = batch.rows
             if shared:
                 tokens = torch.tensor([[each.input_ids[-1] for each in candidates[index]] for index in chunk])
                 likely = logits.log_softmax(-1).gather(1, tokens.to(device)).cpu().double()

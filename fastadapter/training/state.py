@@ -88,9 +88,11 @@ def save_state(
     None returns before the file is there: a process that ended a run and resumed it would otherwise read the file of
     an earlier step while the first one still writes, and the two would wait for each other for ever.
     """
-    tensors = {
-        name: accelerator.gather(each[None]).cpu() for name, each in _generators(accelerator.device).items()
-    }
+    tensors = {name: each[None] for name, each in _generators(accelerator.device).items()}
+    if accelerator.num_processes > 1:  # processes exchange what is on their devices
+        tensors = {
+            name: accelerator.gather(each.to(accelerator.device)).cpu() for name, each in tensors.items()
+        }
     if accelerator.is_main_process:
         _write(path, tensors, parameters, optimizer, progress, identity)
     accelerator.wait_for_everyone()
@@ -203,7 +205,7 @@ def _short(value: Any) -> str:
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:
-    """Every random generator a model may draw from, as tensors on ``device``."""
+    """Every random generator that a model on ``device`` may draw from, as tensors on the CPU."""
     _, words, deviate = random.getstate()
     python = [*words, deviate is not None, _bits(deviate or 0.0)]
     state: Any = np.random.get_state(legacy=True)
@@ -216,7 +218,7 @@ def _generators(device: torch.device) -> dict[str, Tensor]:
     }
     if device.type in GPU_TYPES:
         states["generator.cuda"] = torch.cuda.get_rng_state(device)
-    return {name: state.to(device) for name, state in states.items()}
+    return states
 
 
 def _restore_generators(states: dict[str, Tensor], device: torch.device) -> None:
@@ -227,9 +229,15 @@ def _restore_generators(states: dict[str, Tensor], device: torch.device) -> None
         raise ValueError(f"position {position} of {len(keys)}")  # numpy would read there without a look
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_deviate, _from_bits(bits)))
     # A fresh copy: torch reads a state with aligned loads, and crashes on a row of a larger tensor.
+<<<<<<< HEAD
     torch.set_rng_state(states["generator.torch"].cpu().clone())
     if device.type in GPU_TYPES:
         torch.cuda.set_rng_state(states["generator.cuda"].cpu().clone(), device)
+=======
+    torch.set_rng_state(states["generator.torch"].clone())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["generator.cuda"].clone(), device)
+>>>>>>> models
 
 
 def _bits(value: float) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastadapter.integrations.discovery import looks_back_only
 from fastadapter.training import evaluation, state
 from fastadapter.training.batching import collate
 from fastadapter.training.config import TrainingConfig, UserError
@@ -61,6 +62,7 @@ class GenerationTask:
         held_out: Sequence[Example] | None,
         config: TrainingConfig,
     ):
+        self.causal = looks_back_only(model)
         encoding = _encoding(model, train, config)
         self.train = encode_examples(tokenizer, train, **encoding)
         self.lengths = [len(each.input_ids) for each in self.train]
@@ -74,7 +76,7 @@ class GenerationTask:
         return self.train[row].num_supervised
 
     def loss(self, model: nn.Module, rows: Sequence[int], device: torch.device) -> Tensor:
-        return supervised_loss(model, collate([self.train[row] for row in rows], device))
+        return supervised_loss(model, collate([self.train[row] for row in rows], device, causal=self.causal))
 
     def evaluate(
         self, model: nn.Module, rows: Sequence[int], batch_size: int, tick: evaluation.Tick | None

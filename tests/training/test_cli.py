@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 import fastadapter as fa
 from fastadapter.cli import main
+from fastadapter.cli.loading import add_model_arguments, device_and_dtype
 from fastadapter.cli.method_options import add_method_arguments, method_config
 from fastadapter.training import read_labels, tasks
 from tests.training.toy import (
@@ -64,6 +66,45 @@ def finetune(model_folder, data, tmp_path):
         return main(["finetune", *words])
 
     return command
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["finetune", "generate", "compare"])
+def test_a_gpu_that_is_asked_for_must_be_there(command, model_folder, data, tmp_path, capsys):
+    """No fallback to the CPU; and nothing is written."""
+    out = ["--data", str(data), "--output-dir", str(tmp_path / "out")]
+    words = ["--prompt", "w1"] if command == "generate" else out
+    assert main([command, "--model", str(model_folder), "--device", "cuda", *words]) == 2
+    assert "--device cuda: torch" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "device, capability, word, expected",
+    [
+        ("auto", None, "auto", ("cpu", "fp32")),
+        ("auto", (9, 0), "auto", ("cuda", "bf16")),
+        ("cuda", (7, 5), "auto", ("cuda", "fp32")),
+        ("cpu", (9, 0), "auto", ("cpu", "fp32")),
+        ("auto", (9, 0), "float32", ("cuda", "fp32")),
+        ("auto", None, "bfloat16", ("cpu", "bf16")),
+    ],
+)
+def test_device_and_dtype(device, capability, word, expected, monkeypatch):
+    """auto: a GPU if there is one, and bf16 on one that computes in it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    args = parser.parse_args(["--model", "m", "--device", device, "--dtype", word])
+    assert (device_and_dtype(args).type, args.dtype) == expected
+
+
+@pytest.mark.parametrize("more", [(), ("--cache-implementation", "static")], ids=["dynamic", "static"])
+def test_generate_with_either_cache(more, model_folder, capsys):
+    words = ["--model", str(model_folder), "--prompt", "w1 w2", "--max-new-tokens", "4"]
+    assert main(["generate", *words]) == 0
+    printed = capsys.readouterr().out
+    assert main(["generate", *words, *more]) == 0 and capsys.readouterr().out == printed
 
 
 def test_finetune_then_generate(finetune, model_folder, tmp_path, capsys):

@@ -3,9 +3,17 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 import fastadapter as fa
+from fastadapter.integrations.discovery import looks_back_only
 from fastadapter.training import (
     Encoded,
     collate,
@@ -108,12 +116,23 @@ def test_models_without_one_head_over_all_states_are_refused(batch):
         supervised_loss(model, batch)
 
 
-def test_padding_does_not_change_the_loss_of_a_row():
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_does_not_change_the_loss_of_a_row(causal):
+    """With a mask, and without where nothing sees what stands behind it."""
     model = adapted("llama")
+    assert looks_back_only(model)
     examples = encode_examples(make_tokenizer(), make_examples(4, labelled=False))
-    together = supervised_loss(model, collate(examples))
+    batch = collate(examples, causal=causal)
+    assert (batch.attention_mask is None) == causal
+    together = supervised_loss(model, batch)
     alone = sum(supervised_loss(model, collate([example])) for example in examples)
     torch.testing.assert_close(together, alone, rtol=1e-6, atol=0)
+
+
+def test_models_that_look_ahead_keep_their_mask():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    assert not looks_back_only(BertForSequenceClassification(BertConfig(vocab_size=8, **sizes)))
+    assert not looks_back_only(torch.nn.Linear(2, 2))
 
 
 def test_half_precision_logits_are_scored_in_fp32(batch):
