@@ -229,15 +229,9 @@ def _restore_generators(states: dict[str, Tensor], device: torch.device) -> None
         raise ValueError(f"position {position} of {len(keys)}")  # numpy would read there without a look
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_deviate, _from_bits(bits)))
     # A fresh copy: torch reads a state with aligned loads, and crashes on a row of a larger tensor.
-<<<<<<< HEAD
     torch.set_rng_state(states["generator.torch"].cpu().clone())
     if device.type in GPU_TYPES:
         torch.cuda.set_rng_state(states["generator.cuda"].cpu().clone(), device)
-=======
-    torch.set_rng_state(states["generator.torch"].clone())
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["generator.cuda"].clone(), device)
->>>>>>> models
 
 
 def _bits(value: float) -> int:
