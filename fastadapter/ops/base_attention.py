@@ -132,6 +132,8 @@ def _cudnn_limit(query: Tensor, key: Tensor, options: Options) -> str | None:
         return "slower than flash attention before sm_90"
     if options.window or options.cu_seqlens is not None:
         return "window or cu_seqlens is given"
+    if torch.are_deterministic_algorithms_enabled():
+        return "its backward is not deterministic"
     return _gpu_limit(query, key, options, 128)
 
 
