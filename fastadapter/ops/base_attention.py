@@ -18,6 +18,9 @@ from torch.nn.attention import SDPBackend
 from fastadapter import reference
 from fastadapter.ops.attention import Options, reference_options
 
+# Fastest first, by the rows in benchmarks/results/gpu.jsonl, decoding included.
+GPU_PRIORITY = ("cudnn", "flash", "efficient")
+
 _aten = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
 _NEVER = float("-inf")
@@ -75,7 +78,7 @@ def _priority(query: Tensor) -> tuple[str, ...]:
         return ("flash_cpu",)
     if query.device.type != "cuda":
         return ()
-    return ("cudnn", "flash", "efficient")
+    return GPU_PRIORITY
 
 
 def _empty_limit(query: Tensor, key: Tensor) -> str | None:
