@@ -52,14 +52,16 @@ def gated_prefix_call(head_dim, prefix_len, dtype, direction="forward"):
     heads = tensor(2, 4, 33, head_dim)
     arguments = {
         "query": heads, "prefix_key": prefix, "prefix_value": prefix, "gate": tensor(1, 4, dtype=torch.float32),
-        "row_ids": None, "softmax_scale": 0.1, "gate_fn": "tanh",
+        "row_ids": None, "op": "gated_prefix", "softmax_scale": 0.1, "softcap": 0.0, "form": "tanh",
     }  # fmt: skip
+    module = "fastadapter.kernels.prefix_term"
     if direction == "forward":
-        arguments |= {"base": heads}
+        arguments |= {"base": heads, "base_lse": None}
     else:
-        arguments |= {"grad_out": heads, "need_query": True, "need_prefix": True, "need_gate": True}
-    module = "fastadapter.kernels.gated_prefix"
-    return {"module": module, "function": f"gated_prefix_{direction}", "arguments": arguments}
+        arguments |= {"grad_out": heads, "out": None, "lse": None, "base_grad": None}
+        arguments |= dict.fromkeys(("need_query", "need_prefix", "need_gate"), True)
+        module += "_backward"
+    return {"module": module, "function": f"prefix_term_{direction}", "arguments": arguments}
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
