@@ -52,16 +52,13 @@ def gated_prefix_call(head_dim, prefix_len, dtype, direction="forward"):
     heads = tensor(2, 4, 33, head_dim)
     arguments = {
         "query": heads, "prefix_key": prefix, "prefix_value": prefix, "gate": tensor(1, 4, dtype=torch.float32),
-        "row_ids": None, "op": "gated_prefix", "softmax_scale": 0.1, "softcap": 0.0, "form": "tanh",
+        "row_ids": None, "softmax_scale": 0.1, "gate_fn": "tanh",
     }  # fmt: skip
-    module = "fastadapter.kernels.prefix_term"
-    if direction == "forward":
-        arguments |= {"base": heads, "base_lse": None}
-    else:
-        arguments |= {"grad_out": heads, "out": None, "lse": None, "base_grad": None}
-        arguments |= dict.fromkeys(("need_query", "need_prefix", "need_gate"), True)
-        module += "_backward"
-    return {"module": module, "function": f"prefix_term_{direction}", "arguments": arguments}
+    arguments |= {"base": heads} if direction == "forward" else {"grad_out": heads, "base_grad": heads}
+    function = {"forward": "gated_prefix_forward", "backward": "gated_prefix_backward_onto"}[direction]
+    rest = [] if direction == "forward" else [True, True, True]
+    module = "fastadapter.kernels.gated_prefix"
+    return {"module": module, "function": function, "arguments": arguments, "rest": rest}
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
