@@ -78,7 +78,6 @@ def test_head_dim_beyond_the_kernels_takes_the_reference_and_says_so(gpu):
     assert (out.double() - expected(tensors)).abs().max() < 1e-5 and not gpu.launches
 
 
-@pytest.mark.xfail(reason="the public ops do not tell choose_backend their head_dim yet", strict=True)
 @pytest.mark.parametrize("op", ["gated_prefix", "prefix_merge", "prefix_attention", "gated_prefix_attention"])
 def test_every_attention_op_takes_the_reference_for_a_large_head_dim(gpu, op):
     base, query, *bank, gate = operands(head_dim=512)
