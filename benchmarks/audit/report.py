@@ -39,7 +39,7 @@ class Row:
     shared: int
     blocks_per_multiprocessor: int
     occupancy: float  # at most
-    products: int  # in the source, on half-precision or tf32 operands: matrix units have to do them
+    products: int  # in the source, on half operands or by parts of fp32: matrix units have to do them
     matrix: str
     matrix_count: int
     widest_load: int
@@ -79,7 +79,7 @@ def inspect(case: Case, arch: str, index: int) -> Finding:
     compiled = capture.compile_launch(launch, arch)
     ttir = compiled.kernel.asm["ttir"]
     narrow = narrow_products(ttir, tiles_of(launch).values())
-    products = len(re.findall(r"\btt\.dot\b.*(?:tf32|: tensor<[\dx]+(?:b?f16)>)", ttir))
+    products = len(re.findall(r"\btt\.dot\b.*(?:tf32|bf16x|: tensor<[\dx]+(?:b?f16)>)", ttir))
     found = machine.resources(compiled.kernel)
     return Finding(
         found, compiled.kernel.metadata.num_warps, products, len(narrow), round(compiled.seconds, 2)
