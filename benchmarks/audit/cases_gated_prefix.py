@@ -22,8 +22,10 @@ def _run(case: Case, make: Maker) -> Any:
     lse = make.fp32(s["b"], s["h"], s["q"]) if merge else None
     if not backward:
         run = launcher(case.op, "forward")
-        return run(first, lse, query, *prefix, row_ids, scale, 0.0) if merge else run(
-            first, query, *prefix, gate, row_ids, scale, "tanh"
+        return (
+            run(first, lse, query, *prefix, row_ids, scale, 0.0)
+            if merge
+            else run(first, query, *prefix, gate, row_ids, scale, "tanh")
         )
     base_grad = None if case.options.get("alone") else make.activations(s["b"], s["h"], s["q"], s["d"])
     needs = (True, not case.options.get("frozen"))

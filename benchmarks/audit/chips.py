@@ -36,7 +36,8 @@ class Chip:
     def floor_us(self, bytes_moved: int, flops: int, matrix: bool, *, reached: bool = False) -> float:
         """The time below which a call cannot go: memory traffic or arithmetic, whichever takes longer.
 
-        ``matrix``: products of half operands; else of fp32, on NVIDIA by six of bf16 parts on matrix units.
+        ``matrix``: products of half operands; else of fp32, on NVIDIA by parts (six products of bf16,
+        three of tf32) on matrix units.
         """
         bandwidth = self.reached_terabytes_per_s if reached else self.terabytes_per_s
         tensor = self.reached_tflops if reached else self.tensor_tflops
