@@ -128,18 +128,18 @@ def config(arch: str, head_dim: int, prefix_len: int, dtype: torch.dtype, launch
     nvidia, wide = arch.startswith("sm_"), head_dim > 128
     if launch in ("forward", "merge"):
         if dtype == torch.float32:
-            return Tiles(16, 16, 4, 1, 8)
-        largest = 32 if not nvidia else 64 if wide else 128
+            return Tiles(16, 16, 8 if prefix_len > 16 and head_dim > 64 else 4, 1, 8)
+        largest = 128 if nvidia and not wide else 32
         block_p = min(largest, max(16, triton.next_power_of_2(prefix_len)))
         if q_len < 16:  # a token of each head: one short tile per program, as many programs at once as fit
             return Tiles(16, block_p, 8 if wide or block_p > 64 else 2, 1, 16)
         if launch == "merge" and block_p == 16 and not wide and nvidia:
             return Tiles(16, 16, 2, 3, 6)
         return Tiles(32, block_p, 8 if wide else 4, 3 if nvidia else 2, 8)
-    if dtype == torch.float32:  # two accumulators beside operands in six parts would spill
-        if launch == "backward":
-            return Tiles(16, 0, 4, 1, 2)
-        return Tiles(16, 16, 4 if head_dim <= 64 else 8, 1, 2)
+    if (
+        dtype == torch.float32
+    ):  # two accumulators beside operands of three parts each would spill: never one launch
+        return Tiles(16, 0 if launch == "backward" else 16, 4, 1, 2)
     block_p = 32 if prefix_len > 16 and not wide else 16
     if launch == "backward-query":
         return Tiles(16, 16 if wide or not nvidia else 32, 4, 2, 3)

@@ -133,7 +133,7 @@ def test_doctor_has_rows_of_the_gpu(gpu, monkeypatch, capsys):
     assert status == "ok" and detail.startswith("stand-in, 80 GiB, sm_90, driver ")
     assert rows["gated_prefix on cuda"] == (
         "ok",
-        "triton: GPU kernel; the reference for fp64 and head_dim above 256",
+        "triton: GPU kernel; the reference for fp64 and head_dim above 256 (128 in fp32)",
     )
     assert rows["bottleneck on cuda"] == ("ok", "triton: GPU kernel; the reference for fp64")
     doctor.run(type("Arguments", (), {"json": True}))

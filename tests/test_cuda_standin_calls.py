@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastadapter as fa
 from fastadapter import reference
 from fastadapter.ops import checks, registration
-from fastadapter.ops.backends import MAX_HEAD_DIM, automatic_backend, choose_backend
+from fastadapter.ops.backends import MAX_FP32_HEAD_DIM, MAX_HEAD_DIM, automatic_backend, choose_backend
 from tests.support.cuda_standin import cuda_standin, first_call, within
 
 pytest.importorskip("triton")
@@ -40,7 +40,7 @@ def expected(tensors):
     )
 
 
-@pytest.mark.parametrize("prefix_len, head_dim", [(1025, 8), (3, 8), (1, 256)])
+@pytest.mark.parametrize("prefix_len, head_dim", [(1025, 8), (3, 8), (1, 128)])
 def test_sizes_at_the_edge(gpu, prefix_len, head_dim):
     tensors = operands(prefix_len, head_dim)
     out = within(SECONDS, lambda: fa.ops.gated_prefix(*tensors))
@@ -64,7 +64,7 @@ def test_fp64_takes_the_reference_and_says_so(gpu):
 
 
 def test_head_dim_beyond_the_kernels_takes_the_reference_and_says_so(gpu):
-    assert automatic_backend("cpu", torch.float32, "gated_prefix", MAX_HEAD_DIM)[0] == "triton"
+    assert automatic_backend("cpu", torch.bfloat16, "gated_prefix", MAX_HEAD_DIM)[0] == "triton"
     name, reason = automatic_backend("cpu", torch.float32, "gated_prefix", 512)
     assert name == "reference" and "no head_dim above 256, got 512" in reason
     assert automatic_backend("cpu", torch.float32, "bottleneck", 4096)[0] == "triton"
@@ -76,6 +76,25 @@ def test_head_dim_beyond_the_kernels_takes_the_reference_and_says_so(gpu):
     args = (*tensors, None, 512**-0.5, "tanh")
     out = torch.ops.fastadapter.gated_prefix(*args)  # as a compiled graph calls it
     assert (out.double() - expected(tensors)).abs().max() < 1e-5 and not gpu.launches
+
+
+@pytest.mark.parametrize("op", ["gated_prefix", "prefix_merge", "prefix_attention", "gated_prefix_attention"])
+def test_fp32_with_a_large_head_dim_takes_the_reference_and_says_so(gpu, op):
+    """Operands of three parts each would spill."""
+    for head_dim, backend in ((MAX_FP32_HEAD_DIM, "triton"), (MAX_FP32_HEAD_DIM + 1, "reference")):
+        name, reason = automatic_backend("cpu", torch.float32, op, head_dim)
+        assert name == backend
+    assert reason == "the Triton kernels have no head_dim above 128 in fp32, got 129"
+    with pytest.raises(ValueError, match=r"cannot run here: .* no head_dim above 128 in fp32, got 129"):
+        choose_backend("triton", "cpu", torch.float32, op, 129)
+
+
+def test_a_call_in_fp32_with_a_large_head_dim_launches_nothing(gpu):
+    tensors = operands(head_dim=129)
+    assert torch.equal(fa.ops.gated_prefix(*tensors), fa.ops.gated_prefix(*tensors, backend="reference"))
+    assert not gpu.launches
+    with pytest.raises(ValueError, match=r"backend='triton' cannot run here: .* in fp32, got 129"):
+        fa.ops.gated_prefix(*tensors, backend="triton")
 
 
 @pytest.mark.parametrize("op", ["gated_prefix", "prefix_merge", "prefix_attention", "gated_prefix_attention"])

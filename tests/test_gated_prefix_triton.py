@@ -306,7 +306,9 @@ def test_shared_prefix_over_a_large_batch():
     inputs = make_inputs(Shape(batch=9, num_heads=2, num_kv_heads=1, q_len=17, head_dim=8), torch.float32)
     slots = 3 * prefix_tiles.PROCESSORS["sm_90"] // 2
     assert prefix_term_backward._tiles_per_slot("sm_90", 3, 10**6, 4, 2, by_row=False) * slots >= 10**6
-    assert prefix_term._tiles_per_run("sm_90", 8, 2, 10**6) * 8 * prefix_tiles.PROCESSORS["sm_90"] >= 2 * 10**6
+    assert (
+        prefix_term._tiles_per_run("sm_90", 8, 2, 10**6) * 8 * prefix_tiles.PROCESSORS["sm_90"] >= 2 * 10**6
+    )
     actual = launch(inputs)
     check(inputs, actual)
     again = launch(inputs)

@@ -37,7 +37,7 @@ def assert_sound(rows):
     stored = {row.key: row for row in report.load()}
     for row in rows:
         assert not report.faults(row), row
-        if row.op == "gated_prefix" and row.arch == "sm_90":
+        if row.op in ("gated_prefix", "prefix_merge") and row.arch == "sm_90":
             # ptxas before 13.3 may corrupt wgmma operands; the tiles are small to stay clear of it
             assert row.matrix != "wgmma", row
         if (old := stored.get(row.key)) and old.triton == row.triton:
@@ -111,6 +111,16 @@ def test_faults_are_seen(change, fault):
     assert fault in "".join(report.faults(dataclasses.replace(sound, **change)))
     assert report.differences(sound, dataclasses.replace(sound, **change))
     assert not report.differences(sound, dataclasses.replace(sound, compile_seconds=99.0))
+
+
+def test_fp32_may_spill_a_little():
+    """Its operands are three parts each; half-precision kernels and more than 128 bytes are faults."""
+    from fastadapter.benchmarks.audit import report
+
+    row = next(row for row in report.load() if row.dtype == "fp32" and row.arch == "sm_90" and row.matrix)
+    assert not report.faults(dataclasses.replace(row, spills=32, stack=128))
+    assert report.faults(dataclasses.replace(row, spills=33, stack=132)) == ["33 spills, 132 bytes of stack"]
+    assert report.faults(dataclasses.replace(row, dtype="bf16", spills=1, stack=8))
 
 
 # (BLOCK_M, BLOCK_D) pointers: row * stride + (tile * 32 + position) * stride

@@ -168,7 +168,9 @@ def test_form_is_chosen_by_shapes_and_options():
     assert choose("auto") is None and choose("single") is None and choose("merge") == "flash_cpu"
     assert choose("auto", "triton") == choose("merge", "triton") == "flash_cpu"
     assert choose("auto", "triton", query=inputs.query.to("meta")) == "reference"
-    with pytest.raises(ValueError, match="form='single' cannot run here: Triton merges into another attention"):
+    with pytest.raises(
+        ValueError, match="form='single' cannot run here: Triton merges into another attention"
+    ):
         choose("single", "triton")
     cannot = {
         "window or softcap is given": make_inputs(Shape(softcap=3.0), torch.float32),

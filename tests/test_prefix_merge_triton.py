@@ -60,7 +60,9 @@ def strided(x):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_merge_extends_the_softmax_of_its_base(dtype, q_len):
     """Tokens of all heads in a tile, and tiles of one head; a base that saw no key may hold NaN; -1 keeps every bit."""
-    shape = Shape(num_heads=4, num_kv_heads=2, batch=3, q_len=q_len, prefix_len=17, num_prefixes=2, softcap=3.0)
+    shape = Shape(
+        num_heads=4, num_kv_heads=2, batch=3, q_len=q_len, prefix_len=17, num_prefixes=2, softcap=3.0
+    )
     inputs = make_inputs(shape, dtype)._replace(row_ids=torch.tensor([1, -1, 0], dtype=torch.int32))
     base, lse = strided(inputs.grad_out), torch.randn(3, q_len, 4).transpose(1, 2)
     lse[:, 1, 0] = float("-inf")

@@ -20,6 +20,7 @@ from .estimate import CARDS, Constants, Estimate, Features, time_of
 
 FEATURES = RESULTS / "estimate_features.jsonl"
 PREDICTIONS = RESULTS / "estimates.csv"
+MEASURED = RESULTS / "estimates_measured.csv"
 CARD = CARDS["H200"]
 ESTIMATED = ("gated_prefix", "prefix_merge", "bottleneck")
 # What is tried for the three fitted constants.
@@ -169,6 +170,24 @@ def predictions_table(rows: Iterable[Prediction]) -> list[list[str]]:
             [row.op, row.direction, row.case, str(row.launches), f"{row.h200_us:g}", f"{row.h100_us:g}", row.slowest,
              row.by]
         )  # fmt: skip
+    return lines
+
+
+def held_table(rows: Iterable[Prediction], path: Path = MEASURED) -> list[list[str]]:
+    """Predictions of calls that a card has measured since; a forward and its backward are measured as one call.
+
+    Raises: KeyError: a measured call without a prediction.
+    """
+    known = {row.key: row for row in rows}
+    lines = [["op", "pass", "case", "predicted, us", "measured, us", "error, %", "measured"]]
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            passes = row["direction"].split(" + ")
+            us = sum(known[row["op"], each, row["dtype"], row["case"]].h200_us for each in passes)
+            error = f"{100 * (us / float(row['us']) - 1):+.0f}"
+            lines.append(
+                [row["op"], row["direction"], row["case"], f"{us:.1f}", row["us"], error, row["note"]]
+            )
     return lines
 
 

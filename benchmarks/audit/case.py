@@ -42,8 +42,8 @@ class Case:
 
     @property
     def matrix(self) -> bool:
-        """Whether the products belong on matrix units: fp32 keeps to full precision, on vector units."""
-        return not self.dtype.endswith("fp32")
+        """Whether products have half operands: fp32 masters beside half activations are rounded in the kernel."""
+        return self.dtype != "fp32"
 
     @property
     def itemsizes(self) -> tuple[int, int]:
@@ -73,10 +73,6 @@ class Maker:
     def row_ids(self, batch: int, num_entries: int) -> Tensor | None:
         """None where there is a single entry."""
         return torch.empty(batch, dtype=torch.int32, device="meta") if num_entries > 1 else None
-
-    def integers(self, values: list[int]) -> Tensor:
-        """int32, as they are where there is memory."""
-        return torch.empty(len(values), dtype=torch.int32, device="meta")
 
     def _make(self, shape: tuple[int, ...], dtype: torch.dtype, gap: int) -> Tensor:
         strides = torch.empty(shape, device="meta").stride()

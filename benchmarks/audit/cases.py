@@ -4,14 +4,11 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from . import cases_attention, cases_bottleneck, cases_decode, cases_gated_prefix
+from . import cases_bottleneck, cases_gated_prefix
 from .case import Case, Maker, Op
 
 OPS: dict[str, Op] = {
-    "gated_prefix": cases_gated_prefix.OP,
-    **cases_attention.OPS,
-    **cases_decode.OPS,
-    "prefix_merge": cases_gated_prefix.MERGE,
+    **cases_gated_prefix.OPS,
     "bottleneck": cases_bottleneck.OP,
 }
 

@@ -34,10 +34,15 @@ class Chip:
     shared_reserved: int
 
     def floor_us(self, bytes_moved: int, flops: int, matrix: bool, *, reached: bool = False) -> float:
-        """The time below which a call cannot go: memory traffic or arithmetic, whichever takes longer."""
+        """The time below which a call cannot go: memory traffic or arithmetic, whichever takes longer.
+
+        ``matrix``: products of half operands; else of fp32, on NVIDIA by parts (six products of bf16,
+        three of tf32) on matrix units.
+        """
         bandwidth = self.reached_terabytes_per_s if reached else self.terabytes_per_s
         tensor = self.reached_tflops if reached else self.tensor_tflops
-        rate = tensor if matrix else self.fp32_tflops
+        parts = tensor / 6 if self.warp_size == 32 else 0.0
+        rate = tensor if matrix else max(self.fp32_tflops, parts)
         return 1e6 * max(bytes_moved / (bandwidth * 1e12), flops / (rate * 1e12))
 
     def blocks(self, registers: int, threads: int, shared: int) -> int:

@@ -64,10 +64,6 @@ class RealMaker(Maker):
         self.made.append(torch.arange(batch, dtype=torch.int32) % num_entries)
         return self.made[-1]
 
-    def integers(self, values: list[int]) -> Tensor:
-        self.made.append(torch.tensor(values, dtype=torch.int32))
-        return self.made[-1]
-
     def _make(self, shape: tuple[int, ...], dtype: torch.dtype, gap: int) -> Tensor:
         self.made.append(torch.randn(shape, generator=self.generator).to(dtype))
         return self.made[-1]

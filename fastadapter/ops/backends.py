@@ -18,6 +18,8 @@ ATTENTION_OPS = ("gated_prefix", "gated_prefix_attention", "prefix_attention", "
 OPS = (*ATTENTION_OPS, "bottleneck")
 # More does not fit a GPU's registers; decided here, so that auto takes the reference instead of an error at launch.
 MAX_HEAD_DIM = 256
+# fp32 products are made of three bf16 parts of each operand: beyond this, registers spill by the hundred.
+MAX_FP32_HEAD_DIM = 128
 
 
 class _Permission(str):
@@ -89,8 +91,11 @@ def _triton_limit(device_type: str, dtype: torch.dtype, op: str | None, head_dim
     error = _LACKING.get((op, "triton")) or triton_error(device_type)
     if error is None and dtype == torch.float64:
         error = "the Triton kernels have no fp64"
-    if error is None and head_dim > MAX_HEAD_DIM and op in ATTENTION_OPS:
-        error = f"the Triton kernels have no head_dim above {MAX_HEAD_DIM}, got {head_dim}"
+    if error is None and op in ATTENTION_OPS:
+        if head_dim > MAX_HEAD_DIM:
+            error = f"the Triton kernels have no head_dim above {MAX_HEAD_DIM}, got {head_dim}"
+        elif head_dim > MAX_FP32_HEAD_DIM and dtype == torch.float32 and device_type in GPU_TYPES:
+            error = f"the Triton kernels have no head_dim above {MAX_FP32_HEAD_DIM} in fp32, got {head_dim}"
     return error
 
 
@@ -142,8 +147,8 @@ def backends() -> list[dict[str, str]]:
         for device in devices:
             name, reason = automatic_backend(device, torch.float32, op)
             if name == "triton":
-                reason += "; the reference for fp64" + (
-                    f" and head_dim above {MAX_HEAD_DIM}" if op in ATTENTION_OPS else ""
-                )
+                reason += "; the reference for fp64"
+                if op in ATTENTION_OPS:
+                    reason += f" and head_dim above {MAX_HEAD_DIM} ({MAX_FP32_HEAD_DIM} in fp32)"
             rows.append({"op": op, "device": device, "backend": name, "reason": reason})
     return rows

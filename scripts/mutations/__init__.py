@@ -5,8 +5,7 @@ from .integrations import INTEGRATIONS
 from .ops import OPS
 from .record import Mutation
 from .training import TRAINING
-from .triton_attention import ATTENTION
 from .triton_bottleneck import BOTTLENECK
-from .triton_gated_prefix import GATED_PREFIX
+from .triton_prefix_term import PREFIX_TERM
 
-MUTATIONS: list[Mutation] = [*OPS, *GATED_PREFIX, *ATTENTION, *BOTTLENECK, *CPP, *TRAINING, *INTEGRATIONS]
+MUTATIONS: list[Mutation] = [*OPS, *PREFIX_TERM, *BOTTLENECK, *CPP, *TRAINING, *INTEGRATIONS]
