@@ -95,7 +95,7 @@ def _flash_cpu_limit(query: Tensor, key: Tensor, options: Options) -> str | None
 
 def _flash_cpu_forward(query, key, value, options):
     mask = _additive(options.attn_mask, query)
-    query, key, value = map(_unit_stride, (query, key, value))
+    query, key, value = map(_addressable, (query, key, value))
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, options.is_causal, attn_mask=mask, scale=options.softmax_scale
     )
@@ -108,7 +108,7 @@ def _flash_cpu_backward(grad_out, query, key, value, out, lse, options, state):
     mask = _additive(options.attn_mask, query)
     if mask is not None:
         lse = lse.masked_fill(lse == _NEVER, 0.0)  # its own convention; no -inf - -inf
-    operands = map(_unit_stride, (grad_out, query, key, value, out))
+    operands = map(_addressable, (grad_out, query, key, value, out))
     return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *operands, lse, 0.0, options.is_causal, attn_mask=mask, scale=options.softmax_scale
     )
@@ -152,7 +152,7 @@ def _cudnn_limit(query: Tensor, key: Tensor, options: Options) -> str | None:
 
 
 def _cudnn_forward(query, key, value, options):
-    query, key, value = map(_unit_stride, (query, key, value))
+    query, key, value = map(_addressable, (query, key, value))
     out, lse, *_, seed, offset, _ = _aten._scaled_dot_product_cudnn_attention(
         query, key, value, None, True, 0.0, options.is_causal, False, scale=options.softmax_scale
     )
@@ -160,7 +160,7 @@ def _cudnn_forward(query, key, value, options):
 
 
 def _cudnn_backward(grad_out, query, key, value, out, lse, options, state):
-    operands = map(_unit_stride, (grad_out, query, key, value, out))
+    operands = map(_addressable, (grad_out, query, key, value, out))
     lengths = (None, None, query.shape[2], key.shape[2])  # None: not packed
     return _aten._scaled_dot_product_cudnn_attention_backward(
         *operands,
@@ -190,7 +190,7 @@ def _flash_call(query, key, options) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _tokens_first(x: Tensor, packed: bool) -> Tensor:
     """``(batch, seq, heads, head_dim)``, or ``(tokens, heads, head_dim)``; dense in the last dimension."""
-    x = _unit_stride(x).transpose(1, 2)
+    x = _addressable(x).transpose(1, 2)
     return x[0] if packed else x
 
 
@@ -221,6 +221,8 @@ def _flash_backward(grad_out, query, key, value, out, lse, options, state):
 def _efficient_limit(query: Tensor, key: Tensor, options: Options) -> str | None:
     if query.dtype not in (*_HALF, torch.float32):
         return f"it computes fp32, bf16 and fp16, got {query.dtype}"
+    if options.attn_mask is not None:
+        return "attn_mask is given"
     step = 16 // query.element_size()
     if query.shape[3] % step:
         return f"head_dim must be a multiple of {step}, got {query.shape[3]}"
@@ -239,27 +241,11 @@ def _efficient_operands(query, key, value):
     return [_tokens_first(x, False) for x in (query, key, value)]
 
 
-def _efficient_bias(query: Tensor, options: Options) -> tuple[Tensor | None, Tensor | None]:
-    """An additive mask with rows of 16 bytes, and which queries see a key at all, ``(.., q_len)``.
-
-    A row of -inf alone has no softmax: it is let see everything here, and counts for nothing by its ``lse``.
-    """
-    mask = _additive(options.attn_mask, query)
-    if mask is None:
-        return None, None
-    seen = (mask != _NEVER).any(-1)
-    kv_len = mask.shape[-1]
-    padded = mask.new_zeros((*mask.shape[:-1], -(-kv_len // 16) * 16))[..., :kv_len]
-    padded.copy_(mask.masked_fill(~seen[..., None], 0.0))
-    return padded.expand(*query.shape[:3], kv_len), seen.expand(query.shape[:3])
-
-
 def _efficient_forward(query, key, value, options):
-    bias, seen = _efficient_bias(query, options)
     operands = _efficient_operands(query, key, value)
     out, lse, seed, offset, *_ = _aten._efficient_attention_forward(
         *operands,
-        bias,
+        None,
         None,
         None,
         None,
@@ -269,24 +255,19 @@ def _efficient_forward(query, key, value, options):
         True,
         scale=options.softmax_scale,
     )
-    lse = lse[..., : query.shape[2]]
-    if seen is not None:
-        out = out.masked_fill(~seen.transpose(1, 2)[..., None], 0.0)
-        lse = lse.masked_fill(~seen, _NEVER)
-    return out.transpose(1, 2), lse, (seed, offset)
+    return out.transpose(1, 2), lse[..., : query.shape[2]], (seed, offset)
 
 
 def _efficient_backward(grad_out, query, key, value, out, lse, options, state):
-    bias, seen = _efficient_bias(query, options)
     q_len, kv_len = query.shape[2], key.shape[2]
     # its rows of lse are multiples of 32; inf is a probability of zero
     stats = lse.new_full((*lse.shape[:2], -(-q_len // 32) * 32), float("inf"))
-    stats[..., :q_len] = lse if seen is None else lse.masked_fill(~seen, float("inf"))
+    stats[..., :q_len] = lse
     operands = _efficient_operands(query, key, value)
     # of out it takes any strides and reads it as if it were contiguous
     grad_out, out = (_tokens_first(x, False).contiguous() for x in (grad_out, out))
     grads = _aten._efficient_attention_backward(
-        grad_out, *operands, bias, out, None, None, q_len, kv_len, stats, 0.0, *state,
+        grad_out, *operands, None, out, None, None, q_len, kv_len, stats, 0.0, *state,
         int(options.is_causal), False, scale=options.softmax_scale,
     )[:3]  # fmt: skip
     grad_query, *on_keys = (x.transpose(1, 2) for x in grads)
@@ -316,18 +297,56 @@ def _reference_backward(grad_out, query, key, value, out, lse, options, state):
     return reference.prefix_attention_backward(grad_out, query, key, value, *prefix, out, lse, **keywords)[:3]
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    """The kernels of torch take the last dimension as dense."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _addressable(x: Tensor) -> Tensor:
+    """Dense in the last dimension and, on a GPU, with every row on 16 bytes: torch's kernels take both for granted, and
+    an address that is not ends the process's use of the device.
+    """
+    whole = x.stride(-1) == 1
+    if whole and x.is_cuda and not torch.compiler.is_compiling():
+        whole = aligned(x)
+    return x if whole else x.clone(memory_format=torch.contiguous_format)
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether the first number and every step but the last's are on 16 bytes."""
+    size = x.element_size()
+    return x.data_ptr() % 16 == 0 and all(step * size % 16 == 0 for step in x.stride()[:-1])
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scale: float) -> Tensor:
+    """``scaled_dot_product_attention`` under a mask, 0 for a query that sees no key; differentiable.
+
+    A row of -inf alone has no softmax in some of torch's kernels: such a query is let see everything, and its output
+    dropped.
+    """
+    mask = narrowed(attn_mask)
+    if mask.dtype == torch.bool:
+        seen = mask.any(-1, keepdim=True)
+        mask = mask | ~seen
+    else:
+        seen = (mask != _NEVER).any(-1, keepdim=True)
+        mask = mask.masked_fill(~seen, 0.0).to(query.dtype)
+    query, key, value = (_addressable(x) for x in (query, key, value))
+    grouped = query.shape[1] != key.shape[1]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped
+    )
+    return out.masked_fill(~seen, 0.0)
+
+
+def narrowed(attn_mask: Tensor) -> Tensor:
+    """A size of 1 where a mask was broadcast."""
+    for dim in (0, 1):
+        if attn_mask.stride(dim) == 0:
+            attn_mask = attn_mask.narrow(dim, 0, 1)
+    return attn_mask
 
 
 def _additive(attn_mask: Tensor | None, query: Tensor) -> Tensor | None:
     """A float mask, with a size of 1 where it was broadcast."""
     if attn_mask is None:
         return None
-    for dim in (0, 1):
-        if attn_mask.stride(dim) == 0:
-            attn_mask = attn_mask.narrow(dim, 0, 1)
+    attn_mask = narrowed(attn_mask)
     if attn_mask.dtype != torch.bool:
         return attn_mask.to(query.dtype)
     additive = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastadapter.ops.attention import Options
-from fastadapter.ops.base_attention import BASES
+from fastadapter.ops.base_attention import BASES, masked_attention, narrowed
+from fastadapter.ops.gated_prefix import gated_prefix
 from fastadapter.ops.gated_prefix import run_backward as term_backward
 from fastadapter.ops.gated_prefix import run_backward_onto as term_backward_onto
 from fastadapter.ops.gated_prefix import run_forward as term_forward
@@ -25,6 +26,13 @@ def gated_over_base(
 ) -> Tensor:  # fmt: skip
     """``gated_prefix`` on the output of ``BASES[base]``, shaped and strided like ``query``; arguments are checked."""
     tensors = (query, key, value, prefix_key, prefix_value, gate)
+    if takes_masks(query, options):
+        attended = masked_attention(query, key, value, _mask_of(options), options.softmax_scale)
+        out = gated_prefix(
+            attended, query, prefix_key, prefix_value, gate, softmax_scale=options.softmax_scale, gate_fn=gate_fn,
+            row_ids=options.row_ids, backend=backend,
+        )  # fmt: skip
+        return _like_query(out, query)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return _GatedOverBase.apply(base, backend, gate_fn, *tensors, *options)
     attended, _, _ = BASES[base].forward(query, key, value, options)
@@ -37,9 +45,54 @@ def merged_over_base(
 ) -> Tensor:  # fmt: skip
     """``prefix_merge`` into ``BASES[base]``, shaped and strided like ``query``; arguments are checked."""
     tensors = (query, key, value, prefix_key, prefix_value)
+    if takes_masks(query, options):
+        return masked_joined(*tensors, options.row_ids, _mask_of(options), options.softmax_scale)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return _MergedOverBase.apply(base, backend, *tensors, *options)
     return _like_query(_merged(base, backend, *tensors, options)[0], query)
+
+
+def takes_masks(query: Tensor, options: Options) -> bool:
+    """Whether a call under a mask goes to torch's attention as it is.
+
+    On a GPU no base that returns ``lse`` under a mask is as fast: memory-efficient attention took 2.7 times as long,
+    forward and backward, on an H200.
+    """
+    return options.attn_mask is not None and query.is_cuda and not options.softcap
+
+
+def _mask_of(options: Options) -> Tensor:
+    assert options.attn_mask is not None
+    return options.attn_mask
+
+
+def masked_joined(
+    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, row_ids: Tensor | None,
+    attn_mask: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
+    """Attention over a prefix and the keys, joined in memory, under a mask of the keys; differentiable.
+
+    A row without an adapter sees the keys alone; one whose id is outside the bank is NaN.
+    """
+    batch, last = query.shape[0], len(prefix_key) - 1
+    mask = narrowed(attn_mask)
+    ids = torch.zeros(batch, dtype=torch.int32, device=query.device)
+    if row_ids is not None:
+        ids, mask = row_ids, mask.expand(batch, -1, -1, -1)
+    shape = (*mask.shape[:3], prefix_key.shape[2])
+    on_prefix = (ids != -1)[: len(mask), None, None, None].expand(shape)
+    if mask.dtype != torch.bool:
+        zeros = torch.zeros((), dtype=mask.dtype, device=mask.device)
+        on_prefix = torch.where(on_prefix, zeros, float("-inf"))
+    entries = ids.clamp(0, last).long()
+    keys, values = (
+        torch.cat([prefix[entries].to(own.dtype), own], dim=2)
+        for prefix, own in ((prefix_key, key), (prefix_value, value))
+    )
+    out = masked_attention(query, keys, values, torch.cat([on_prefix, mask], dim=-1), scale)
+    if row_ids is not None:
+        out = out.masked_fill(((ids < -1) | (ids > last))[:, None, None, None], float("nan"))
+    return _like_query(out, query)
 
 
 class _GatedOverBase(torch.autograd.Function):
