@@ -86,7 +86,7 @@ def test_merge_extends_the_softmax_of_its_base(dtype, q_len):
 
 
 @pytest.mark.parametrize("shape", [
-    BANK, BANK._replace(q_len=37, head_dim=64, prefix_len=40, num_prefixes=1), BANK._replace(head_dim=200, prefix_len=17),
+    BANK, BANK._replace(batch=1, q_len=18, head_dim=64, prefix_len=40, num_prefixes=1), BANK._replace(head_dim=200),
     BANK._replace(q_len=1, softcap=2.0, num_heads=4, num_kv_heads=2),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -94,7 +94,8 @@ def test_backward_of_a_prefix_alone(dtype, shape):
     """A merge into nothing is the attention over the prefix. A base's part of the gradient of query is added."""
     inputs = make_inputs(shape, dtype)
     plain, exact = eager(SHARED, inputs, dtype), eager(SHARED, inputs, torch.float64)
-    merged = plain["out"], plain["lse"]
+    nothing = torch.zeros_like(inputs.query), torch.full(inputs.query.shape[:3], float("-inf"))
+    merged = forward(inputs, *nothing)  # its own: backward finds the scores that are in this lse
     actual, base_grad = backward(inputs, merged), make_inputs(shape, dtype, seed=1).query
     for name in GRADS:
         assert_within_budget(actual[name], plain[name], exact[name], name)

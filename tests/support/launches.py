@@ -68,6 +68,10 @@ class Recorder:
             frame = frame.f_back
         if outermost is None:  # a kernel of a test's own
             return
+        name = outermost.f_code.co_name
+        own = getattr(sys.modules[outermost.f_globals["__name__"]], name, None)
+        if own is not None and not getattr(own, "__module__", KERNELS).startswith(KERNELS):
+            return  # a test put its own launcher there, which calls this one
         line = json.dumps(_call(outermost), sort_keys=True)
         if line not in self.seen:
             self.seen.add(line)
