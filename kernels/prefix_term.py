@@ -63,7 +63,8 @@ def _load_lse(
 ):
     """The base's lse of a tile, (BLOCK_M,); nothing is read behind the last one of the group."""
     head, offs_m, mask_m = _rows_of_tile(tile, kv_head, group_size, q_len, BLOCK_M, PACKED)
-    mask_m = mask_m & (head < (kv_head + 1) * group_size)
+    if not PACKED:
+        mask_m = offs_m < tl.where(head < (kv_head + 1) * group_size, q_len, 0)
     return tl.load(
         lse_ptr + row * STRIDES[0] + head * STRIDES[1] + offs_m * STRIDES[2], mask=mask_m, other=0.0
     )
