@@ -42,7 +42,7 @@ class Part:
 
 PARTS = {
     1: Part(("gpu_attention", "gpu_bottleneck"), 110, 25),
-    2: Part(tuple(name for name in ("gpu_steps", "gpu_models") if (HERE / f"{name}.py").is_file()), 150, 75),
+    2: Part(("gpu_models",), 150, 75),
 }
 
 

@@ -76,9 +76,15 @@ def from_embeddings(model: nn.Module) -> nn.Module:
     return model
 
 
+def rows_of(bench: Bench, case: Case, settings: Settings) -> Rows:
+    yield from dataclasses.replace(bench, rounds=settings.rounds).measure(case)
+
+
 def measured(bench: Bench, case: Case, settings: Settings) -> Rows:
     """Time of a case's variants, then their peak memory above what is allocated between steps."""
-    yield from runner.measure(case, settings, bench.wall_meter())
+    yield from rows_of(bench, case, settings)
+    if bench.warm:
+        return
     peaks = {variant.name: [peak_mib(bench, variant)] for variant in case.variants}
     memory = dataclasses.replace(case, entry=f"{case.entry}, peak memory", unit="MiB")
     yield from runner.describe(memory, peaks, settings.environment)
@@ -251,11 +257,20 @@ def decoders(bench: Bench, shape: Mapping[str, Any], batch: int, new_tokens: int
     return makers
 
 
+def recorded(step: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """``step`` as a CUDA graph; on a CPU ``step`` itself."""
+    if device != "cuda":
+        return step
+    variant = Variant("", lambda _: step())
+    replay = gpu_tools.graphed(variant)
+    return lambda: replay(None)
+
+
 def graphed(decoding: Decoding, device: str) -> Callable[[], Any]:
     """A decoding step as a CUDA graph; on a CPU the step itself."""
     with decoding.surroundings():
         decoding.rewind()
-        return gpu_tools.Graphed(decoding.step, device)
+        return recorded(decoding.step, device)
 
 
 def compiled(decoding: Decoding, dry: bool) -> Callable[[], Any]:
@@ -304,7 +319,7 @@ def decode(
         case = Case(
             entry, what, "bare model", variants, dtype_of(bench), "tokens/s", tokens=batch * new_tokens, warmup=1
         )  # fmt: skip
-        yield from runner.measure(case, settings, bench.wall_meter())
+        yield from rows_of(bench, case, settings)
         raise_if_ours(failed)
 
 
@@ -399,7 +414,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    bench = Bench("cpu" if args.dry_run else "cuda", args.dry_run, 1.0, 1.0)
+    device = "cpu" if args.dry_run else "cuda"
+    bench = Bench(device, args.dry_run, environment=rows.environment(device))
     for row in CASES[args.case](bench):
         print(json.dumps(dataclasses.asdict(row)), flush=True)
     return 0

@@ -9,6 +9,7 @@ from fastadapter.integrations.prefix import PromptSlot
 from fastadapter.integrations.transformers import attachments, hosts, unwrap
 from fastadapter.nn import Bottleneck, ChannelScale, GatedPrefix, ModuleCopy, PrefixTuning
 from fastadapter.ops.backends import automatic_backend
+from fastadapter.ops.base_attention import GPU_PRIORITY
 
 _COLUMNS = ("module", "adapter", "parameters", "base_attention", "projection", "backend", "reason")
 
@@ -18,6 +19,13 @@ _OPS: dict[type, str] = {
     GatedPrefix: "gated_prefix",
     PrefixTuning: "prefix_attention",
     PromptSlot: "prefix_attention",
+}
+
+
+# What the kernel of an op stands on, on a GPU.
+_ON_TOP = {
+    "gated_prefix": " on the output of the model's attention",
+    "prefix_attention": f" merged into torch's attention ({', '.join(GPU_PRIORITY)}, else the reference)",
 }
 
 
@@ -69,6 +77,8 @@ def explain(model: nn.Module) -> Explanation:
                 if op is not None:
                     dtype, head_dim = getattr(model, "dtype", torch.float32), getattr(module, "head_dim", 0)
                     backend, reason = automatic_backend(device, dtype, op, head_dim)
+                if backend == "triton" and op in _ON_TOP:
+                    reason += _ON_TOP[op]
                 if record.folded is not None and isinstance(adapter, ChannelScale | ModuleCopy):
                     backend, reason = "weights", "folded into the module's own"
                 projection = ""

@@ -14,7 +14,6 @@ Where a tile has 64 rows Hopper runs ``wgmma``. ptxas before 13.3 may reuse the 
 early (triton issue 11781); here both come from shared memory, as ``hidden`` is loaded and used as it is.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from fastadapter.kernels.bottleneck_tiles import (
     power_of_2,
     strides,
 )
+from fastadapter.kernels.launch import Launch, prepared
 from torch import Tensor
 
 HIDDEN_ROWS = 32
@@ -198,37 +198,61 @@ def hidden(
         ones: a column of ones behind those of h.
     Returns: the first two ``(rows, padded)``, and what :func:`below` takes.
     """
+    return _hidden(z, grad_hidden, up, activation, scale, ones)
+
+
+@prepared(tensors=3)
+def _hidden(z, grad_hidden, up, activation, scale, ones):
     rows, size = z.shape
     width, backward = padded(size + ones), grad_hidden is not None
-    h = z.new_empty((rows, width))
-    grad_z = z.new_empty((rows if backward else 0, width))
     block_r, tiles = min(128, power_of_2(width)), blocks(rows, HIDDEN_ROWS)
-    sums = z.new_empty((tiles if backward else 0, size), dtype=torch.float32)
-    reached = z.new_empty((1, PARTS if backward else 0), dtype=torch.int32)
     programs = tiles * blocks(width, block_r)
-    _bottleneck_hidden_kernel[(max(programs, PARTS) if backward else programs,)](
-        hidden_ptr=h, grad_z_ptr=grad_z, sums_ptr=sums, reached_ptr=reached, z_ptr=z, grad_hidden_ptr=grad_hidden,
-        up_ptr=up, scale=scale, rows=rows, SIZE=size, HIDDEN_STRIDE=width, UP_SIZE=0 if up is None else up.numel(),
-        BLOCK_M=HIDDEN_ROWS, BLOCK_R=block_r, PARTS=PARTS, ACTIVATION=activation, ONES=ones, BACKWARD=backward,
-        num_warps=4,
-    )  # fmt: skip
-    return h, grad_z, sums, reached
+    names = ("hidden_ptr", "grad_z_ptr", "sums_ptr", "reached_ptr", "z_ptr", "grad_hidden_ptr", "up_ptr")
+    constants = {
+        "scale": scale, "rows": rows, "SIZE": size, "HIDDEN_STRIDE": width, "UP_SIZE": 0 if up is None else up.numel(),
+        "BLOCK_M": HIDDEN_ROWS, "BLOCK_R": block_r, "PARTS": PARTS, "ACTIVATION": activation, "ONES": ones,
+        "BACKWARD": backward, "num_warps": 4,
+    }  # fmt: skip
+    launch = Launch(
+        _bottleneck_hidden_kernel, (max(programs, PARTS) if backward else programs,), names, constants
+    )
+
+    def run(z, grad_hidden, up):
+        h = z.new_empty((rows, width))
+        grad_z = z.new_empty((rows if backward else 0, width))
+        sums = z.new_empty((tiles if backward else 0, size), dtype=torch.float32)
+        reached = z.new_empty((1, PARTS if backward else 0), dtype=torch.int32)
+        launch(h, grad_z, sums, reached, z, grad_hidden, up)
+        return h, grad_z, sums, reached
+
+    return run
 
 
 def below(grad_down: Tensor, sums: Tensor, reached: Tensor) -> Tensor:
     """The gradient of the down bias, (bottleneck_size,) in fp32; zeros in ``grad_down`` where U is zero."""
+    return _below(grad_down, sums, reached)
+
+
+@prepared(tensors=3)
+def _below(grad_down, sums, reached):
     num_sums, size = sums.shape
-    grad_bias = sums.new_empty(size)
     block, block_r = 1024, min(64, power_of_2(size))
     programs = max(blocks(grad_down.numel(), block), blocks(size, block_r))
-    _bottleneck_below_kernel[(programs,)](
-        grad_down_ptr=grad_down, grad_bias_ptr=grad_bias, sums_ptr=sums, reached_ptr=reached, num_sums=num_sums,
-        SIZE=size, DOWN_SIZE=grad_down.numel(), BLOCK_M=64, BLOCK_R=block_r, BLOCK=block, PARTS=PARTS, num_warps=4,
-    )  # fmt: skip
-    return grad_bias
+    names = ("grad_down_ptr", "grad_bias_ptr", "sums_ptr", "reached_ptr")
+    constants = {
+        "num_sums": num_sums, "SIZE": size, "DOWN_SIZE": grad_down.numel(), "BLOCK_M": 64, "BLOCK_R": block_r,
+        "BLOCK": block, "PARTS": PARTS, "num_warps": 4,
+    }  # fmt: skip
+    launch = Launch(_bottleneck_below_kernel, (programs,), names, constants)
+
+    def run(grad_down, sums, reached):
+        grad_bias = sums.new_empty(size)
+        launch(grad_down, grad_bias, sums, reached)
+        return grad_bias
+
+    return run
 
 
-@functools.lru_cache(maxsize=1024)
 def plan(
     arch: str, dtype: torch.dtype, batch: int, seq_len: int, hidden_size: int, size: int
 ) -> tuple[int, dict[str, Any]]:
@@ -258,15 +282,27 @@ def wide(
         weight, bias: banks ``(n, hidden, bottleneck_size)`` and ``(n, hidden)``, any strides.
         reached: ``(n, a power of two)``: entries where all is zero copy ``residual``.
     """
+    _wide(out, h, weight, bias, residual, row_ids, reached, scale)
+
+
+@prepared(tensors=7)
+def _wide(out, h, weight, bias, residual, row_ids, reached, scale):
     batch, seq_len, hidden_size = out.shape
     num_adapters, _, size = weight.shape
     programs, options = plan(target.arch(out), out.dtype, batch, seq_len, hidden_size, size)
-    if size > options["BLOCK_K"]:  # read again with every tile of rows: rounded once, in one pass
-        weight = weight.to(out.dtype)
-    _bottleneck_wide_kernel[(programs,)](
-        out_ptr=out, hidden_ptr=h, weight_ptr=weight, bias_ptr=bias, residual_ptr=residual, row_ids_ptr=row_ids,
-        reached_ptr=reached, OUT_STRIDES=out.stride(), WEIGHT_STRIDES=weight.stride(),
-        BIAS_STRIDES=strides(bias, 2), RESIDUAL_STRIDES=strides(residual, 3), scale=scale, num_adapters=num_adapters,
-        HIDDEN_STRIDE=h.stride(0), HAS_ROW_IDS=row_ids is not None, HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None, PARTS=0 if reached is None else reached.shape[1], **options,
-    )  # fmt: skip
+    # read again with every tile of rows: rounded once, in one pass
+    rounded = size > options["BLOCK_K"] and weight.dtype != out.dtype
+    names = ("out", "hidden", "weight", "bias", "residual", "row_ids", "reached")
+    constants = {
+        "OUT_STRIDES": out.stride(), "WEIGHT_STRIDES": (torch.empty_like(weight) if rounded else weight).stride(),
+        "BIAS_STRIDES": strides(bias, 2), "RESIDUAL_STRIDES": strides(residual, 3), "scale": scale,
+        "num_adapters": num_adapters, "HIDDEN_STRIDE": h.stride(0), "HAS_ROW_IDS": row_ids is not None,
+        "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None,
+        "PARTS": 0 if reached is None else reached.shape[1], **options,
+    }  # fmt: skip
+    launch = Launch(_bottleneck_wide_kernel, (programs,), tuple(f"{name}_ptr" for name in names), constants)
+
+    def run(out, h, weight, *others):
+        launch(out, h, weight.to(out.dtype) if rounded else weight, *others)
+
+    return run

@@ -193,6 +193,8 @@ def _prefix_term_bwd_kernel(
 
         if PART != "query":
             s, slope = _scores(q, k, softmax_scale, softcap, mask_p, HAS_SOFTCAP, PRECISION)
+            # no query is there: 0 times an infinite key is NaN, and no gradient of the prefix
+            s = tl.where(mask_m[:, None], s, 0.0)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # (BLOCK_M, BLOCK_P)
             if FORM == "merge" or PART == "prefix":
                 p = tl.exp(s - lse[:, None])

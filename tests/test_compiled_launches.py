@@ -54,12 +54,11 @@ def gated_prefix_call(head_dim, prefix_len, dtype, direction="forward"):
         "query": heads, "prefix_key": prefix, "prefix_value": prefix, "gate": tensor(1, 4, dtype=torch.float32),
         "row_ids": None, "softmax_scale": 0.1, "gate_fn": "tanh",
     }  # fmt: skip
-    if direction == "forward":
-        arguments |= {"base": heads}
-    else:
-        arguments |= {"grad_out": heads, "need_query": True, "need_prefix": True, "need_gate": True}
+    arguments |= {"base": heads} if direction == "forward" else {"grad_out": heads, "base_grad": heads}
+    function = {"forward": "gated_prefix_forward", "backward": "gated_prefix_backward_onto"}[direction]
+    rest = [] if direction == "forward" else [True, True, True]
     module = "fastadapter.kernels.gated_prefix"
-    return {"module": module, "function": f"gated_prefix_{direction}", "arguments": arguments}
+    return {"module": module, "function": function, "arguments": arguments, "rest": rest}
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

@@ -4,7 +4,6 @@ Without a GPU the kernels run in Triton's interpreter, which multiplies bf16 wro
 on a GPU. Gates are random and non-zero unless a test says so.
 """
 
-import contextvars
 import os
 
 import pytest
@@ -16,8 +15,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from fastadapter.kernels import gated_prefix as kernels
-from fastadapter.kernels import target
-from triton.runtime import _allocation
+from fastadapter.kernels import prefix_term, prefix_term_backward, prefix_tiles, target
 
 from tests.support.budget import assert_within_budget, same_bits
 from tests.support.gated_prefix import Inputs, Shape, device_of, eager, make_inputs, on_device
@@ -70,13 +68,12 @@ def test_results_are_within_budget(dtype, shape):
 
 @pytest.mark.parametrize("prefix_len", [5, 17])
 def test_fp32_prefix_beside_half_activations(prefix_len):
-    """Judged against eager with fp32 intermediates: the masters' gradients have fp32 accuracy, not half's."""
+    """Computed as under autocast, with the masters rounded; their gradients are sums in fp32 and stay that."""
     shape = Shape(batch=2, num_heads=2, num_kv_heads=1, q_len=5, head_dim=16, prefix_len=prefix_len)
     inputs = make_inputs(shape, torch.float16, prefix_dtype=torch.float32)
-    actual, plain, exact = launch(inputs), eager(inputs, torch.float32), eager(inputs, torch.float64)
-    assert actual["prefix_key"].dtype == torch.float32
-    for name in ("out", *GRADS):
-        assert_within_budget(actual[name], plain[name], exact[name], name)
+    actual = launch(inputs)
+    check(inputs, actual)
+    assert actual["out"].dtype == torch.float16 and actual["prefix_key"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("gate", [1e-6, 1e-3, 0.62, 0.63, 3.0, -0.4])
@@ -97,75 +94,35 @@ def test_tiny_gates_keep_half_precision_gradients():
 
 
 @pytest.mark.parametrize("prefix_len", [10, 40, 150])
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
-def test_every_route_has_the_same_results(arch, prefix_len, monkeypatch):
-    """TMA descriptors clip a tile at the end of q_len and head_dim; a run walks over tiles and heads."""
-    monkeypatch.setattr(kernels, "MIN_TMA_VISITS", 1)
-    routes = []
-    provide = kernels._provide_scratch  # without it, the descriptors have nowhere to be on a device
-    monkeypatch.setattr(kernels, "_provide_scratch", lambda: (routes.append("tma"), provide()))
+@pytest.mark.parametrize("arch", ["sm_80", "gfx942"])
+def test_every_table_has_results_within_budget(arch, prefix_len):
+    """Runs over tiles and heads; base in any layout, and a prefix of one block and of several."""
     shape = Shape(batch=1, num_heads=4, num_kv_heads=2, q_len=37, head_dim=40, prefix_len=prefix_len)
     inputs = make_inputs(shape, torch.float16)
+    bshd = inputs._replace(base=inputs.base.transpose(1, 2).contiguous().transpose(1, 2))
     with target.assume(arch):
-        out = kernels.gated_prefix_forward(*(on_device(x, DEVICE) for x in inputs[:6]), 0.2, "tanh").cpu()
-        assert routes == (["tma"] if arch == "sm_90" else [])
-        bshd = inputs._replace(base=inputs.base.transpose(1, 2).contiguous().transpose(1, 2))
-        again = kernels.gated_prefix_forward(*(on_device(x, DEVICE) for x in bshd[:6]), 0.2, "tanh").cpu()
+        out, again = (
+            kernels.gated_prefix_forward(*(on_device(x, DEVICE) for x in case[:6]), 0.2, "tanh").cpu()
+            for case in (inputs, bshd)
+        )
     assert same_bits(again, out) and again.stride() == bshd.base.stride()
     plain, exact = (eager(inputs, dtype, softmax_scale=0.2) for dtype in (torch.float16, torch.float64))
     assert_within_budget(out, plain["out"], exact["out"], "out")
 
 
-def test_tma_reads_only_what_the_hardware_can_address():
-    """16-byte steps between rows, heads and batch, from a 16-byte address; no broadcast axes."""
-    x = torch.zeros(2, 3, 8, 64, dtype=torch.float16)
-    assert kernels._reached_by_tma(x) and kernels._reached_by_tma(x.transpose(1, 2))
-    assert kernels._reached_by_tma(x[..., 8:48])
-    assert not kernels._reached_by_tma(x[..., 4:48])
-    assert not kernels._reached_by_tma(x[..., ::2])
-    assert not kernels._reached_by_tma(x[:, :1].expand(2, 3, 8, 64))
-    assert not kernels._reached_by_tma(torch.zeros(2, 3, 8, 60, dtype=torch.float16))
-    inputs = make_inputs(Shape(batch=1, num_heads=4, num_kv_heads=1, q_len=33), torch.float16)
-    wide = torch.zeros(1, 4, 33, 17, dtype=torch.float16)
-    odd = inputs._replace(base=wide[..., 1:].copy_(inputs.base))
-    with target.assume("sm_90"):
-        actual, expected = (
-            kernels.gated_prefix_forward(*(on_device(x, DEVICE) for x in case[:6]), 0.2, "tanh").cpu()
-            for case in (odd, inputs)
-        )
-    assert same_bits(actual, expected)
-
-
-def test_scratch_memory_of_others_is_kept():
-    def check_in_a_fresh_context():
-        kernels._provide_scratch()
-        assert _allocation._allocator.get() is kernels._scratch
-        other = lambda size, alignment, stream: None  # noqa: E731
-        _allocation.set_allocator(other)
-        kernels._provide_scratch()
-        assert _allocation._allocator.get() is other
-
-    contextvars.Context().run(check_in_a_fresh_context)
-
-
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"])
 def test_tiles_stay_clear_of_wgmma(arch):
-    """Fewer than 64 rows in every product whose left operand comes from registers."""
-    for dtypes in [
-        (torch.float16, torch.float16),
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.float32),
-    ]:
+    """Fewer than 64 rows in every product whose left operand comes from registers; backward agrees on its rows."""
+    for dtype in prefix_tiles.DTYPES:
         for head_dim in (1, 64, 96, 128, 256):
-            for prefix_len in (1, 16, 17, 64, 128, 1000):
-                forward, query, *backward = (
-                    kernels.config(arch, head_dim, prefix_len, *dtypes, launch)
-                    for launch in ("forward", "backward-query", "backward", "backward-prefix")
+            for prefix_len, q_len in [(1, 1), (16, 512), (17, 512), (64, 1), (128, 512), (1000, 512)]:
+                forward, merge, *backward = (
+                    prefix_tiles.config(arch, head_dim, prefix_len, dtype, launch, q_len)
+                    for launch in ("forward", "merge", "backward", "backward-query", "backward-prefix")
                 )
-                assert forward.block_m < 64 and not any(x.tma for x in backward)
-                assert forward.tma <= (arch in ("sm_90", "sm_100", "sm_120"))
-                assert all(x.block_m < 64 and x.block_p < 64 for x in backward)
-                assert query.block_m == backward[0].block_m == backward[1].block_m < 64
+                assert 16 <= forward.block_m < 64 and 16 <= merge.block_m < 64
+                assert {x.block_m for x in backward} == {16}
+                assert all(x.block_p < 64 for x in backward) and backward[1].block_p and backward[2].block_p
 
 
 def test_identity_gate_and_scale():
@@ -315,6 +272,23 @@ def test_empty_batches(shape, shared):
         assert actual[name].shape == getattr(inputs, name).shape and not actual[name].any(), name
 
 
+@pytest.mark.parametrize("prefix_len", [5, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_of_a_base_is_added(dtype, prefix_len):
+    """Its part of the gradient of query, of any strides; the other gradients keep their bits."""
+    inputs = make_inputs(BANK._replace(prefix_len=prefix_len), dtype)
+    inputs = inputs._replace(row_ids=torch.tensor([-1, 0, 2, 1], dtype=torch.int32))
+    _, *operands, grad_out = (on_device(x, DEVICE) for x in inputs)
+    base_grad = make_inputs(BANK, dtype, seed=1).base
+    moved, constants = on_device(strided(base_grad), DEVICE), (0.25, "tanh", True, True, True)
+    found = kernels.gated_prefix_backward_onto(grad_out, moved, *operands, *constants)
+    alone = kernels.gated_prefix_backward(grad_out, *operands, *constants)
+    assert same_bits(found[0][0].cpu(), base_grad[0])
+    plain, exact = (eager(inputs, x, softmax_scale=0.25)["query"] for x in (dtype, torch.float64))
+    assert_within_budget(found[0].cpu(), plain + base_grad, exact + base_grad.double(), "query")
+    assert all(same_bits(one.cpu(), other.cpu()) for one, other in zip(found[1:], alone[1:], strict=True))
+
+
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 0, 0)], ids=str)
 @pytest.mark.parametrize("prefix_len", [5, 17])
 def test_only_needed_gradients_are_computed(needs, prefix_len):
@@ -330,7 +304,11 @@ def test_only_needed_gradients_are_computed(needs, prefix_len):
 def test_shared_prefix_over_a_large_batch():
     """More tiles than the programs of a shared prefix: several tiles and rows fall into one slot."""
     inputs = make_inputs(Shape(batch=9, num_heads=2, num_kv_heads=1, q_len=17, head_dim=8), torch.float32)
-    assert kernels._tiles_per_slot(10**6, 4, 2, by_row=False) * 384 >= 2 * 10**6
+    slots = 3 * prefix_tiles.PROCESSORS["sm_90"] // 2
+    assert prefix_term_backward._tiles_per_slot("sm_90", 3, 10**6, 4, 2, by_row=False) * slots >= 10**6
+    assert (
+        prefix_term._tiles_per_run("sm_90", 8, 2, 10**6) * 8 * prefix_tiles.PROCESSORS["sm_90"] >= 2 * 10**6
+    )
     actual = launch(inputs)
     check(inputs, actual)
     again = launch(inputs)

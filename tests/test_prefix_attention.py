@@ -10,7 +10,8 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from fastadapter import ops
-from fastadapter.ops.base_attention import PREFERRED, choose_form
+from fastadapter.ops.attention import Options
+from fastadapter.ops.prefix_attention import _base_of
 from tests.support.attention import (
     OPERANDS,
     SHARED,
@@ -156,34 +157,32 @@ def test_merge_form_compiles_into_one_graph():
         torch.testing.assert_close(traced, expected)
 
 
-def test_form_is_chosen_by_shapes_and_options(monkeypatch):
+def test_form_is_chosen_by_shapes_and_options():
     """Never by values; a form that is named and cannot run says why."""
     inputs = make_inputs(Shape(), torch.float32)
-    meta = inputs.query.to("meta")
 
-    def choose(form, given=inputs, device_query=None):
-        options = given.options(SHARED)
-        mask = options.pop("attn_mask")
-        from fastadapter.ops.attention import check_options
+    def choose(form, backend="cpp", given=inputs, query=None):
+        options = Options(*given.schema_options(SHARED))
+        return _base_of(form, backend, given.query if query is None else query, given.key, options)
 
-        checked = check_options("prefix_attention", given.query, given.key, 1, attn_mask=mask, **options)
-        return choose_form(form, given.query if device_query is None else device_query, given.key, checked)
-
-    assert choose("single") is None and choose("merge") == "flash_cpu"
-    assert choose("auto") == (None if PREFERRED["cpu"] == "single" else "flash_cpu")
-    monkeypatch.setitem(PREFERRED, "cpu", "merge")
-    assert choose("auto") == "flash_cpu"
+    assert choose("auto") is None and choose("single") is None and choose("merge") == "flash_cpu"
+    assert choose("auto", "triton") == choose("merge", "triton") == "flash_cpu"
+    assert choose("auto", "triton", query=inputs.query.to("meta")) == "reference"
+    with pytest.raises(
+        ValueError, match="form='single' cannot run here: Triton merges into another attention"
+    ):
+        choose("single", "triton")
     cannot = {
         "window or softcap is given": make_inputs(Shape(softcap=3.0), torch.float32),
         "cu_seqlens is given": make_inputs(packed(3, 4), torch.float32),
         "there are no queries or no keys": make_inputs(Shape(kv_len=0), torch.float32),
     }
     for reason, given in cannot.items():
-        assert choose("auto", given) is None
+        assert choose("auto", "triton", given) == "reference"
         with pytest.raises(ValueError, match=f"form='merge' cannot run here: flash_cpu: {reason}"):
             ops.prefix_attention(*given.operands(SHARED), **given.options(SHARED), form="merge")
     with pytest.raises(ValueError, match="no attention that returns lse on meta"):
-        choose("merge", device_query=meta)
+        choose("merge", query=inputs.query.to("meta"))
     with pytest.raises(ValueError, match="form must be one of auto, single, merge, got 'best'"):
         ops.prefix_attention(*inputs.operands(SHARED), form="best")
 

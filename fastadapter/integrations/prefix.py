@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapter.integrations import attention as hook
-from fastadapter.integrations.host import Group, Host, State, stamp
+from fastadapter.integrations.host import Group, Host, State, may_keep, stamp
 from fastadapter.integrations.shared_softmax import attend_shared
 from fastadapter.nn import GatedPrefix, PrefixTuning
 from fastadapter.ops import gated_prefix
@@ -63,7 +63,7 @@ class PrefixHost(Host):
     def kind(self, adapter: nn.Module) -> Any:
         if isinstance(adapter, GatedPrefix):
             return GatedPrefix, len(adapter.prompt), adapter.gate_fn
-        return PrefixTuning, adapter.prefix_len
+        return type(adapter), adapter.prefix_len
 
     def attend(
         self,
@@ -170,8 +170,7 @@ class PrefixHost(Host):
         if query.dtype != output.dtype:  # under autocast
             query = query.to(output.dtype)
         scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-        # Inside a compiled graph a version could not be checked again at run time.
-        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if not (self.training or torch.is_grad_enabled()) and may_keep(query.device):
             ready = self._ready_bank(group.names, attention, output.dtype)
             if ready is not None:
                 operands = (ready.key, ready.value, ready.gate, group.row_ids, scale, ready.gate_fn)

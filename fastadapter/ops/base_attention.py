@@ -7,6 +7,7 @@ All but "reference" are torch's own: a base is as deterministic as ``scaled_dot_
 in backward on a GPU under ``torch.use_deterministic_algorithms(True)`` (docs/design.md).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,9 @@ from torch.nn.attention import SDPBackend
 
 from fastadapter import reference
 from fastadapter.ops.attention import Options, reference_options
+
+# Fastest first, by the rows in benchmarks/results/gpu.jsonl, decoding included.
+GPU_PRIORITY = ("cudnn", "flash", "efficient")
 
 _aten = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
@@ -74,7 +78,7 @@ def _priority(query: Tensor) -> tuple[str, ...]:
         return ("flash_cpu",)
     if query.device.type != "cuda":
         return ()
-    return ("cudnn", "flash", "efficient")
+    return GPU_PRIORITY
 
 
 def _empty_limit(query: Tensor, key: Tensor) -> str | None:
@@ -125,13 +129,25 @@ def _gpu_limit(query: Tensor, key: Tensor, options: Options, largest: int) -> st
     return _empty_limit(query, key)
 
 
-def _cudnn_limit(query: Tensor, key: Tensor, options: Options) -> str | None:
+@functools.cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+@functools.cache
+def _cudnn_lack(device: torch.device) -> str | None:
     if not torch.backends.cudnn.is_available() or torch.backends.cudnn.version() < 90100:
         return "it needs cuDNN 9.1"
-    if torch.cuda.get_device_capability(query.device)[0] < 9:
-        return "slower than flash attention before sm_90"
+    return "slower than flash attention before sm_90" if _capability(device) < 9 else None
+
+
+def _cudnn_limit(query: Tensor, key: Tensor, options: Options) -> str | None:
+    if reason := _cudnn_lack(query.device):
+        return reason
     if options.window or options.cu_seqlens is not None:
         return "window or cu_seqlens is given"
+    if torch.are_deterministic_algorithms_enabled():
+        return "its backward is not deterministic"
     return _gpu_limit(query, key, options, 128)
 
 
@@ -159,7 +175,7 @@ def _cudnn_backward(grad_out, query, key, value, out, lse, options, state):
 
 
 def _flash_limit(query: Tensor, key: Tensor, options: Options) -> str | None:
-    if torch.cuda.get_device_capability(query.device)[0] < 8:
+    if _capability(query.device) < 8:
         return "it needs sm_80"
     return _gpu_limit(query, key, options, 256)
 

@@ -89,7 +89,11 @@ def bottleneck(
     >>> torch.allclose(bottleneck(x, down, up, residual=x), expected, atol=1e-5)
     True
     """
-    _validate(x, down_weight, up_weight, down_bias, up_bias, residual, activation, norm, row_ids)
+    if norm is None:
+        _validate_plain(x, down_weight, up_weight, down_bias, up_bias, residual, row_ids, activation)
+        checks.require_row_ids_in_range("bottleneck", row_ids, len(down_weight))
+    else:
+        _validate(x, down_weight, up_weight, down_bias, up_bias, residual, activation, norm, row_ids)
     if norm is None:
         norm = Norm("none", None, None, 0.0)
     residual_is_x = residual is x
@@ -127,6 +131,12 @@ def _three_dims(x: Tensor, residual: Tensor | None, by_row: bool) -> tuple[Tenso
         dim = 1 if by_row else 0
         return x.unsqueeze(dim), None if residual is None else residual.unsqueeze(dim)
     return x.flatten(1, -2), None if residual is None else residual.flatten(1, -2)
+
+
+@checks.once(tensors=7)
+def _validate_plain(x, down_weight, up_weight, down_bias, up_bias, residual, row_ids, activation) -> None:
+    """Without a norm, whose tensors are inside of it."""
+    _validate(x, down_weight, up_weight, down_bias, up_bias, residual, activation, None, row_ids)
 
 
 def _validate(x, down_weight, up_weight, down_bias, up_bias, residual, activation, norm, row_ids) -> None:

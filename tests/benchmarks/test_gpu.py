@@ -49,18 +49,6 @@ def test_cases_have_names_and_rows_of_their_own():
     )
 
 
-@pytest.mark.slow
-@without_gpu
-def test_training_steps_are_walked_through(capsys):
-    pytest.importorskip("peft")
-    from benchmarks import gpu_steps
-
-    for name, case in gpu_steps.CASES.items():
-        assert not any(case(bench(warm=True))), name
-        found = [row for group in case(bench()) for row in group]
-        assert {"frozen model", "fastadapter", "PEFT"} <= {row.variant for row in found}, name
-
-
 @without_gpu
 def test_what_goes_wrong_costs_one_case(tmp_path, monkeypatch, capsys):
     """A wrong result and a hang are said first; the rows before the hang are kept, and the next case is timed."""

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Iterator
@@ -96,9 +97,10 @@ def variants(call: dict) -> list[tuple[str, str]]:
 def launches(call: dict, arch: str, halves: str) -> list[capture.Launch]:
     """What the call launches there; none where that architecture takes another way."""
     function = getattr(importlib.import_module(call["module"]), call["function"])
-    arguments = {name: build(value, halves) for name, value in call["arguments"].items()}
+    names = [name for name in inspect.signature(function).parameters if name in call["arguments"]]
+    arguments = [build(value, halves) for value in [*map(call["arguments"].get, names), *call["rest"]]]
     with capture.recording() as found, capture.target.assume(arch):
-        function(**arguments)
+        function(*arguments)
     return found
 
 

@@ -85,9 +85,12 @@ def _call(frame) -> dict:
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     try:
         arguments = {name: describe(frame.f_locals[name]) for name in names}
+        rest = []
+        if code.co_flags & inspect.CO_VARARGS:
+            rest = describe(frame.f_locals[code.co_varnames[len(names)]])
     except (KeyError, TypeError) as error:
         return {"module": module, "function": code.co_name, "unclear": str(error)}
-    return {"module": module, "function": code.co_name, "arguments": arguments}
+    return {"module": module, "function": code.co_name, "arguments": arguments, "rest": rest}
 
 
 @contextlib.contextmanager
