@@ -103,7 +103,7 @@ Touched: the caller's tensors, once per call. Moved: everything, scratch memory 
 per tile that asks. The spread is over dtypes, cases and architectures."""
 
 
-ESTIMATES = """Not measured: bf16 cases, by `benchmarks/audit/estimate.py` from the machine
+ESTIMATES = """Not measured: by `benchmarks/audit/estimate.py` from the machine
 code for sm_90, in microseconds of GPU time, launches included. The last columns name the launch that takes longest and
 what takes most of its time: its multiprocessors (instructions, latencies, waves), the cache, or memory."""
 
