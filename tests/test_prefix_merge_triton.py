@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from fastadapter.kernels import prefix_merge as kernels
+from fastadapter.kernels import prefix_term
+from fastadapter.kernels.launch import forget
 
 from fastadapter import reference
 from tests.support.attention import SHARED, Shape, eager, make_inputs
@@ -83,6 +85,20 @@ def test_merge_extends_the_softmax_of_its_base(dtype, q_len):
     assert actual[0].stride() == torch.empty_like(base).stride() and actual[1].is_contiguous()
     outside = forward(inputs._replace(row_ids=torch.tensor([2, 0, -2], dtype=torch.int32)), base, lse)
     assert all(x[[0, 2]].isnan().all() and x[1].isfinite().all() for x in outside)
+
+
+@pytest.mark.parametrize("prefix_len", [5, 40])
+def test_runs_of_several_tiles_have_the_same_bits(prefix_len, monkeypatch):
+    """The base's lse is read a tile ahead. A device that holds no program makes every run as long as can be."""
+    shape = Shape(num_heads=4, num_kv_heads=2, batch=2, q_len=70, prefix_len=prefix_len)
+    inputs = make_inputs(shape, torch.float32)
+    lse = torch.randn(2, 4, 70)
+    apart = forward(inputs, inputs.grad_out, lse)
+    forget()
+    monkeypatch.setattr(prefix_term, "PROCESSORS", dict.fromkeys(prefix_term.PROCESSORS, 0))
+    together = forward(inputs, inputs.grad_out, lse)
+    forget()
+    assert all(same_bits(x, y) for x, y in zip(apart, together, strict=True))
 
 
 @pytest.mark.parametrize("shape", [

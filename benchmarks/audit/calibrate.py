@@ -22,7 +22,6 @@ FEATURES = RESULTS / "estimate_features.jsonl"
 PREDICTIONS = RESULTS / "estimates.csv"
 MEASURED = RESULTS / "estimates_measured.csv"
 CARD = CARDS["H200"]
-ESTIMATED = ("gated_prefix", "prefix_merge", "bottleneck")
 # What is tried for the three fitted constants.
 GRID = {
     "launch_us": (2.0, 3.0, 4.0), "cache_terabytes_per_s": (7.0, 9.0, 11.0), "overlap": (3.0, 4.0, 6.0),
@@ -134,10 +133,16 @@ def predict(case) -> Prediction:
 
 
 def chosen() -> list:
-    """The cases that have a prediction."""
+    """The cases that have a stored prediction: every pass of the calls in :data:`MEASURED`."""
     from . import cases
 
-    return [case for case in cases.all_cases() if case.dtype == "bf16" and case.op in ESTIMATED]
+    calls = {(row["op"], row["dtype"], row["case"]) for row in _held(MEASURED)}
+    return [case for case in cases.all_cases() if (case.op, case.dtype, str(case)) in calls]
+
+
+def _held(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def store(path: Path, rows: Iterable[Prediction]) -> None:
@@ -180,14 +185,11 @@ def held_table(rows: Iterable[Prediction], path: Path = MEASURED) -> list[list[s
     """
     known = {row.key: row for row in rows}
     lines = [["op", "pass", "case", "predicted, us", "measured, us", "error, %", "measured"]]
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            passes = row["direction"].split(" + ")
-            us = sum(known[row["op"], each, row["dtype"], row["case"]].h200_us for each in passes)
-            error = f"{100 * (us / float(row['us']) - 1):+.0f}"
-            lines.append(
-                [row["op"], row["direction"], row["case"], f"{us:.1f}", row["us"], error, row["note"]]
-            )
+    for row in _held(path):
+        passes = row["direction"].split(" + ")
+        us = sum(known[row["op"], each, row["dtype"], row["case"]].h200_us for each in passes)
+        error = f"{100 * (us / float(row['us']) - 1):+.0f}"
+        lines.append([row["op"], row["direction"], row["case"], f"{us:.1f}", row["us"], error, row["note"]])
     return lines
 
 

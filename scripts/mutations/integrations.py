@@ -33,8 +33,8 @@ INTEGRATIONS = [
         "fastadapter/integrations/soft_prompt_encoder.py",
         ENCODER,
         filler_is_seen=(
-            ">= width - torch.tensor(lengths, device=device)[:, None]  #",
-            ">= width * 0 - torch.tensor(lengths, device=device)[:, None]  #",
+            "visible = slots >= width - own",
+            "visible = slots >= width * 0 - own",
         ),
         padding_gets_positions=("text = torch.where(own == self.padding, own, text)", "pass"),
         text_stays_at_its_positions=("text = own + moved_by", "text = own + 0 * moved_by"),

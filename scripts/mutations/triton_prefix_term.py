@@ -3,16 +3,12 @@
 from .record import of_file
 
 TESTS = "tests/test_gated_prefix_triton.py -k within_budget"
-GRADIENTS_OF_A_MERGE = "tests/test_prefix_attention.py -k 'gradients_of_a_merge and triton'"
-ONTO_A_BASE = "tests/test_attention_ops.py -k 'within_budget and triton'"
+MERGES = "tests/test_prefix_merge_triton.py -k extends_the_softmax"
+GRADIENTS_OF_A_MERGE = "tests/test_prefix_merge_triton.py -k backward_of_a_prefix"
 
 
 def tests_named(words):
     return f"tests/test_gated_prefix_triton.py -k '{words}'"
-
-
-def merges_named(words):
-    return f"tests/test_prefix_attention.py -k '{words} and triton'"
 
 
 PREFIX_TERM = [
@@ -29,7 +25,7 @@ PREFIX_TERM = [
             "m_new = tl.maximum(m_i, 0.0)",
             "tests/test_gated_prefix.py -k 'large_logits and triton'",
         ),
-        softcap_dropped=("s = t * softcap", "s = s * 1.0", merges_named("merge_is_the_attention")),
+        softcap_dropped=("s = t * softcap", "s = s * 1.0", MERGES),
         softcap_slope_dropped=("slope = 1.0 - t * t", "slope = 1.0 + t * 0.0", GRADIENTS_OF_A_MERGE),
         tanh_by_the_exponential_alone=(
             "return tl.where(tl.abs(x) < 0.625, x + x * z * series, tail)",
@@ -99,27 +95,27 @@ PREFIX_TERM = [
         base_not_weighted=(
             "base.to(tl.float32) * (on_base / total)[:, None]",
             "base.to(tl.float32)",
-            merges_named("merge_is_the_attention"),
+            MERGES,
         ),
         prefix_not_weighted=(
             "acc * (factor * on_prefix / total)[:, None]",
             "acc * (factor / total)[:, None]",
-            merges_named("merge_is_the_attention"),
+            MERGES,
         ),
         a_base_without_keys_counts=(
             'visible = b != float("-inf")',
             "visible = b == b",
-            merges_named("saw_nothing"),
+            "tests/test_prefix_attention.py -k 'saw_nothing and triton'",
         ),
         lse_of_the_tile_before=(
             "base_lse_ptr, BASE_LSE_STRIDES, row, tile + 1, kv_head",
             "base_lse_ptr, BASE_LSE_STRIDES, row, tile, kv_head",
-            ONTO_A_BASE,
+            "tests/test_prefix_merge_triton.py -k several_tiles",
         ),
         lse_in_base_two=(
             "factor * (shift + tl.log(total))",
             "factor * (shift + tl.log2(total))",
-            merges_named("merge_is_the_attention"),
+            MERGES,
         ),
         int32_rows=(
             "row = (pid // (runs * num_kv_heads)).to(tl.int64)",
@@ -148,7 +144,7 @@ PREFIX_TERM = [
         base_grad_dropped=(
             "dq += tl.load(base_ptrs, mask=mask_w, other=0.0).to(tl.float32)",
             "dq += 0.0 * tl.load(base_ptrs, mask=mask_w, other=0.0).to(tl.float32)",
-            ONTO_A_BASE,
+            tests_named("gradient_of_a_base"),
         ),
         query_gradient_without_scale=("dq * (factor * softmax_scale)", "dq * factor"),
         last_row_of_the_query_gradient_not_written=(
