@@ -116,8 +116,8 @@ def bottleneck_backward(
     needed = (need_x, need_weights, need_weights, need_biases, need_biases, need_norm, need_norm)
     grads: list[Tensor | None]
     if scale == 0 or x.numel() == 0:
-        dense = torch.contiguous_format
-        grads = [None if p is None else torch.zeros_like(p, memory_format=dense) for p in arguments]
+        # x's like x, those of banks contiguous
+        grads = [torch.zeros_like(x), *(None if p is None else p.new_zeros(p.shape) for p in arguments[1:])]
         if add_grad_out:
             grads[0] = torch.empty_like(x).copy_(grad_out)
     else:
