@@ -159,7 +159,10 @@ def _chain(
         )
         if need_x:
             grad_x = standardise_backward(grad_x, x, found)
-            grad_x = _through(grad_x, grad_out if add_grad_out else None, reached, row_ids)
+            total = _through(grad_x, grad_out if add_grad_out else None, reached, row_ids)
+            grad_x = torch.empty_like(x)
+            # torch's norm returns a contiguous gradient, whatever the strides of x
+            grad_x = total if total.stride() == grad_x.stride() else grad_x.copy_(total)
         of_norm: tuple[Tensor | None, ...] = (None, None)
         if need_below:
             grad_down, *of_norm = unfold(grad_down, grad_bias, down_weight, norm_weight, norm_bias)
