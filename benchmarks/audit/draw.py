@@ -107,9 +107,9 @@ ESTIMATES = """Not measured: by `benchmarks/audit/estimate.py` from the machine
 code for sm_90, in microseconds of GPU time, launches included. The last columns name the launch that takes longest and
 what takes most of its time: its multiprocessors (instructions, latencies, waves), the cache, or memory."""
 
-HELD = """Calls of the table above that an H200 measured afterwards (2026-11-27, replays of a CUDA graph, torch 2.11.0,
-triton 3.6.0, heads inside; the estimate is of what triton 3.9.0 compiles, heads outside). The model was not fitted to
-them."""
+HELD = """Calls of the table above that an H200 has measured, too (2026-11-27, replays of a CUDA graph, torch 2.11.0,
+triton 3.6.0, heads inside; the estimate is of what triton 3.9.0 compiles, heads outside). The estimates were made
+after the measurements, by a model that was not fitted to them."""
 
 CALIBRATION = """The same estimates for calls that an H200 has measured (2026-11-27, commit d9a2e4b, torch 2.11.0,
 triton 3.6.0; 4 x 2048 tokens, 32 heads, 8 kv heads, head_dim 128, prefix 10, bf16; most of these kernels are gone
