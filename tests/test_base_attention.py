@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastadapter.ops import base_attention
 from fastadapter.ops.attention import Options
 from fastadapter.ops.base_attention import BASES, base_of_sdpa, choose_base
 from fastadapter.ops.composed import _Rows
@@ -18,12 +19,21 @@ def operands(shape, dtype=torch.bfloat16):
     return inputs.query, inputs.key, Options(*inputs.schema_options(SHARED))
 
 
+def ask_again():
+    """What a device can do is asked once."""
+    base_attention._capability.cache_clear()
+    base_attention._cudnn_lack.cache_clear()
+
+
 @pytest.fixture
 def hopper(monkeypatch):
     """What the limits ask the machine for."""
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    ask_again()
+    yield
+    ask_again()
 
 
 LIMITS = {
@@ -45,6 +55,7 @@ LIMITS = {
         "there are no queries or no keys": Shape(kv_len=0),
     },
     "efficient": {
+        "attn_mask is given": Shape(mask="bool"),
         "head_dim must be a multiple of 8, got 12": Shape(head_dim=12),
         "softcap is given": Shape(softcap=2.0),
         "window or cu_seqlens is given": Shape(mask="causal", window=3),
@@ -70,11 +81,14 @@ def test_dtypes_and_machines_are_limits(hopper, monkeypatch):
     assert "got torch.float64" in BASES["efficient"].limit(*operands(Shape(), torch.float64))
     assert BASES["reference"].limit(*operands(packed(3, 4), torch.float64)) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    ask_again()
     assert "before sm_90" in BASES["cudnn"].limit(*operands(Shape()))
     assert BASES["flash"].limit(*operands(Shape())) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    ask_again()
     assert "it needs sm_80" in BASES["flash"].limit(*operands(Shape()))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90000)
+    ask_again()
     assert "it needs cuDNN 9.1" in BASES["cudnn"].limit(*operands(Shape()))
 
 
