@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from fastadapter.kernels import bottleneck as kernels
-from fastadapter.kernels import bottleneck_config, bottleneck_wide, target
+from fastadapter.kernels import bottleneck_config, target
 from fastadapter.kernels.activation import ACTIVATIONS
 from fastadapter.kernels.bottleneck_config import narrow_config, weights_config, wide_config
 from fastadapter.kernels.bottleneck_rows import TILES_PER_SLOT
@@ -121,7 +121,6 @@ def test_a_program_walks_over_several_tiles(arch, monkeypatch):
         return real(*args) | {"programs": 6}
 
     monkeypatch.setattr(bottleneck_config, "wide_config", few)
-    monkeypatch.setattr(bottleneck_wide, "plan", bottleneck_wide.plan.__wrapped__)
     inputs = make_inputs(Shape(1, 140, 100, 5), torch.float16, residual="x")
     with target.assume(arch):
         check(inputs, launch(inputs))

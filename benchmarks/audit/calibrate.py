@@ -1,6 +1,6 @@
 """Estimates held to measurement: ``python -m benchmarks.audit.calibrate`` prints the table of ``docs/audit.md``.
 
-``benchmarks/results/estimate_features.jsonl`` has a row per measured call: its time on an H200 (2026-11-27, commit
+``benchmarks/results/estimate_features.ndjson`` has a row per measured call: its time on an H200 (2026-11-27, commit
 d9a2e4b, torch 2.11.0, triton 3.6.0; shapes of Llama-3-8B, 4 x 2048 tokens) and the features of its launches, extracted
 from what that same Triton compiled at that commit. Most of those kernels are gone; the rows stay.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from ..rows import RESULTS
 from .estimate import CARDS, Constants, Estimate, Features, time_of
 
-FEATURES = RESULTS / "estimate_features.jsonl"
+FEATURES = RESULTS / "estimate_features.ndjson"
 PREDICTIONS = RESULTS / "estimates.csv"
 MEASURED = RESULTS / "estimates_measured.csv"
 CARD = CARDS["H200"]
