@@ -58,8 +58,8 @@ INTRODUCTION = """# Kernel audit
 
 What the Triton kernels compile to and move, known without a GPU. Drawn by `fastadapter bench audit --draw
 docs/audit.md` from `benchmarks/results/`: `audit.csv` (a row per launch, case and architecture), `traffic.csv`,
-`estimates.csv`, `estimates_measured.csv` and `estimate_features.ndjson`; tests compile a sample again and compare. Times
-on a GPU are measured only where it says so.
+`estimates.csv`, `estimates_measured.csv` and `estimate_features.ndjson`; tests compile a sample again and compare.
+Times on a GPU are measured only where it says so.
 
 """
 
