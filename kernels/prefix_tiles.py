@@ -145,7 +145,8 @@ def config(arch: str, head_dim: int, prefix_len: int, dtype: torch.dtype, launch
         return Tiles(16, 16 if wide or not nvidia else 32, 4, 2, 3)
     if launch == "backward" and block_p == 16 and not wide:
         return Tiles(16, 16, 2, 3, 4)
-    return Tiles(16, block_p, 8 if wide else 4, 2, 3)
+    # ptxas would rather spill there than give up a program per multiprocessor
+    return Tiles(16, block_p, 8 if wide else 4, 2, 3, 255 if arch == "sm_100" and block_p == 32 else 0)
 
 
 def operands(query, prefix_key, gate, row_ids, softmax_scale, softcap, form, tiles, arch) -> dict:
