@@ -76,11 +76,12 @@ def _bottleneck_hidden_kernel(
         tl.store(sums_ptr + tile * SIZE + offs_r, tl.sum(dz, axis=0), mask=mask_r)
         if pid < PARTS:
             part: tl.constexpr = (UP_SIZE + PARTS - 1) // PARTS
+            first = pid.to(tl.int64) * part
             found = tl.zeros((2048,), tl.int32)
             for start in range(0, part, 2048):
                 offs_u = start + tl.arange(0, 2048)
-                mask_u = (offs_u < part) & (pid * part + offs_u < UP_SIZE)
-                u = tl.load(up_ptr + pid * part + offs_u, mask=mask_u, other=0.0)
+                mask_u = (offs_u < part) & (first + offs_u < UP_SIZE)
+                u = tl.load(up_ptr + first + offs_u, mask=mask_u, other=0.0)
                 found = tl.maximum(found, (u != 0.0).to(tl.int32))
             tl.store(reached_ptr + pid, tl.max(found, axis=0))
 
@@ -142,7 +143,7 @@ def _bottleneck_wide_kernel(
     else:
         for start in range(0, SIZE, BLOCK_K):
             mask_w = (start + offs_k < SIZE)[:, None] & mask_c[None, :]
-            wk = tl.load(w_ptrs + start * WEIGHT_STRIDES[2], mask=mask_w, other=0.0)
+            wk = tl.load(w_ptrs + tl.cast(start, tl.int64) * WEIGHT_STRIDES[2], mask=mask_w, other=0.0)
             used = tl.maximum(used, tl.max((wk != 0.0).to(tl.int32), axis=0))
     acts = tl.where(scale != 0.0, 1, 0)
     if PARTS > 0:
@@ -173,7 +174,7 @@ def _bottleneck_wide_kernel(
             for start in range(0, SIZE, BLOCK_K):
                 mask_k = start + offs_k < SIZE
                 hk = tl.load(h_ptrs + start, mask=mask_m & mask_k[None, :], other=0.0)
-                wk_ptrs = w_ptrs + start * WEIGHT_STRIDES[2]
+                wk_ptrs = w_ptrs + tl.cast(start, tl.int64) * WEIGHT_STRIDES[2]
                 wk = tl.load(wk_ptrs, mask=mask_k[:, None] & mask_c[None, :], other=0.0)
                 acc = tl.dot(hk, wk, acc, input_precision=PRECISION)
         if HAS_BIAS or HAS_ROW_IDS:
