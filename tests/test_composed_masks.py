@@ -21,6 +21,25 @@ def test_results_are_within_budget(op, mask, row_ids, monkeypatch):
     check(op, inputs, found)
 
 
+def test_a_row_without_an_adapter_reads_no_entry():
+    """Entry 0 stands in for it, and NaN plus a mask of -inf is NaN."""
+    query, key = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16)
+    prefix = torch.full((1, 2, 3, 16), float("nan"))
+    ids = torch.tensor([-1, -1], dtype=torch.int32)
+    alone = torch.nn.functional.scaled_dot_product_attention(query, key, key, scale=0.25, enable_gqa=True)
+    for mask in (torch.ones(2, 4, 5, 5, dtype=torch.bool), torch.zeros(2, 4, 5, 5)):
+        out = composed.masked_joined(query, key, key, prefix, prefix, ids, mask, 0.25)
+        assert torch.allclose(out, alone, atol=1e-6)
+
+
+def test_a_mask_that_is_infinite_in_half_alone_hides_a_query_from_every_key():
+    query, key = torch.randn(1, 2, 3, 16).half(), torch.randn(1, 2, 4, 16).half()
+    mask = torch.zeros(1, 1, 3, 4)
+    mask[:, :, 1] = torch.finfo(torch.float32).min
+    out = base_attention.masked_attention(query, key, key, mask, 0.25)
+    assert out.isfinite().all() and not out[:, :, 1].any() and out[:, :, 0].any()
+
+
 def test_an_id_outside_the_bank_is_nan_and_no_index():
     """A device cannot raise: indexing with it would end the process's use of the device."""
     query, key = torch.randn(3, 4, 5, 16), torch.randn(3, 2, 5, 16)

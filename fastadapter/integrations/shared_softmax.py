@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapter.ops import prefix_attention
+from fastadapter.ops.composed import joined_keys
 
 BASES = ("sdpa", "eager")
 
@@ -99,20 +100,13 @@ def _concatenated(
         raise ValueError(
             "softcap goes neither with attention dropout nor with a trained position bias under a prefix or soft prompt"
         )
-    batch, kv_len, prefix_len = query.shape[0], key.shape[2], prefix_key.shape[2]
-    if row_ids is None:
-        prefix_key, prefix_value = (each.expand(batch, -1, -1, -1) for each in (prefix_key, prefix_value))
-    else:
-        prefix_key, prefix_value = (each[row_ids.long()] for each in (prefix_key, prefix_value))
     if mask is None and is_causal:
-        mask = torch.ones(query.shape[2], kv_len, dtype=torch.bool, device=query.device).tril()
-    if mask is not None:
-        seen = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
-        mask = torch.cat([seen((*mask.shape[:-1], prefix_len)), mask], dim=-1)
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    keys, values, mask = joined_keys(key, value, prefix_key, prefix_value, row_ids, mask)
     return torch.nn.functional.scaled_dot_product_attention(
         query,
-        torch.cat([prefix_key.to(key.dtype), key], dim=2),
-        torch.cat([prefix_value.to(value.dtype), value], dim=2),
+        keys,
+        values,
         attn_mask=mask,
         dropout_p=dropout,
         scale=softmax_scale,

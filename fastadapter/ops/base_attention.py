@@ -324,8 +324,9 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tenso
         seen = mask.any(-1, keepdim=True)
         mask = mask | ~seen
     else:
+        mask = mask.to(query.dtype)  # first: what is finite in fp32 can be -inf in half
         seen = (mask != _NEVER).any(-1, keepdim=True)
-        mask = mask.masked_fill(~seen, 0.0).to(query.dtype)
+        mask = mask.masked_fill(~seen, 0.0)
     query, key, value = (_addressable(x) for x in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
     out = torch.nn.functional.scaled_dot_product_attention(

@@ -74,25 +74,45 @@ def masked_joined(
 
     A row without an adapter sees the keys alone; one whose id is outside the bank is NaN.
     """
-    batch, last = query.shape[0], len(prefix_key) - 1
-    mask = narrowed(attn_mask)
-    ids = torch.zeros(batch, dtype=torch.int32, device=query.device)
+    keys, values, mask = joined_keys(key, value, prefix_key, prefix_value, row_ids, narrowed(attn_mask))
+    assert mask is not None
+    out = masked_attention(query, keys, values, mask, scale)
     if row_ids is not None:
-        ids, mask = row_ids, mask.expand(batch, -1, -1, -1)
-    shape = (*mask.shape[:3], prefix_key.shape[2])
-    on_prefix = (ids != -1)[: len(mask), None, None, None].expand(shape)
-    if mask.dtype != torch.bool:
-        zeros = torch.zeros((), dtype=mask.dtype, device=mask.device)
-        on_prefix = torch.where(on_prefix, zeros, float("-inf"))
-    entries = ids.clamp(0, last).long()
-    keys, values = (
-        torch.cat([prefix[entries].to(own.dtype), own], dim=2)
-        for prefix, own in ((prefix_key, key), (prefix_value, value))
-    )
-    out = masked_attention(query, keys, values, torch.cat([on_prefix, mask], dim=-1), scale)
-    if row_ids is not None:
-        out = out.masked_fill(((ids < -1) | (ids > last))[:, None, None, None], float("nan"))
+        wrong = (row_ids < -1) | (row_ids >= len(prefix_key))
+        out = out.masked_fill(wrong[:, None, None, None], float("nan"))
     return _like_query(out, query)
+
+
+def joined_keys(
+    key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, row_ids: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The prefix of every row before its keys and values, and the mask of both; differentiable.
+
+    Args:
+        mask: broadcastable to ``(batch, num_heads, q_len, kv_len)``, of the keys alone; no mask hides the prefix, but
+            that of a row without an adapter.
+    """
+    batch, prefix_len = key.shape[0], prefix_key.shape[2]
+    adapted = None
+    if row_ids is None:
+        bank = [x.expand(batch, -1, -1, -1) for x in (prefix_key, prefix_value)]
+    else:
+        adapted = (row_ids >= 0)[:, None, None, None]
+        entries = row_ids.clamp(0, len(prefix_key) - 1).long()
+        # where: the entry that stands in where there is none may hold NaN
+        bank = [torch.where(adapted, x[entries], 0.0) for x in (prefix_key, prefix_value)]
+        mask = torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device) if mask is None else mask
+        mask = mask.expand(batch, *((1, 1, 1, *mask.shape)[-3:]))
+    if mask is not None:
+        seen = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
+        on_prefix = seen((*mask.shape[:-1], prefix_len))
+        if adapted is not None:
+            on_prefix = on_prefix.masked_fill(~adapted, False if mask.dtype == torch.bool else float("-inf"))
+        mask = torch.cat([on_prefix, mask], dim=-1)
+    keys, values = (
+        torch.cat([x.to(own.dtype), own], dim=2) for x, own in zip(bank, (key, value), strict=True)
+    )
+    return keys, values, mask
 
 
 class _GatedOverBase(torch.autograd.Function):
