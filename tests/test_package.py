@@ -32,6 +32,8 @@ LAYERS = [
 ]
 # Modules at the top of the package stand on everything up to here.
 TOP = {"explain": "integrations", "verify": "integrations", "warmup": "ops"}
+# What it measures is the command line itself.
+ABOVE = {"benchmarks/gpu_commands.py": "cli"}
 
 
 def run_python(program, **environment):
@@ -128,6 +130,7 @@ def test_imports_point_one_way():
     for path in [*ROOT.rglob("*.py"), *(path for folder in outside for path in folder.rglob("*.py"))]:
         relative = path.relative_to(ROOT if path.is_relative_to(ROOT) else ROOT.parent)
         own = TOP.get(relative.stem, relative.parts[0]) if len(relative.parts) == 1 else relative.parts[0]
+        own = ABOVE.get(str(relative), own)
         if own not in LAYERS:
             continue  # fastadapter/__init__.py gathers everything
         for name in imports_of(path):
