@@ -3,7 +3,7 @@
 from fastadapter import nn, ops, reference
 from fastadapter.checkpoints import CheckpointError, load, save
 from fastadapter.explain import explain
-from fastadapter.integrations.transformers import (
+from fastadapter.integrations.verbs.attach import (
     attach,
     detach,
     fold,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastadapter.integrations.transformers import (
+from fastadapter.integrations.verbs.attach import (
     adapter_modules,
     attachments,
     set_active,

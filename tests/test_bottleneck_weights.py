@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("transformers")
 
 import fastadapter as fa
-from fastadapter.integrations import bottleneck as integration
+from fastadapter.integrations.passes import bottleneck as integration
 from tests.support.budget import same_bits
 from tests.support.models import FAMILIES, build, token_ids
 

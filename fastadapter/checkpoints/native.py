@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapter.checkpoints.files import CheckpointError, Header, read_tensors, resolve, write_tensors
-from fastadapter.integrations.transformers import (
+from fastadapter.integrations.verbs.attach import (
     adapter_modules,
     attach,
     attachments,

@@ -16,7 +16,7 @@ from typing import Any
 from fastadapter.checkpoints import load
 from fastadapter.cli import assets
 from fastadapter.cli.loading import load_model
-from fastadapter.integrations.transformers import attach
+from fastadapter.integrations.verbs.attach import attach
 from fastadapter.methods import LlamaAdapterConfig
 from fastadapter.training import (
     Example,

@@ -6,7 +6,7 @@ import json
 from fastadapter.checkpoints import load
 from fastadapter.cli.loading import add_model_arguments, device_and_dtype, load_model
 from fastadapter.explain import explain
-from fastadapter.integrations.transformers import attach
+from fastadapter.integrations.verbs.attach import attach
 from fastadapter.methods import LlamaAdapterConfig
 from fastadapter.verify import verify
 

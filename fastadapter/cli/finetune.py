@@ -8,7 +8,7 @@ from typing import Any
 
 from fastadapter.cli.loading import add_model_arguments, device_and_dtype, load_classifier, load_model
 from fastadapter.cli.method_options import add_method_arguments, method_config
-from fastadapter.integrations.transformers import attach
+from fastadapter.integrations.verbs.attach import attach
 from fastadapter.methods import METHODS
 from fastadapter.training import (
     Example,

@@ -12,7 +12,7 @@ import torch
 from fastadapter.compare.baselines import features
 from fastadapter.compare.environment import describe_machine
 from fastadapter.compare.methods import DECODER, ENCODER, METHODS_TO_COMPARE, Method
-from fastadapter.integrations.transformers import attach
+from fastadapter.integrations.verbs.attach import attach
 from fastadapter.methods import METHODS
 from fastadapter.training import (
     Example,

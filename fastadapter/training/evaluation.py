@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastadapter.integrations.discovery import looks_back_only
+from fastadapter.integrations.parts.discovery import looks_back_only
 from fastadapter.training.batching import collate
 from fastadapter.training.config import UserError
 from fastadapter.training.data import Encoded, Example, encode_examples

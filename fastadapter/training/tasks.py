@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastadapter.integrations.discovery import looks_back_only
+from fastadapter.integrations.parts.discovery import looks_back_only
 from fastadapter.training import evaluation, state
 from fastadapter.training.batching import collate
 from fastadapter.training.config import TrainingConfig, UserError

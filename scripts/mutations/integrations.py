@@ -18,7 +18,7 @@ INTEGRATIONS = [
         ),
     ),
     *of_file(
-        "fastadapter/integrations/folding.py",
+        "fastadapter/integrations/verbs/folding.py",
         FOLDING,
         originals_are_views=('.to("cpu", copy=True)', ".cpu()"),
         trained_stay_frozen=("        model.get_parameter(key).requires_grad_(True)\n", "        pass\n"),
@@ -30,7 +30,7 @@ INTEGRATIONS = [
         overflow_is_written=("if not torch.isfinite(value).all():", "if False:"),
     ),
     *of_file(
-        "fastadapter/integrations/soft_prompt_encoder.py",
+        "fastadapter/integrations/passes/soft_prompt_encoder.py",
         ENCODER,
         filler_is_seen=(
             "visible = slots >= width - own",
@@ -50,14 +50,14 @@ INTEGRATIONS = [
         tuples_are_forgotten=("return output.to_tuple() if run.as_tuple else output", "return output"),
     ),
     *of_file(
-        "fastadapter/integrations/host.py",
+        "fastadapter/integrations/passes/host.py",
         ROWS,
         beams_are_not_repeated=("for _ in range(self.factor))", "for _ in range(1))"),
         a_kept_bank_outlives_its_sources=("if kept is None or kept[0] != now:", "if kept is None:"),
         rows_of_the_first_mix_are_kept=("key = (rows, device)", "key = device"),
     ),
     *of_file(
-        "fastadapter/integrations/shared_softmax.py",
+        "fastadapter/integrations/passes/shared_softmax.py",
         METHODS,
         causal_beside_a_mask=("mask is None and query.shape[2] > 1", "query.shape[2] > 1"),
         position_bias_lost=("    if bias is not None:\n", "    if False:\n", f"{METHODS} -m '' -k t5"),

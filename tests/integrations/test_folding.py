@@ -346,7 +346,7 @@ def test_methods_without_anything_to_fold(name):
 
 
 def test_an_interrupt_while_folding_leaves_the_model_whole(monkeypatch):
-    from fastadapter.integrations import folding
+    from fastadapter.integrations.verbs import folding
 
     model, puts = adapted(NAMED["llama"]), []
     before = state(model)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastadapter as fa
-from fastadapter.integrations import prefix
+from fastadapter.integrations.passes import prefix
 from tests.support.budget import same_bits
 from tests.support.gated_prefix import needs_extension
 from tests.support.models import FAMILIES

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastadapter as fa
-from fastadapter.integrations.bottleneck import POINTS
+from fastadapter.integrations.passes.bottleneck import POINTS
 from tests.integrations.test_families import DECODERS, OTHER_ROUNDING, enable_checkpointing
 from tests.support.budget import same_bits
 from tests.support.methods import CONFIGS, WITH_NEUTRAL_START, train_a_little
@@ -171,7 +171,7 @@ def test_a_prefix_is_keys_and_values_in_one_softmax(family, attention, monkeypat
     fa.attach(model, CONFIGS["prefix"])
     train_a_little(model)
     result = output_of(model, inputs)
-    from fastadapter.integrations import prefix
+    from fastadapter.integrations.passes import prefix
 
     def written_out(module, query, key, value, mask, prefix_key, prefix_value, row_ids, options):
         groups = query.shape[1] // key.shape[1]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fastadapter as fa
-from fastadapter.integrations import attention
-from fastadapter.integrations.transformers import attachments, hosts
+from fastadapter.integrations.passes import attention
+from fastadapter.integrations.verbs.attach import attachments, hosts
 from tests.support.budget import same_bits
 from tests.support.models import FAMILIES, build, output_of, set_gates, token_ids
 
@@ -334,7 +334,7 @@ def test_olmo2_whose_key_norm_spans_all_heads():
 def test_verify_catches_a_silent_no_op(model, monkeypatch):
     """An adapter whose term is dropped, and a cache that loses it, are named."""
     fa.attach(model, CONFIG)
-    from fastadapter.integrations.prefix import PrefixHost
+    from fastadapter.integrations.passes.prefix import PrefixHost
 
     monkeypatch.setattr(PrefixHost, "attend", lambda self, base, *_: base())
     with pytest.raises(fa.VerificationError, match="it changes the output"):

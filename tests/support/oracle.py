@@ -10,7 +10,7 @@ import sys
 import torch
 from torch.nn.functional import linear
 
-from fastadapter.integrations.attention import CHILD
+from fastadapter.integrations.passes.attention import CHILD
 
 
 def _heads(x, head_dim):

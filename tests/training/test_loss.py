@@ -13,7 +13,7 @@ from transformers import (
 )
 
 import fastadapter as fa
-from fastadapter.integrations.discovery import looks_back_only
+from fastadapter.integrations.parts.discovery import looks_back_only
 from fastadapter.training import (
     Encoded,
     collate,

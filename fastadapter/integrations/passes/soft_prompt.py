@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastadapter.integrations.attention import PROMPTS
-from fastadapter.integrations.host import Host, State
-from fastadapter.integrations.prefix import PromptRun
+from fastadapter.integrations.passes.attention import PROMPTS
+from fastadapter.integrations.passes.host import Host, State
+from fastadapter.integrations.passes.prefix import PromptRun
 from fastadapter.nn import SoftPrompt
 
 

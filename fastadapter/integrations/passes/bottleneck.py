@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastadapter.integrations.host import Host, State
+from fastadapter.integrations.passes.host import Host, State
 from fastadapter.nn import Bottleneck
 from fastadapter.nn.bottleneck import operands
 from fastadapter.ops import bottleneck

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastadapter.integrations.channel_scale import CopyHost, ScaleHost
-from fastadapter.integrations.host import Place, host_of
+from fastadapter.integrations.passes.channel_scale import CopyHost, ScaleHost
+from fastadapter.integrations.passes.host import Place, host_of
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

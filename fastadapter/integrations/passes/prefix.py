@@ -6,9 +6,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastadapter.integrations import attention as hook
-from fastadapter.integrations.host import Group, Host, State, may_keep, stamp
-from fastadapter.integrations.shared_softmax import attend_shared
+from fastadapter.integrations.passes import attention as hook
+from fastadapter.integrations.passes.host import Group, Host, State, may_keep, stamp
+from fastadapter.integrations.passes.shared_softmax import attend_shared
 from fastadapter.nn import GatedPrefix, PrefixTuning
 from fastadapter.ops import gated_prefix
 from fastadapter.ops.attention import Options

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadapter.integrations import attention as hook
-from fastadapter.integrations import discovery
-from fastadapter.integrations.bottleneck import POINTS, BottleneckHost, resolve
-from fastadapter.integrations.channel_scale import CopyHost, ScaleHost
-from fastadapter.integrations.host import Placement, ReparamHost, State, host_of
-from fastadapter.integrations.prefix import PrefixHost, PromptSlot
-from fastadapter.integrations.soft_prompt import SoftPromptHost
-from fastadapter.integrations.soft_prompt_encoder import ImagePromptHost, encoder_of
+from fastadapter.integrations.parts import discovery
+from fastadapter.integrations.passes import attention as hook
+from fastadapter.integrations.passes.bottleneck import POINTS, BottleneckHost, resolve
+from fastadapter.integrations.passes.channel_scale import CopyHost, ScaleHost
+from fastadapter.integrations.passes.host import Placement, ReparamHost, State, host_of
+from fastadapter.integrations.passes.prefix import PrefixHost, PromptSlot
+from fastadapter.integrations.passes.soft_prompt import SoftPromptHost
+from fastadapter.integrations.passes.soft_prompt_encoder import ImagePromptHost, encoder_of
 from fastadapter.methods import (
     BottleneckConfig,
     LlamaAdapterConfig,

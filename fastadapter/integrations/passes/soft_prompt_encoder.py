@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastadapter.integrations.host import State
-from fastadapter.integrations.soft_prompt import PromptHost
+from fastadapter.integrations.passes.host import State
+from fastadapter.integrations.passes.soft_prompt import PromptHost
 
 
 class _Run(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastadapter.integrations.host import Host
+from fastadapter.integrations.passes.host import Host
 
 
 class ScaleHost(Host):

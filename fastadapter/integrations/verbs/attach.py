@@ -9,18 +9,18 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from fastadapter.integrations import attention as hook
-from fastadapter.integrations import discovery
-from fastadapter.integrations.bottleneck import BottleneckHost, watch_input
-from fastadapter.integrations.folding import (
+from fastadapter.integrations.parts import discovery
+from fastadapter.integrations.passes import attention as hook
+from fastadapter.integrations.passes.bottleneck import BottleneckHost, watch_input
+from fastadapter.integrations.passes.host import Host, Place, ReparamHost, State, host_of
+from fastadapter.integrations.placing.plans import plan
+from fastadapter.integrations.verbs.folding import (
     Folded,
     fold_weights,
     foldable,
     require_foldable,
     restore_weights,
 )
-from fastadapter.integrations.host import Host, Place, ReparamHost, State, host_of
-from fastadapter.integrations.plans import plan
 from fastadapter.methods import LlamaAdapterV2Config, MethodConfig, PrefixTuningConfig
 
 _ATTRIBUTE = "_fastadapter"

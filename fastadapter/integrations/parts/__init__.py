@@ -1,0 +1,1 @@
+"""What a transformers model is made of, found by its structure."""

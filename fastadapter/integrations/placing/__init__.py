@@ -1,0 +1,1 @@
+"""What each method puts where in a model."""

@@ -1,0 +1,1 @@
+"""What users do to a model, and the way back."""
