@@ -3,15 +3,9 @@
 from fastadapter import nn, ops, reference
 from fastadapter.checkpoints import CheckpointError, load, save
 from fastadapter.explain import explain
-from fastadapter.integrations.verbs.attach import (
-    attach,
-    detach,
-    fold,
-    rows,
-    set_active,
-    trainable_parameters,
-    unfold,
-)
+from fastadapter.integrations.verbs.attach import attach, detach
+from fastadapter.integrations.verbs.choose import rows, set_active, trainable_parameters
+from fastadapter.integrations.verbs.fold import fold, unfold
 from fastadapter.methods import (
     BottleneckConfig,
     LlamaAdapterConfig,

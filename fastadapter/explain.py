@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastadapter.integrations.passes.prefix import PromptSlot
-from fastadapter.integrations.verbs.attach import attachments, hosts, unwrap
+from fastadapter.integrations.verbs.record import attachments, hosts, unwrap
 from fastadapter.nn import Bottleneck, ChannelScale, GatedPrefix, ModuleCopy, PrefixTuning
 from fastadapter.ops.backends import automatic_backend
 from fastadapter.ops.base_attention import GPU_PRIORITY

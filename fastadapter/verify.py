@@ -8,13 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastadapter.integrations.verbs.attach import (
-    adapter_modules,
-    attachments,
-    set_active,
-    unfolded,
-    unwrap,
-)
+from fastadapter.integrations.verbs.choose import set_active
+from fastadapter.integrations.verbs.fold import unfolded
+from fastadapter.integrations.verbs.record import adapter_modules, attachments, unwrap
 from fastadapter.nn import Bottleneck, ChannelScale, GatedPrefix, ModuleCopy
 
 _NEW_TOKENS = 4

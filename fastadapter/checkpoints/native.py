@@ -9,15 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastadapter.checkpoints.files import CheckpointError, Header, read_tensors, resolve, write_tensors
-from fastadapter.integrations.verbs.attach import (
-    adapter_modules,
-    attach,
-    attachments,
-    detach,
-    require_unfolded,
-    set_active,
-    unwrap,
-)
+from fastadapter.integrations.verbs.attach import attach, detach
+from fastadapter.integrations.verbs.choose import set_active
+from fastadapter.integrations.verbs.record import adapter_modules, attachments, require_unfolded, unwrap
 from fastadapter.methods import METHODS
 
 FORMATS = ("fastadapter",)

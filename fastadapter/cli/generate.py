@@ -11,7 +11,7 @@ import torch
 from fastadapter.checkpoints import load
 from fastadapter.cli.finetune import unescape
 from fastadapter.cli.loading import add_model_arguments, device_and_dtype, load_model
-from fastadapter.integrations.verbs.attach import rows
+from fastadapter.integrations.verbs.choose import rows
 from fastadapter.training import UserError, write_json
 from fastadapter.training.data import context_length, encode_prompt, read_records, require_template
 from fastadapter.training.report import require_writable

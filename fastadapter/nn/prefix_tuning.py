@@ -95,9 +95,9 @@ class PrefixTuning(Masters):
         key, value = rows.view(self.prefix_len, 2, self.num_kv_heads, self.head_dim).permute(1, 2, 0, 3)
         return key[None], value[None]
 
-    def sources(self) -> list[Tensor]:
-        """The parameters that keys and values come from."""
-        return [*self.parameters(), *(p for reparam in self._reparam for p in reparam.parameters())]
+    def sources(self) -> list[nn.Module]:
+        """The modules that keys and values come from."""
+        return [self, *self._reparam]
 
     @torch.no_grad()
     def fold(self) -> None:

@@ -14,7 +14,8 @@ from fastadapter.checkpoints import CheckpointError
 from fastadapter.checkpoints import save as save_adapter
 from fastadapter.checkpoints.files import read_tensors, write_tensors
 from fastadapter.checkpoints.native import adapter_tensors
-from fastadapter.integrations.verbs.attach import Attachments, attachments, trainable_parameters, unwrap
+from fastadapter.integrations.verbs.choose import trainable_parameters
+from fastadapter.integrations.verbs.record import Attachments, attachments, unwrap
 from fastadapter.training.config import UserError
 
 WEIGHTS_FILE = "weights.safetensors"

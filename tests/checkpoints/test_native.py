@@ -9,7 +9,7 @@ import torch
 
 import fastadapter as fa
 from fastadapter.checkpoints.files import read_tensors, write_tensors
-from fastadapter.integrations.verbs.attach import attachments
+from fastadapter.integrations.verbs.record import attachments
 from tests.support.budget import same_bits
 from tests.support.models import FAMILIES, build, output_of, set_gates
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastadapter as fa
-from fastadapter.integrations.verbs.attach import adapter_modules, hosts
+from fastadapter.integrations.verbs.record import adapter_modules, hosts
 from tests.support.budget import same_bits
 from tests.support.models import FAMILIES, UNSUPPORTED, build, output_of, set_gates, token_ids
 from tests.support.oracle import plain_llama_adapter

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastadapter.integrations.passes.host import Host, State
+from fastadapter.integrations.passes.choice import State, left_behind
+from fastadapter.integrations.passes.host import Host
 from fastadapter.nn import Bottleneck
 from fastadapter.nn.bottleneck import operands
 from fastadapter.ops import bottleneck
@@ -45,6 +46,9 @@ POINTS = {
 }
 
 
+_WATCHERS = "fa_watchers"
+
+
 class BottleneckHost(Host):
     """The adapters of one part of a block."""
 
@@ -53,7 +57,6 @@ class BottleneckHost(Host):
     def __init__(self, state: State):
         super().__init__(state)
         self.inputs: dict[str, str | None] = {}  # None: the part's own output
-        self.seen: dict[str, Tensor] = {}
 
     def hooks(self, module: nn.Module) -> list[RemovableHandle]:
         return [module.register_forward_hook(_adapt_output)]
@@ -77,18 +80,20 @@ class BottleneckHost(Host):
     def adapt(self, output: Tensor) -> Tensor:
         """What a part's ``output (batch, ..., hidden_size)`` becomes."""
         adapted = output
+        inputs = left_behind()
         for group in self.groups(output.shape[0], output.device):
             source = self.inputs[group.names[0]]
-            x = output if source is None else self.seen[source]
+            # what a part gets and what it returns can differ in dtype: under autocast, and in T5 in fp16
+            x = output if source is None else inputs[self.key, source].to(output.dtype)
             bank = [self.adapter(name) for name in group.names]
             stacked = group.row_ids is not None
-            sources = [parameter for adapter in bank for parameter in adapter.parameters()]
             rounded = not torch.is_grad_enabled() and _multiplies_rounded(x)
             join = functools.partial(operands, bank, x.dtype, stacked=stacked, rounded=rounded)
             key = (group.names, x.dtype, rounded)
-            arguments = self.keep(key, sources, join) if stacked or rounded else join()
+            arguments = self.keep(key, functools.partial(list, bank), join) if stacked or rounded else join()
             adapted = bottleneck(x, residual=adapted, row_ids=group.row_ids, **arguments)
-        self.seen = {}
+        for source in ("ffn", "residual"):
+            inputs.pop((self.key, source), None)
         return adapted
 
 
@@ -106,17 +111,27 @@ def _adapt_output(module: nn.Module, args: tuple, output: Any) -> Any:
     return (host.adapt(output[0]), *output[1:])
 
 
-def watch_input(module: nn.Module, host: BottleneckHost, source: str) -> RemovableHandle:
-    """Let ``host`` see what ``module`` is given, until its own part ends, under the name ``source``."""
-    # in a list, so that the host does not become a child here too
-    module.__dict__.setdefault("fa_watchers", []).append([host, source])
-    return module.register_forward_pre_hook(_show_input, with_kwargs=True)
+class Watch:
+    """Lets ``host`` see what ``module`` is given, until its own part ends, under the name ``source``."""
+
+    def __init__(self, module: nn.Module, host: BottleneckHost, source: str):
+        # in a list, so that the host does not become a child here too
+        module.__dict__.setdefault(_WATCHERS, []).append((host, source))
+        self._module, self._entry = module, (host, source)
+        self._handle = module.register_forward_pre_hook(_show_input, with_kwargs=True)
+
+    def remove(self) -> None:
+        self._handle.remove()
+        watchers = self._module.__dict__[_WATCHERS]
+        watchers.remove(self._entry)
+        if not watchers:
+            del self._module.__dict__[_WATCHERS]
 
 
 def _show_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    for host, source in module.__dict__.get("fa_watchers", ()):
+    for host, source in module.__dict__.get(_WATCHERS, ()):
         if not host.idle():
-            host.seen[source] = args[0] if args else next(iter(kwargs.values()))
+            left_behind()[host.key, source] = args[0] if args else next(iter(kwargs.values()))
 
 
 def resolve(block: nn.Module, path: str) -> str:

@@ -3,78 +3,20 @@
 As child modules, adapters move, save, shard and synchronise with the model.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastadapter.integrations.passes.choice import Choice, State, may_keep, under_way
+from fastadapter.integrations.passes.kept import Kept, Part
+
 # Banks and the like that one host keeps; serving switches between few mixes.
 _KEPT = 16
-
-
-class State:
-    """Which adapter acts: one for all rows, or one per row. Shared by all hosts of a model.
-
-    Attributes:
-        active: the adapter that acts on every row, if ``rows`` is ``None``.
-        rows: an adapter, or ``None``, for every row of the batch.
-        factor: how often beam search repeats every row, from the last call of ``generate``.
-    """
-
-    def __init__(self) -> None:
-        self.active: str | None = None
-        self.rows: tuple[str | None, ...] | None = None
-        self.factor = 1
-        self._tensors: dict[Any, Tensor] = {}
-
-    @contextlib.contextmanager
-    def only(self, name: str | None) -> Iterator[None]:
-        """Let one adapter act, whatever was chosen."""
-        kept = self.active, self.rows
-        self.active, self.rows = name, None
-        try:
-            yield
-        finally:
-            self.active, self.rows = kept
-
-    def tensor(self, values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Some numbers on a device, the same tensor for every host that asks for them; not to be written to.
-
-        Raises: RuntimeError: a CUDA graph is being recorded, and the numbers are new.
-        """
-        key = (values, dtype, device)
-        found = self._tensors.get(key)
-        if found is not None:
-            return found
-        found = torch.tensor(values, dtype=dtype)
-        if torch.compiler.is_compiling():
-            return found.to(device)
-        if not may_keep(device):
-            raise RuntimeError(
-                "rows: enter rows(...) and call the model once before a CUDA graph is captured"
-            )
-        if device.type == "cuda":  # without waiting for it
-            found = found.pin_memory()
-        if len(self._tensors) >= _KEPT:
-            self._tensors = {}
-        self._tensors[key] = found.to(device, non_blocking=True)
-        return self._tensors[key]
-
-    def row_names(self, batch: int) -> tuple[str | None, ...] | None:
-        """The adapter of every row of a batch; ``None`` when one acts on all.
-
-        Raises: ValueError: the batch has another number of rows.
-        """
-        if self.rows is None:
-            return None
-        if batch == len(self.rows):
-            return self.rows
-        if batch == len(self.rows) * self.factor:
-            return tuple(name for name in self.rows for _ in range(self.factor))
-        raise ValueError(f"rows: {len(self.rows)} adapters were named for a batch of {batch} rows")
+_KEYS = itertools.count()
 
 
 class Group(NamedTuple):
@@ -89,38 +31,78 @@ class Group(NamedTuple):
     members: Tensor | None
 
 
+class Adapters(nn.Module):
+    """The adapters of one host by name, in the order they came.
+
+    A name is data: one that is also an attribute of a module (``train``, ``type``) is no trouble. The child is called
+    like the adapter, as the keys of a state dictionary say, or with ``=`` in front where that would hide an attribute.
+    """
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return cast(nn.Module, self._modules[_child_name(name)])
+
+    def __setitem__(self, name: str, adapter: nn.Module) -> None:
+        self._modules[_child_name(name)] = adapter
+
+    def __delitem__(self, name: str) -> None:
+        del self._modules[_child_name(name)]
+
+    def __contains__(self, name: object) -> bool:
+        return name is not None and _child_name(cast(str, name)) in self._modules
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[str]:
+        return (key.removeprefix("=") for key in self._modules)
+
+    def items(self) -> list[tuple[str, nn.Module]]:
+        return [(name, self[name]) for name in self]
+
+
+_TAKEN = frozenset(dir(Adapters())) | {"forward"}
+
+
+def _child_name(name: str) -> str:
+    return f"={name}" if name in _TAKEN else name
+
+
 class Host(nn.Module):
-    """The adapters of one module of the model, by name; lives in it as the child ``CHILD``."""
+    """The adapters of one module of the model, by name; lives in it as the child ``CHILD``.
+
+    ``key`` tells hosts apart in what a thread keeps for hooks of the same pass (:func:`~.choice.left_behind`).
+    """
 
     CHILD: ClassVar[str]
     GROUPED: ClassVar[bool] = True  # whether it acts by groups of rows
 
     def __init__(self, state: State):
         super().__init__()
-        self.adapters = nn.ModuleDict()
+        self.adapters = Adapters()
         self.state = state
+        self.key = next(_KEYS)
         self._groups: dict[Any, list[Group]] = {}
-        self._kept: dict[Any, tuple[Any, Any, Any]] = {}
+        self._kept: dict[Any, Kept] = {}
 
     @property
-    def active(self) -> str | None:
-        """The adapter that acts here on every row, if one does."""
-        name = self.state.active
-        return name if self.state.rows is None and name in self.adapters else None
+    def choice(self) -> Choice:
+        """Who acts in the pass under way."""
+        return self.state.acting()
 
     def idle(self) -> bool:
         """Whether the module is to run as if nothing were attached."""
-        rows = self.state.rows
-        if rows is None:
-            return self.state.active is None or self.state.active not in self.adapters
-        return not any(name in self.adapters for name in rows)
+        choice = self.state.acting()
+        if choice.rows is None:
+            return choice.active is None or choice.active not in self.adapters
+        return not any(name in self.adapters for name in choice.rows)
 
     def groups(self, batch: int, device: torch.device) -> list[Group]:
         """The adapters that act on a batch, those that one call of an op can take together in one group."""
-        rows = self.state.row_names(batch)
+        choice = self.state.acting()
+        rows = choice.row_names(batch)
         if rows is None:
-            name = self.active
-            return [] if name is None else [Group((name,), None, None)]
+            name = choice.active
+            return [Group((name,), None, None)] if name is not None and name in self.adapters else []
         key = (rows, device)
         found = self._groups.get(key)
         if found is None:
@@ -129,14 +111,14 @@ class Host(nn.Module):
                 self._groups = {key: found}  # the last one: a batch is many calls
         return found
 
-    def prepare_rows(self) -> None:
+    def prepare_rows(self, rows: tuple[str | None, ...]) -> None:
         """Make the groups of the rows that were chosen, before a compiler or a CUDA graph would have to.
 
         A compiled graph would copy them to the device in every call, which also keeps it from being recorded.
         """
         device = next((each.device for each in self.parameters()), None)
-        if self.GROUPED and device is not None and self.state.rows is not None:
-            self.groups(len(self.state.rows), device)
+        if self.GROUPED and device is not None:
+            self.groups(len(rows), device)
 
     def _grouped(self, rows: tuple[str | None, ...], device: torch.device) -> list[Group]:
         kinds: dict[Any, list[str]] = {}
@@ -156,26 +138,28 @@ class Host(nn.Module):
             )
         return found
 
-    def keep(self, key: Any, sources: Sequence[Tensor], make: Callable[[], Any]) -> Any:
-        """What ``make`` gives, kept between calls that cannot need a gradient through it.
+    def keeps(self) -> bool:
+        """Whether the pass under way may use what another one made, and keep what it makes."""
+        run = under_way()
+        return run is not None and run.keeps and run.state is self.state and not self.training
 
-        Valid while every tensor of ``sources`` is the same version of the same storage; not kept where versions are
-        not counted (tensors made under inference mode) or cannot be checked at run time (:func:`may_keep`).
+    def keep(self, key: Any, parts: Callable[[], Iterable[Part]], make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, kept between passes that cannot need a gradient through it.
+
+        Args:
+            parts: all that it is made from.
         """
-        if self.training or torch.is_grad_enabled() or not (sources and may_keep(sources[0].device)):
+        if not self.keeps():
             return make()
-        if any(tensor.is_inference() for tensor in sources):
-            return make()
-        now = stamp(sources)
         kept = self._kept.get(key)
-        if kept is None or kept[0] != now:
-            # Made outside inference mode, the tensors stay usable wherever the model is called from next.
-            with torch.inference_mode(False), torch.no_grad():
-                kept = (now, make(), sources)
+        if kept is None or not kept.is_valid:
+            kept = self.state.store.make(make, parts())
+            if kept is None:
+                return make()
             if len(self._kept) >= _KEPT:
-                self._kept = {}
+                self.forget_kept()
             self._kept[key] = kept
-        return kept[1]
+        return kept.value
 
     def kind(self, adapter: nn.Module) -> Any:
         """What two adapters must share to go through one call of an op."""
@@ -198,7 +182,13 @@ class Host(nn.Module):
 
     def forget(self) -> None:
         """Drop everything that was kept between calls."""
-        self._groups, self._kept = {}, {}
+        self._groups = {}
+        self.forget_kept()
+
+    def forget_kept(self) -> None:
+        for kept in self._kept.values():
+            kept.is_valid = False
+        self._kept = {}
 
     def train(self, mode: bool = True):
         self.forget()
@@ -208,25 +198,12 @@ class Host(nn.Module):
         self.forget()
         return super()._apply(fn, recurse)
 
-    def __setstate__(self, state):
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_groups": {}, "_kept": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.forget()
-
-
-def may_keep(device: torch.device) -> bool:
-    """Whether what is made now can be used by later calls.
-
-    Not in a compiled graph, and not while a CUDA graph is recorded: nothing is computed then, and the memory is the
-    graph's own.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
-
-
-def stamp(sources: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """What changes whenever one of some tensors is written to or replaced."""
-    return [(tensor._version, tensor.data_ptr()) for tensor in sources]
+        self.key = next(_KEYS)
 
 
 class Placement(NamedTuple):

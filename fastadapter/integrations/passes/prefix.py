@@ -5,9 +5,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.passes import attention as hook
-from fastadapter.integrations.passes.host import Group, Host, State, may_keep, stamp
+from fastadapter.integrations.passes.choice import State
+from fastadapter.integrations.passes.host import Group, Host
+from fastadapter.integrations.passes.kept import Part
 from fastadapter.integrations.passes.shared_softmax import attend_shared
 from fastadapter.nn import GatedPrefix, PrefixTuning
 from fastadapter.ops import gated_prefix
@@ -20,6 +23,16 @@ from fastadapter.ops.gated_prefix import run_forward
 KeyValue = tuple[Tensor, Tensor]
 # Where the base's part of a gradient is added in the kernel that computes ours; elsewhere it takes the same time.
 JOINED_DEVICES = {"cuda"}
+
+
+class Bank(NamedTuple):
+    """Projected prompts and gates of some adapters in one layer; ``backend`` if they are kept between passes."""
+
+    key: Tensor
+    value: Tensor
+    gate: Tensor
+    gate_fn: str
+    backend: str | None
 
 
 class PromptSlot(nn.Module):
@@ -50,9 +63,10 @@ class PrefixHost(Host):
         super().__init__(state)
         self.rotary_dim = rotary_dim
         self.fast_projection = fast_projection
-        self._ready: dict[str, _Ready] = {}
-        self._banks: dict[tuple[str, ...], tuple[Any, ...]] = {}
+
+    def hooks(self, module: nn.Module) -> list[RemovableHandle]:
         hook.keep_hook_for(self)
+        return []
 
     def __setstate__(self, state):
         """A copied or unpickled model keeps its adapter working, so it keeps the hook too."""
@@ -124,18 +138,14 @@ class PrefixHost(Host):
     ) -> KeyValue:
         adapters = [self.adapters[name] for name in group.names]
         if isinstance(adapters[0], PrefixTuning):
-            found = None
-            sources = [tensor for adapter in adapters for tensor in adapter.sources()]
-        else:
-            found = [self._prompted(name, attention, prompts) for name in group.names]
-            sources = [tensor for pair in found for tensor in pair]
 
-        def join() -> KeyValue:
-            pairs = [adapter() for adapter in adapters] if found is None else found
-            key, value = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*pairs, strict=True))
-            return (key.double(), value.double()) if dtype == torch.float64 else (key, value)
+            def join() -> KeyValue:
+                return _joined([adapter() for adapter in adapters], dtype)
 
-        return self.keep((group.names, dtype), sources, join)
+            parts = lambda: [part for adapter in adapters for part in adapter.sources()]  # noqa: E731
+            return self.keep((group.names, dtype), parts, join)
+        found = [self._prompted(name, attention, prompts) for name in group.names]
+        return _joined(found, dtype)
 
     def _prompted(self, name: str, attention: nn.Module, prompts: PromptRun | None) -> KeyValue:
         if prompts is None or (name, self) not in prompts.found:
@@ -170,16 +180,14 @@ class PrefixHost(Host):
         if query.dtype != output.dtype:  # under autocast
             query = query.to(output.dtype)
         scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-        if not (self.training or torch.is_grad_enabled()) and may_keep(query.device):
-            ready = self._ready_bank(group.names, attention, output.dtype)
-            if ready is not None:
-                operands = (ready.key, ready.value, ready.gate, group.row_ids, scale, ready.gate_fn)
-                return run_forward(ready.backend, base, query, *operands).transpose(1, 2)
-        bank = [self._operands(name, attention, output.dtype) for name in group.names]
-        key, value, gate = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*bank, strict=True))
-        gate_fn = self.adapter(group.names[0]).gate_fn
+        bank = self._gated_bank(group.names, attention, output.dtype)
+        operands = bank.key, bank.value, bank.gate
+        if bank.backend is not None:  # kept: nothing is left to check but the shapes above
+            return run_forward(
+                bank.backend, base, query, *operands, group.row_ids, scale, bank.gate_fn
+            ).transpose(1, 2)
         return gated_prefix(
-            base, query, key, value, gate, softmax_scale=scale, gate_fn=gate_fn, row_ids=group.row_ids
+            base, query, *operands, softmax_scale=scale, gate_fn=bank.gate_fn, row_ids=group.row_ids
         ).transpose(1, 2)
 
     def _gated_attention(
@@ -215,65 +223,37 @@ class PrefixHost(Host):
         backend = choose_backend("auto", query.device.type, query.dtype, "gated_prefix")
         if base is None or backend == "reference":
             return None
-        bank = [self._operands(name, attention, query.dtype) for name in group.names]
-        prefix_key, prefix_value, gate = (
-            torch.cat(each) if len(each) > 1 else each[0] for each in zip(*bank, strict=True)
-        )
-        gate_fn = self.adapter(group.names[0]).gate_fn
+        bank = self._gated_bank(group.names, attention, query.dtype)
         constants = Options(None, None, group.row_ids, scale, is_causal, 0, 0.0)
         out = gated_over_base(
-            base, backend, query, key, value, prefix_key, prefix_value, gate, gate_fn, constants
+            base, backend, query, key, value, bank.key, bank.value, bank.gate, bank.gate_fn, constants
         )
         return out.transpose(1, 2).contiguous()
+
+    def _gated_bank(self, names: tuple[str, ...], attention: nn.Module, dtype: torch.dtype) -> Bank:
+        """Projected keys and values and the gates of some adapters."""
+
+        def join() -> Bank:
+            found = [self._operands(name, attention, dtype) for name in names]
+            key, value, gate = (
+                torch.cat(each) if len(each) > 1 else each[0] for each in zip(*found, strict=True)
+            )
+            backend = None
+            if self.keeps():
+                backend = choose_backend("auto", key.device.type, dtype, "gated_prefix", key.shape[-1])
+            return Bank(key, value, gate, self.adapter(names[0]).gate_fn, backend)
+
+        def parts() -> list[Part]:
+            through = hook.projection_modules(attention)
+            return [*(self.adapters[name] for name in names), *((attention, name) for name in through)]
+
+        return self.keep((names, dtype), parts, join)
 
     def _operands(self, name: str, attention: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         adapter = self.adapter(name)
         key, value = self._project(name, attention, dtype)
         gate = adapter.gate.expand(1, adapter.num_heads)
         return key, value, gate.double() if dtype == torch.float64 else gate
-
-    def _ready_bank(
-        self, names: tuple[str, ...], attention: nn.Module, dtype: torch.dtype
-    ) -> "_Ready | None":
-        """Operands of some adapters, kept between calls that cannot need a gradient through them."""
-        found = [self._prepare(name, attention, dtype) for name in names]
-        ready = [each for each in found if each is not None]
-        if len(ready) < len(found):
-            return None
-        if len(ready) == 1:
-            return ready[0]
-        kept = self._banks.get(names)
-        if kept is None or any(old is not new for old, new in zip(kept[0], ready, strict=True)):
-            with torch.inference_mode(False), torch.no_grad():
-                fields = ("key", "value", "gate")
-                joined: dict[str, Any] = {
-                    field: torch.cat([getattr(each, field) for each in ready]) for field in fields
-                }
-            kept = (tuple(ready), ready[0]._replace(**joined))
-            self._banks = {names: kept}
-        return kept[1]
-
-    def _prepare(self, name: str, attention: nn.Module, dtype: torch.dtype) -> "_Ready | None":
-        """Operands of adapter ``name``.
-
-        Valid while every tensor they came from is the same version of the same storage, and the projections are
-        the same modules. ``None`` where versions are not counted, in tensors made under inference mode.
-        """
-        ready = self._ready.get(name)
-        if ready is not None and ready.is_current(attention, dtype):
-            return ready
-        adapter = self.adapter(name)
-        modules = hook.projection_modules(attention)
-        sources: tuple[Tensor, ...] = (adapter.prompt, adapter.gate, *_tensors_of(modules.values()))
-        if any(tensor.is_inference() for tensor in sources):
-            return None
-        # Made outside inference mode, the tensors stay usable wherever the model is called from next.
-        with torch.inference_mode(False), torch.no_grad():
-            key, value, gate = self._operands(name, attention, dtype)
-        backend = choose_backend("auto", key.device.type, dtype, "gated_prefix", key.shape[-1])
-        ready = _Ready(key, value, gate, adapter.gate_fn, backend, dtype, modules, sources, stamp(sources))
-        self._ready[name] = ready
-        return ready
 
     def _project(self, name: str, attention: nn.Module, dtype: torch.dtype) -> KeyValue:
         rows = self.adapter(name).prompt.to(dtype)[None]
@@ -284,32 +264,7 @@ class PrefixHost(Host):
             _, key, value = hook.project_by_forward(attention, rows, self.rotary_dim)
             return key, value
 
-    def forget(self) -> None:
-        super().forget()
-        self._ready, self._banks = {}, {}
 
-
-def _tensors_of(modules) -> list[Tensor]:
-    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-
-
-class _Ready(NamedTuple):
-    """Projected operands of one adapter in one layer, and what they were made from."""
-
-    key: Tensor
-    value: Tensor
-    gate: Tensor
-    gate_fn: str
-    backend: str
-    dtype: torch.dtype
-    modules: dict[str, nn.Module]
-    sources: tuple[Tensor, ...]
-    stamp: list[tuple[int, int]]
-
-    def is_current(self, attention: nn.Module, dtype: torch.dtype) -> bool:
-        children = attention._modules
-        return (
-            self.dtype == dtype
-            and self.stamp == stamp(self.sources)
-            and all(children.get(name) is module for name, module in self.modules.items())
-        )
+def _joined(pairs: list[KeyValue], dtype: torch.dtype) -> KeyValue:
+    key, value = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*pairs, strict=True))
+    return (key.double(), value.double()) if dtype == torch.float64 else (key, value)

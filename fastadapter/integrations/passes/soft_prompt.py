@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.passes.attention import PROMPTS
-from fastadapter.integrations.passes.host import Host, State
+from fastadapter.integrations.passes.choice import State
+from fastadapter.integrations.passes.host import Host
 from fastadapter.integrations.passes.prefix import PromptRun
 from fastadapter.nn import SoftPrompt
 
@@ -38,9 +39,7 @@ class PromptHost(Host):
         return id(adapter)
 
     def acting(self) -> list[str]:
-        rows = self.state.rows
-        names = (self.state.active,) if rows is None else dict.fromkeys(rows)
-        return [name for name in names if name is not None and name in self.adapters]
+        return [name for name in self.choice.names() if name in self.adapters]
 
     def check_length(self, name: str, q_len: int) -> None:
         length = len(self.adapter(name).prompt)
@@ -52,7 +51,8 @@ class PromptHost(Host):
 
     def lengths(self, batch: int) -> tuple[int, ...]:
         """How long the prompt of each row is; of one entry where one prompt acts on all."""
-        rows = self.state.row_names(batch) or (self.active,)
+        choice = self.choice
+        rows = choice.row_names(batch) or (choice.active,)
         own = {name: len(self.adapter(name).prompt) for name in self.adapters}
         return tuple(0 if name is None else own.get(name, 0) for name in rows)
 
@@ -67,18 +67,13 @@ class SoftPromptHost(PromptHost):
     def __init__(self, state: State, learned_positions: bool, context: int | None):
         super().__init__(state, context)
         self.learned_positions = learned_positions
-        self._sources: list[Tensor] = []
 
     def hooks(self, module: nn.Module) -> list[RemovableHandle]:
         return [module.register_forward_pre_hook(_provide, with_kwargs=True)]
 
     def run(self, decoder: nn.Module, name: str) -> PromptRun:
         """Keys and values of one prompt; kept between calls that cannot need a gradient."""
-        if not self._sources:
-            own = {id(parameter) for parameter in self.parameters()}
-            self._sources = [each for each in decoder.parameters() if id(each) not in own]
-        sources = [self.adapter(name).prompt, *self._sources]
-        return self.keep(name, sources, lambda: self._run(decoder, name))
+        return self.keep(name, lambda: [self.adapter(name), decoder], lambda: self._run(decoder, name))
 
     def _run(self, decoder: nn.Module, name: str) -> PromptRun:
         adapter: SoftPrompt = self.adapter(name)
@@ -91,10 +86,6 @@ class SoftPromptHost(PromptHost):
         with self.state.only(None), _without_checkpointing(decoder):
             decoder(inputs_embeds=rows, position_ids=positions, use_cache=False, **{PROMPTS: found})
         return found
-
-    def forget(self) -> None:
-        super().forget()
-        self._sources = []
 
 
 def _provide(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

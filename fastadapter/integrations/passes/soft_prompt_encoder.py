@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastadapter.integrations.passes.host import State
+from fastadapter.integrations.passes.choice import State, left_behind
 from fastadapter.integrations.passes.soft_prompt import PromptHost
 
 
@@ -47,7 +47,6 @@ class EncoderPromptHost(PromptHost):
     def __init__(self, state: State, context: int | None):
         super().__init__(state, context)
         self._parameters_of_forward: tuple[str, ...] = ()
-        self._run: _Run | None = None
 
     def hooks(self, module: nn.Module) -> list[RemovableHandle]:
         self._parameters_of_forward = tuple(inspect.signature(module.forward).parameters)
@@ -80,11 +79,16 @@ class EncoderPromptHost(PromptHost):
         wanted = arguments.pop("return_dict", None)
         as_tuple = not (getattr(encoder.config, "return_dict", True) if wanted is None else wanted)
         arguments["return_dict"] = True  # by name, until the prompts are cut off
-        self._run = _Run(prompts, as_tuple)
+        left_behind()[self.key, "run"] = _Run(prompts, as_tuple)
         return (), arguments
 
+    @property
+    def _run(self) -> _Run | None:
+        """The pass under way in this thread."""
+        return left_behind().get((self.key, "run"))
+
     def _leave(self, encoder: nn.Module, args: tuple, output: Any) -> Any:
-        run, self._run = self._run, None
+        run = left_behind().pop((self.key, "run"), None)
         if run is None or output is None:
             return None
         width = run.width
@@ -108,7 +112,7 @@ class EncoderPromptHost(PromptHost):
             like: ``(batch, seq, hidden_size)``, for dtype and device.
         """
         batch, _, hidden_size = like.shape
-        names = self.state.row_names(batch)
+        names = self.choice.row_names(batch)
         if names is None:
             [only] = self.acting()
             return self.adapter(only)(like.dtype).expand(batch, -1, -1)

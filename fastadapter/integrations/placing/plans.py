@@ -12,7 +12,8 @@ from fastadapter.integrations.parts import discovery
 from fastadapter.integrations.passes import attention as hook
 from fastadapter.integrations.passes.bottleneck import POINTS, BottleneckHost, resolve
 from fastadapter.integrations.passes.channel_scale import CopyHost, ScaleHost
-from fastadapter.integrations.passes.host import Placement, ReparamHost, State, host_of
+from fastadapter.integrations.passes.choice import State
+from fastadapter.integrations.passes.host import Placement, ReparamHost, host_of
 from fastadapter.integrations.passes.prefix import PrefixHost, PromptSlot
 from fastadapter.integrations.passes.soft_prompt import SoftPromptHost
 from fastadapter.integrations.passes.soft_prompt_encoder import ImagePromptHost, encoder_of

@@ -1,0 +1,154 @@
+"""What is kept between passes, and what it was made from: checked against what is there now, once per pass.
+
+Keys and values of a prompt, banks of several adapters: made once and used until anything they were made from changes.
+That is looked up where it hangs in the model, so a parameter that was exchanged (``load_state_dict(assign=True)``,
+``functional_call``), a swapped module or another choice in PEFT is noticed as well as a value that was written.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+# Whose modules compute what their parameters, buffers and children say, and nothing else.
+_KNOWN = {"torch", "transformers", "fastadapter", "bitsandbytes", "torchao"}
+# What PEFT's layers compute depends on these too.
+_PEFT_SETTINGS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+
+
+# A module, or one that may be exchanged: the module it is a child of, and its name there.
+Part = nn.Module | tuple[nn.Module, str]
+
+
+class Sources:
+    """What some tensors were made from; ``None`` from :meth:`of` where a change could not be noticed.
+
+    Attributes:
+        tensors: the dictionary each is in, its key, itself, its version and address.
+        modules: the dictionary each is in, its key, itself.
+        settings: of PEFT's layers: the module, attribute and value.
+    """
+
+    __slots__ = ("modules", "settings", "tensors")
+
+    def __init__(self) -> None:
+        self.tensors: list[tuple[dict, str, Tensor, int, int]] = []
+        self.modules: list[tuple[dict, str, nn.Module]] = []
+        self.settings: list[tuple[nn.Module, str, Any]] = []
+
+    @classmethod
+    def of(cls, parts: "Iterable[Part]") -> "Sources | None":
+        """Everything that ``parts`` and their children compute with."""
+        sources = cls()
+        for part in parts:
+            module = part
+            if isinstance(part, tuple):
+                parent, name = part
+                module = parent.get_submodule(name)
+                sources.modules.append((parent._modules, name, module))
+            if not sources._add(cast(nn.Module, module)):
+                return None
+        return sources
+
+    def _add(self, module: nn.Module) -> bool:
+        settings = _settings(module)
+        if settings is None:
+            return False
+        self.settings += settings
+        for container in (module._parameters, module._buffers):
+            for key, tensor in container.items():
+                if tensor is None:
+                    continue
+                # versions are not counted, or values are elsewhere
+                if tensor.is_inference() or tensor.is_meta or hasattr(tensor, "ds_id"):
+                    return False
+                self.tensors.append((container, key, tensor, tensor._version, tensor.data_ptr()))
+        for key, child in module._modules.items():
+            if child is not None:
+                self.modules.append((module._modules, key, child))
+                if not self._add(child):
+                    return False
+        return True
+
+    def are_current(self) -> bool:
+        for container, key, tensor, version, address in self.tensors:
+            if container.get(key) is not tensor or tensor._version != version or tensor.data_ptr() != address:
+                return False
+        for container, key, module in self.modules:
+            if container.get(key) is not module:
+                return False
+        return all(_value(module, name) == value for module, name, value in self.settings)
+
+
+def _settings(module: nn.Module) -> list[tuple[nn.Module, str, Any]] | None:
+    """What a module computes with besides its tensors and children; ``None`` where that is not known."""
+    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
+        return None
+    if getattr(
+        module, "_is_fsdp_managed_module", False
+    ):  # its parameters are gathered without counting versions
+        return None
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        if not str(getattr(hook, "__module__", "")).startswith("fastadapter."):
+            return None
+    library = type(module).__module__.partition(".")[0]
+    if library == "peft":
+        return [(module, name, _value(module, name)) for name in _PEFT_SETTINGS if hasattr(module, name)]
+    return [] if library in _KNOWN else None
+
+
+def _value(module: nn.Module, name: str) -> Any:
+    value = getattr(module, name, None)
+    return (
+        tuple(value.items())
+        if isinstance(value, dict)
+        else tuple(value)
+        if isinstance(value, list)
+        else value
+    )
+
+
+class Kept:
+    """Something that was made, and from what."""
+
+    __slots__ = ("is_valid", "sources", "value")
+
+    def __init__(self, value: Any, sources: Sources):
+        self.value = value
+        self.sources = sources
+        self.is_valid = True
+
+
+class Store:
+    """What is kept for one model. A pass that keeps calls :meth:`check` before its first layer."""
+
+    def __init__(self) -> None:
+        self._entries: list[Kept] = []
+        self._lock = threading.Lock()
+
+    def check(self) -> None:
+        """Mark what is out of date."""
+        stale = False
+        for entry in self._entries:
+            if not (entry.is_valid and entry.sources.are_current()):
+                entry.is_valid = False
+                stale = True
+        if stale:
+            with self._lock:
+                self._entries = [entry for entry in self._entries if entry.is_valid]
+
+    def make(self, make: Callable[[], Any], parts: Iterable[Part]) -> Kept | None:
+        """What ``make`` gives, to be kept; ``None`` where changes of what it is made from cannot be noticed.
+
+        Made outside inference mode, the tensors stay usable wherever the model is called from next.
+        """
+        sources = Sources.of(parts)
+        if sources is None:
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            entry = Kept(make(), sources)
+        with self._lock:
+            self._entries = [*self._entries, entry]
+        return entry
