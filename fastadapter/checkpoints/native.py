@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastadapter.checkpoints.files import CheckpointError, Header, read_tensors, resolve, write_tensors
-from fastadapter.integrations.verbs.attach import attach, detach
-from fastadapter.integrations.verbs.choose import set_active
+from fastadapter.integrations.passes.choice import Choice
+from fastadapter.integrations.verbs.attach import install
 from fastadapter.integrations.verbs.record import adapter_modules, attachments, require_unfolded, unwrap
 from fastadapter.methods import METHODS
 
@@ -59,15 +59,22 @@ def save(
 
 
 def load(
-    model: nn.Module, path: str | os.PathLike, name: str = "default", *, allow_nonfinite: bool = False
+    model: nn.Module,
+    path: str | os.PathLike,
+    name: str = "default",
+    *,
+    activate: bool = True,
+    allow_nonfinite: bool = False,
 ) -> nn.Module:
     """Load an adapter into ``model``, attaching it as ``name`` first unless one of the same shape is there.
 
     Strict: every tensor of the file must be expected and every expected one there. The adapter becomes the active
-    one.
+    one for calls from this thread; other threads that chose none go on with what the model had, its default, which is
+    this adapter only if it is the first.
 
     Args:
         path: what :func:`save` was given.
+        activate: ``False``: what acts stays what it is.
         allow_nonfinite: accept weights that hold NaN or Inf.
     Returns: ``model``.
     Raises:
@@ -95,30 +102,28 @@ def load(
     tensors, _ = read_tensors(path, check)
     config = found["config"]
     record = attachments(model)
-    previous = record.active if record else None
     attached = record is not None and name in record.configs
     if attached and record.configs[name] != config:
         raise ValueError(
             f"name: adapter {name!r} is attached with {record.configs[name]}, but {resolve(path)} holds {config}; "
             "detach it first"
         )
-    if not attached:
-        try:
-            with torch.random.fork_rng(
-                devices=[]
-            ):  # the fresh prompt is overwritten: draw nothing from the caller's
-                attach(model, config, name)
-        except ValueError as error:
-            raise CheckpointError(f"{resolve(path)}: does not fit this model: {error}") from error
-    try:
+
+    def fill() -> None:
         set_adapter_tensors(model, name, tensors, allow_nonfinite=allow_nonfinite)
+
+    try:
+        if attached:
+            with record.state.traffic.changing():
+                fill()
+            if activate and record.active != name:
+                record.state.choose(Choice(name))
+        else:
+            # the fresh prompt is overwritten: draw nothing from the caller's generator
+            with torch.random.fork_rng(devices=[]):
+                install(model, config, name, activate=activate, fill=fill)
     except ValueError as error:
-        if not attached:
-            detach(model, name)
-            if attachments(model) is not None:
-                set_active(model, previous)
         raise CheckpointError(f"{resolve(path)}: {error}") from error
-    set_active(model, name)
     return model
 
 

@@ -135,10 +135,11 @@ def test_blocks_share_their_graphs(method):
 @torch.no_grad()
 def test_nothing_is_kept_while_a_graph_is_recorded(monkeypatch):
     """What is made during a capture has no values yet, and lives in the graph's memory."""
-    from fastadapter.integrations.passes import host
+    from fastadapter.integrations.passes import choice, entry, host
 
     model, ids = adapted("prefix", names=("one", "two")), token_ids()
-    monkeypatch.setattr(host, "may_keep", lambda device: False)
+    for module in (choice, entry, host):
+        monkeypatch.setattr(module, "may_keep", lambda device: False)
     with pytest.raises(RuntimeError, match="before a CUDA graph is captured"), fa.rows(model, ["one", "two"]):
         model(ids)
     fa.set_active(model, "one")

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastadapter.integrations.passes.kept import Store
 from fastadapter.integrations.passes.traffic import Traffic
@@ -147,7 +147,7 @@ class State:
         serials: the attached adapters, each with a number of its own.
         traffic: passes under way, and verbs that have to wait for them.
         store: what is kept between passes.
-        checkpointed: modules that may run layers again in backward; ``None``: look for them.
+        known: what was looked up in the model's structure; every verb empties it.
     """
 
     def __init__(self) -> None:
@@ -159,7 +159,7 @@ class State:
         self.key = next(_KEYS)
         self.traffic = Traffic()
         self.store = Store()
-        self.checkpointed: list[nn.Module] | None = None
+        self.known: dict[Any, Any] = {}
         self._tensors: dict[Any, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:

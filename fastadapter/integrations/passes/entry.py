@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from fastadapter.integrations.passes import choice
+from fastadapter.integrations.passes import choice, positions
 from fastadapter.integrations.passes.choice import Pass, State, may_keep
 from fastadapter.integrations.passes.host import Host
 
@@ -38,6 +38,7 @@ def install(module: nn.Module, state: State) -> list[RemovableHandle]:
     """Let passes begin and end at ``module``."""
     module.__dict__[_STATE] = state
     return [
+        *positions.hooks(module, state),
         module.register_forward_pre_hook(_begin, prepend=True),
         # also after an error, so that nobody waits for a pass that failed
         module.register_forward_hook(_end, always_call=True),
@@ -133,12 +134,12 @@ def _is_adapted(layer: Callable[..., Any], owner: nn.Module) -> bool:
 
 
 def _carry_into_recomputation(model: nn.Module, state: State) -> None:
-    if state.checkpointed is None:
-        known = ("gradient_checkpointing", *CHECKPOINTS)
-        state.checkpointed = [
-            module for module in model.modules() if any(hasattr(module, name) for name in known)
-        ]
-    for module in state.checkpointed:
+    modules = state.known.get("checkpointed")
+    if modules is None:
+        names = ("gradient_checkpointing", *CHECKPOINTS)
+        modules = [module for module in model.modules() if any(hasattr(module, name) for name in names)]
+        state.known["checkpointed"] = modules
+    for module in modules:
         for name in CHECKPOINTS:
             function = module.__dict__.get(name)
             if function is not None and not isinstance(function, Carried):

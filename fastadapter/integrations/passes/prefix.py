@@ -46,11 +46,14 @@ class PromptSlot(nn.Module):
 class PromptRun:
     """Keys and values of soft prompts in every attention, by adapter: of one forward pass, or being collected.
 
-    ``collecting`` names the prompt whose pass is under way: attention then adds to ``found`` and does nothing else.
+    Attributes:
+        collecting: the prompt whose own pass is under way: attention then adds to ``found`` and does nothing else.
+        joined: the prompts stand among the keys already, in front of the text's.
     """
 
-    def __init__(self, collecting: str | None = None):
+    def __init__(self, collecting: str | None = None, joined: bool = False):
         self.collecting = collecting
+        self.joined = joined
         self.found: dict[tuple[str, nn.Module], KeyValue] = {}
 
 
@@ -107,6 +110,10 @@ class PrefixHost(Host):
         if self.idle():
             return base()
         groups = self.groups(query.shape[0], query.device)
+        if prompts is not None and prompts.joined:
+            groups = [group for group in groups if not isinstance(self.adapters[group.names[0]], PromptSlot)]
+            if not groups:
+                return base()
         gated = [group for group in groups if isinstance(self.adapters[group.names[0]], GatedPrefix)]
         shared = [group for group in groups if group not in gated]
         if len(shared) == 1 and (

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastadapter.integrations.passes.dtypes import attention_dtype, prefix_in
 from fastadapter.ops import prefix_attention
 from fastadapter.ops.composed import joined_keys
 
@@ -39,12 +40,9 @@ def attend_shared(
         raise ValueError("attention sinks (s_aux) do not go with a prefix or soft prompt")
     if options.get("output_attentions"):
         raise ValueError("output_attentions: a prefix or soft prompt leaves no attention weights to return")
-    dtype = value.dtype
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = attention_dtype(value)
     query, key, value = (each.to(dtype) for each in (query, key, value))
-    if prefix_key.dtype != dtype and prefix_key.dtype != torch.float32:
-        prefix_key, prefix_value = prefix_key.to(dtype), prefix_value.to(dtype)
+    prefix_key, prefix_value = prefix_in(dtype, prefix_key, prefix_value)
     is_causal = options.get("is_causal")
     if is_causal is None:
         is_causal = getattr(attention, "is_causal", True)

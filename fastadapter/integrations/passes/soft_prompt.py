@@ -1,25 +1,12 @@
-"""Soft prompts in a decoder: their keys and values of every layer, computed once for a whole batch.
+"""What soft prompts of encoders and decoders have in common: lengths, rows and masks with prompts in front."""
 
-A decoder's prompt sees nothing behind itself, so what stands before a text can be run through the model apart from it:
-the text then attends to the prompt's keys and values as to a prefix. That is the model on the joined embeddings, up to
-rounding, for ``prompt_len`` positions instead of ``batch * prompt_len``, with caches, masks, labels and logits as they
-were. With rotary embeddings the prompt stands at the positions before 0; a model with learned positions gets the
-prompt at 0 and the text behind it. A sliding window never cuts the prompt off.
-"""
-
-import contextlib
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
 
-from fastadapter.integrations.passes.attention import PROMPTS
 from fastadapter.integrations.passes.choice import State
 from fastadapter.integrations.passes.host import Host
-from fastadapter.integrations.passes.prefix import PromptRun
-from fastadapter.nn import SoftPrompt
 
 
 class PromptHost(Host):
@@ -60,68 +47,106 @@ class PromptHost(Host):
         """How far the prompt moves each row's positions: a number for all, or ``(batch, 1)``."""
         return lengths[0] if len(lengths) == 1 else self.state.tensor(lengths, torch.int64, device)[:, None]
 
+    def rows_of_prompts(self, lengths: tuple[int, ...], like: Tensor) -> Tensor:
+        """The prompt of every row, filled up in front, ``(batch, max(lengths), hidden_size)``.
 
-class SoftPromptHost(PromptHost):
-    """The soft prompts of one decoder."""
-
-    def __init__(self, state: State, learned_positions: bool, context: int | None):
-        super().__init__(state, context)
-        self.learned_positions = learned_positions
-
-    def hooks(self, module: nn.Module) -> list[RemovableHandle]:
-        return [module.register_forward_pre_hook(_provide, with_kwargs=True)]
-
-    def run(self, decoder: nn.Module, name: str) -> PromptRun:
-        """Keys and values of one prompt; kept between calls that cannot need a gradient."""
-        return self.keep(name, lambda: [self.adapter(name), decoder], lambda: self._run(decoder, name))
-
-    def _run(self, decoder: nn.Module, name: str) -> PromptRun:
-        adapter: SoftPrompt = self.adapter(name)
-        dtype = decoder.get_input_embeddings().weight.dtype
-        rows = adapter(dtype)
-        length = rows.shape[1]
-        first = 0 if self.learned_positions else -length
-        positions = torch.arange(first, first + length, device=rows.device)[None]
-        found = PromptRun(collecting=name)
-        with self.state.only(None), _without_checkpointing(decoder):
-            decoder(inputs_embeds=rows, position_ids=positions, use_cache=False, **{PROMPTS: found})
-        return found
+        Args:
+            like: ``(batch, seq, hidden_size)``, for dtype and device.
+        """
+        batch, _, hidden_size = like.shape
+        names = self.choice.row_names(batch)
+        if names is None:
+            [only] = self.acting()
+            return self.adapter(only)(like.dtype).expand(batch, -1, -1)
+        width = max(lengths)
+        made: dict[str | None, Tensor] = {}
+        for name, length in zip(names, lengths, strict=True):
+            if name in made:
+                continue
+            filler = like.new_zeros(width - length, hidden_size)
+            own = self.adapters[name] if name is not None and length else None
+            made[name] = filler if own is None else torch.cat([filler, own(like.dtype)[0]])
+        return torch.stack([made[name] for name in names])
 
 
-def _provide(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Hand the acting prompts' keys and values down to the decoder's attention."""
-    host = decoder._modules.get(SoftPromptHost.CHILD)
-    if host is None or PROMPTS in kwargs or host.idle():
-        return None
-    inputs = args[0] if args else kwargs.get("input_ids")
-    if inputs is None:
-        inputs = kwargs["inputs_embeds"]
-    batch, q_len = inputs.shape[:2]
-    run = PromptRun()
-    for name in host.acting():
-        host.check_length(name, q_len)
-        run.found |= host.run(decoder, name).found
-    kwargs = {**kwargs, PROMPTS: run}
-    if host.learned_positions:
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            cache = kwargs.get("cache", kwargs.get("past_key_values"))
-            start = 0 if cache is None else cache.get_seq_length()
-            positions = torch.arange(q_len, device=inputs.device)[None] + start
-        kwargs["position_ids"] = positions + host.moved_by(host.lengths(batch), inputs.device)
-    return args, kwargs
+class Joined(NamedTuple):
+    """One forward pass under way with prompts in front of its rows.
+
+    ``prompts (batch, width, hidden_size)``; the caller wants a tuple if ``as_tuple``.
+    """
+
+    prompts: Tensor
+    as_tuple: bool
+
+    @property
+    def width(self) -> int:
+        return self.prompts.shape[1]
 
 
-@contextlib.contextmanager
-def _without_checkpointing(decoder: nn.Module) -> Iterator[None]:
-    """The pass of a prompt is short, and what it leaves in passing would be lost with its layers' activations."""
-    changed: list[Any] = [
-        module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)
-    ]
-    for module in changed:
-        module.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for module in changed:
-            module.gradient_checkpointing = True
+def wants_tuple(model: Any, arguments: dict[str, Any]) -> bool:
+    """Whether the caller wants a tuple; ``arguments`` then ask for names, until the prompts are cut off."""
+    wanted = arguments.pop("return_dict", None)
+    arguments["return_dict"] = True
+    return not (getattr(model.config, "return_dict", True) if wanted is None else wanted)
+
+
+def cut_off(output: Any, run: Joined) -> Any:
+    """A model's output without the prompts; ``last_hidden_state`` has lost them already."""
+    width, text_len = run.width, output.last_hidden_state.shape[1]
+    if getattr(output, "hidden_states", None) is not None:
+        # the last one can be last_hidden_state itself
+        output.hidden_states = tuple(
+            each if each is None or each.shape[1] == text_len else each[:, width:].contiguous()
+            for each in output.hidden_states
+        )
+    if getattr(output, "attentions", None) is not None:
+        output.attentions = tuple(
+            each if each is None else each[..., width:, width:].contiguous() for each in output.attentions
+        )
+    return output.to_tuple() if run.as_tuple else output
+
+
+def joined_mask(
+    mask: Any, lengths: tuple[int, ...], batch: int, text_len: int, device: torch.device
+) -> Tensor | None:
+    """The attention mask of prompt and text.
+
+    Args:
+        mask: the text's: ``None``; ``(batch, text_len)``, true where a key may be seen; or ``(1 or batch, 1 or heads,
+            1 or text_len, text_len)``, boolean or additive.
+        lengths: of every row's prompt, or one entry for all rows.
+    Returns: ``None`` if every key may be seen; else like ``mask``, longer by ``max(lengths)`` in each dimension that is
+        ``text_len`` long. Every query sees its own row's prompt, and a prompt sees each key that any query of the text
+        sees.
+    Raises: TypeError, ValueError: ``mask`` is none of these.
+    """
+    width = max(lengths)
+    slots = torch.arange(width, device=device)[None]
+    own: Any = lengths[0] if len(lengths) == 1 else torch.tensor(lengths, device=device)[:, None]
+    visible = slots >= width - own  # (1 or batch, width)
+    if mask is None:
+        if min(lengths) == width:
+            return None
+        mask = visible.new_ones(batch, text_len)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor under a soft prompt, got {type(mask).__name__}")
+    if mask.dim() not in (2, 4) or mask.shape[-1] != text_len:
+        raise ValueError(
+            f"attention_mask must be (batch, {text_len}) or (batch, heads, {text_len}, {text_len}) under a soft "
+            f"prompt, got {tuple(mask.shape)}"
+        )
+    if mask.dim() == 2:
+        return torch.cat([visible.to(mask.dtype).expand(batch, -1), mask.expand(batch, -1)], dim=1)
+    if mask.dtype == torch.bool:
+        opened = visible
+    elif mask.is_floating_point():
+        zero = torch.zeros((), dtype=mask.dtype, device=device)
+        opened = torch.where(visible, zero, torch.finfo(mask.dtype).min)
+    else:
+        raise ValueError(f"attention_mask of 4 dimensions must be boolean or floating, got {mask.dtype}")
+    if mask.shape[2] > 1:
+        seen = mask.amax(2, keepdim=True)
+        mask = torch.cat([seen.expand(-1, -1, width, -1), mask], dim=2)
+    rows = max(len(opened), len(mask))
+    mask = mask.expand(rows, -1, -1, -1)
+    return torch.cat([opened[:, None, None].expand(*mask.shape[:3], -1), mask], dim=3)

@@ -21,21 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.passes.choice import State, left_behind
-from fastadapter.integrations.passes.soft_prompt import PromptHost
-
-
-class _Run(NamedTuple):
-    """One forward pass under way.
-
-    ``prompts (batch, width, hidden_size)`` stand in front of every row; the caller wants a tuple if ``as_tuple``.
-    """
-
-    prompts: Tensor
-    as_tuple: bool
-
-    @property
-    def width(self) -> int:
-        return self.prompts.shape[1]
+from fastadapter.integrations.passes.soft_prompt import Joined, PromptHost, cut_off, joined_mask, wants_tuple
 
 
 class EncoderPromptHost(PromptHost):
@@ -76,55 +62,18 @@ class EncoderPromptHost(PromptHost):
         prompts = self.prepare(encoder, arguments)
         if prompts is None:
             return None
-        wanted = arguments.pop("return_dict", None)
-        as_tuple = not (getattr(encoder.config, "return_dict", True) if wanted is None else wanted)
-        arguments["return_dict"] = True  # by name, until the prompts are cut off
-        left_behind()[self.key, "run"] = _Run(prompts, as_tuple)
+        as_tuple = wants_tuple(encoder, arguments)
+        left_behind()[self.key, "run"] = Joined(prompts, as_tuple)
         return (), arguments
 
     @property
-    def _run(self) -> _Run | None:
+    def _run(self) -> Joined | None:
         """The pass under way in this thread."""
         return left_behind().get((self.key, "run"))
 
     def _leave(self, encoder: nn.Module, args: tuple, output: Any) -> Any:
         run = left_behind().pop((self.key, "run"), None)
-        if run is None or output is None:
-            return None
-        width = run.width
-        text_len = output.last_hidden_state.shape[1]
-        if getattr(output, "hidden_states", None) is not None:
-            # the last one can be last_hidden_state itself, which is cut off already
-            output.hidden_states = tuple(
-                each if each is None or each.shape[1] == text_len else each[:, width:].contiguous()
-                for each in output.hidden_states
-            )
-        if getattr(output, "attentions", None) is not None:
-            output.attentions = tuple(
-                each if each is None else each[..., width:, width:].contiguous() for each in output.attentions
-            )
-        return output.to_tuple() if run.as_tuple else output
-
-    def rows_of_prompts(self, lengths: tuple[int, ...], like: Tensor) -> Tensor:
-        """The prompt of every row, filled up in front, ``(batch, max(lengths), hidden_size)``.
-
-        Args:
-            like: ``(batch, seq, hidden_size)``, for dtype and device.
-        """
-        batch, _, hidden_size = like.shape
-        names = self.choice.row_names(batch)
-        if names is None:
-            [only] = self.acting()
-            return self.adapter(only)(like.dtype).expand(batch, -1, -1)
-        width = max(lengths)
-        made: dict[str | None, Tensor] = {}
-        for name, length in zip(names, lengths, strict=True):
-            if name in made:
-                continue
-            filler = like.new_zeros(width - length, hidden_size)
-            own = self.adapters[name] if name is not None and length else None
-            made[name] = filler if own is None else torch.cat([filler, own(like.dtype)[0]])
-        return torch.stack([made[name] for name in names])
+        return None if run is None or output is None else cut_off(output, run)
 
 
 class TextPromptHost(EncoderPromptHost):
@@ -241,52 +190,6 @@ class ImagePromptHost(EncoderPromptHost):
             arguments["attention_mask"] = mask
         weight = projection.weight
         return self.rows_of_prompts(lengths, weight.new_empty(batch, 0, encoder.config.hidden_size))
-
-
-def joined_mask(
-    mask: Any, lengths: tuple[int, ...], batch: int, text_len: int, device: torch.device
-) -> Tensor | None:
-    """The attention mask of prompt and text.
-
-    Args:
-        mask: the text's: ``None``; ``(batch, text_len)``, true where a key may be seen; or ``(1 or batch, 1 or heads,
-            1 or text_len, text_len)``, boolean or additive.
-        lengths: of every row's prompt, or one entry for all rows.
-    Returns: ``None`` if every key may be seen; else like ``mask``, longer by ``max(lengths)`` in each dimension that is
-        ``text_len`` long. Every query sees its own row's prompt, and a prompt sees each key that any query of the text
-        sees.
-    Raises: TypeError, ValueError: ``mask`` is none of these.
-    """
-    width = max(lengths)
-    slots = torch.arange(width, device=device)[None]
-    own: Any = lengths[0] if len(lengths) == 1 else torch.tensor(lengths, device=device)[:, None]
-    visible = slots >= width - own  # (1 or batch, width)
-    if mask is None:
-        if min(lengths) == width:
-            return None
-        mask = visible.new_ones(batch, text_len)
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"attention_mask must be a tensor under a soft prompt, got {type(mask).__name__}")
-    if mask.dim() not in (2, 4) or mask.shape[-1] != text_len:
-        raise ValueError(
-            f"attention_mask must be (batch, {text_len}) or (batch, heads, {text_len}, {text_len}) under a soft "
-            f"prompt, got {tuple(mask.shape)}"
-        )
-    if mask.dim() == 2:
-        return torch.cat([visible.to(mask.dtype).expand(batch, -1), mask.expand(batch, -1)], dim=1)
-    if mask.dtype == torch.bool:
-        opened = visible
-    elif mask.is_floating_point():
-        zero = torch.zeros((), dtype=mask.dtype, device=device)
-        opened = torch.where(visible, zero, torch.finfo(mask.dtype).min)
-    else:
-        raise ValueError(f"attention_mask of 4 dimensions must be boolean or floating, got {mask.dtype}")
-    if mask.shape[2] > 1:
-        seen = mask.amax(2, keepdim=True)
-        mask = torch.cat([seen.expand(-1, -1, width, -1), mask], dim=2)
-    rows = max(len(opened), len(mask))
-    mask = mask.expand(rows, -1, -1, -1)
-    return torch.cat([opened[:, None, None].expand(*mask.shape[:3], -1), mask], dim=3)
 
 
 class Family(NamedTuple):

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fastadapter.integrations.parts import discovery
+from fastadapter.integrations.parts.token_mixing import reason_to_join
 from fastadapter.integrations.passes import attention as hook
 from fastadapter.integrations.passes.bottleneck import POINTS, BottleneckHost, resolve
 from fastadapter.integrations.passes.channel_scale import CopyHost, ScaleHost
 from fastadapter.integrations.passes.choice import State
 from fastadapter.integrations.passes.host import Placement, ReparamHost, host_of
 from fastadapter.integrations.passes.prefix import PrefixHost, PromptSlot
-from fastadapter.integrations.passes.soft_prompt import SoftPromptHost
+from fastadapter.integrations.passes.soft_prompt_decoder import SoftPromptHost
 from fastadapter.integrations.passes.soft_prompt_encoder import ImagePromptHost, encoder_of
 from fastadapter.methods import (
     BottleneckConfig,
@@ -130,9 +131,17 @@ def _soft_prompt(model: nn.Module, config: SoftPromptConfig, tokenizer: Any) -> 
     context = getattr(text_config, "max_position_embeddings", None)
     _require_room(config.prompt_len, context)
     learned = discovery.rotary_dim(model, found[0][0]) is None
-    make = functools.partial(SoftPromptHost, learned_positions=learned, context=context)
+    if hasattr(decoder, "embed_tokens_per_layer"):
+        raise TypeError(
+            f"{type(decoder).__name__} embeds token ids anew in every layer, and a soft prompt has no ids: it is not "
+            "defined for this model"
+        )
+    apart = reason_to_join(decoder) is None
+    make = functools.partial(SoftPromptHost, learned_positions=learned, context=context, apart=apart)
     prompt = SoftPrompt(_first_prompt(decoder.get_input_embeddings(), config, tokenizer))
     placements = [Placement(path, SoftPromptHost, prompt, make)]
+    if not apart:
+        return placements
     for each, module in found:
         _, _, make_host = _try_projection(model, each, module, config.prompt_len)
         placements.append(Placement(each, PrefixHost, PromptSlot(config.prompt_len), make_host))

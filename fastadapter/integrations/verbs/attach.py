@@ -12,6 +12,7 @@ from fastadapter.integrations.passes import entry
 from fastadapter.integrations.passes.bottleneck import Watch
 from fastadapter.integrations.passes.choice import Choice
 from fastadapter.integrations.passes.host import Placement, host_of
+from fastadapter.integrations.passes.soft_prompt_decoder import SoftPromptHost, difference
 from fastadapter.integrations.placing.plans import plan
 from fastadapter.integrations.verbs.fold import take_out_of_weights
 from fastadapter.integrations.verbs.record import (
@@ -110,6 +111,7 @@ def install(
         record.state.serials[name] = next(_SERIALS)
         setattr(model, ATTRIBUTE, record)
         _let_passes_begin(model, record)
+        _prove_prompts(model, record, name)
         if fill is not None:
             fill()
         if activate and len(record.configs) == 1:
@@ -136,12 +138,43 @@ def _place(model: nn.Module, record: Attachments, name: str, placement: Placemen
 
 def _let_passes_begin(model: nn.Module, record: Attachments) -> None:
     """Hooks at every model that holds an adapter now."""
-    record.state.checkpointed = None
+    record.state.known = {}
     names = {id(module): path for path, module in model.named_modules()}
     for module in entry.entries(model):
         path = names[id(module)]
         if path not in record.entries:
             record.entries[path] = entry.install(module, record.state)
+
+
+def _prove_prompts(model: nn.Module, record: Attachments, name: str) -> None:
+    """Run a decoder's soft prompt as the model runs joined embeddings: apart where that is seen to be the same.
+
+    Raises: TypeError: the model does not run it either way.
+    """
+    for path, kind in record.places[name]:
+        if kind is not SoftPromptHost:
+            continue
+        decoder = model.get_submodule(path)
+        if any(each.is_meta for each in decoder.parameters()):
+            continue  # nothing to compute with: what the kinds of layers tell has to do
+        host = host_of(decoder, kind)
+        if host.apart and _is_joined(decoder, name)[0]:
+            continue
+        host.apart = False
+        same, why = _is_joined(decoder, name)
+        if not same:
+            raise TypeError(f"{type(decoder).__name__} does not run a soft prompt with its text: {why}")
+
+
+def _is_joined(decoder: nn.Module, name: str) -> tuple[bool, str]:
+    try:
+        found, allowed = difference(decoder, name)
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError) as error:
+        return False, f"{type(error).__name__}: {error}"
+    return (
+        found <= allowed,
+        f"outputs {found:.3g} from those of joined embeddings, expected at most {allowed:.3g}",
+    )
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -194,6 +227,7 @@ def _remove(model: nn.Module, record: Attachments, name: str) -> None:
             for handle in record.handles.pop(place):
                 handle.remove()
     del record.configs[name], record.places[name], record.state.serials[name]
+    record.state.known = {}
     if record.state.default == name:
         record.state.default = None
     chosen = record.state.chosen()
