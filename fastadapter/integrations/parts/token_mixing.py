@@ -19,10 +19,21 @@ def reason_to_join(decoder: nn.Module) -> str | None:
     for path, module in decoder.named_modules():
         if isinstance(module, nn.Conv1d) or _STATEFUL.search(type(module).__name__):
             return f"{path} ({type(module).__name__}) carries a state from token to token"
-    for kind in _rope_types(getattr(decoder, "config", None)):
+    config = getattr(decoder, "config", None)
+    for kind in _rope_types(config):
         if kind in _LENGTH_DEPENDENT:
             return f"rotary embeddings of the type {kind!r} depend on the length of the sequence"
+    if _is_windowed(config):
+        return "a window cuts off what is far, prompts too"
     return None
+
+
+def _is_windowed(config: Any) -> bool:
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return any(kind not in ("full_attention", "attention") for kind in kinds)
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    return bool(window) and getattr(config, "use_sliding_window", True) is not False
 
 
 def _rope_types(config: Any) -> list[str]:
