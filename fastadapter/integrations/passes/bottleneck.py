@@ -90,7 +90,7 @@ class BottleneckHost(Host):
             rounded = not torch.is_grad_enabled() and _multiplies_rounded(x)
             join = functools.partial(operands, bank, x.dtype, stacked=stacked, rounded=rounded)
             key = (group.names, x.dtype, rounded)
-            arguments = self.keep(key, functools.partial(list, bank), join) if stacked or rounded else join()
+            arguments = self.keep(key, functools.partial(list, bank), join)
             adapted = bottleneck(x, residual=adapted, row_ids=group.row_ids, **arguments)
         for source in ("ffn", "residual"):
             inputs.pop((self.key, source), None)

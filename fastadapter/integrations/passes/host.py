@@ -198,7 +198,7 @@ class Host(nn.Module):
         self.forget()
         return super()._apply(fn, recurse)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:  # a copy makes its own
         return {**self.__dict__, "_groups": {}, "_kept": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.passes import attention as hook
-from fastadapter.integrations.passes.choice import State
+from fastadapter.integrations.passes.choice import Choice, State, under_way
 from fastadapter.integrations.passes.host import Group, Host
-from fastadapter.integrations.passes.kept import Part
+from fastadapter.integrations.passes.kept import Kept, Part
 from fastadapter.integrations.passes.shared_softmax import attend_shared
 from fastadapter.nn import GatedPrefix, PrefixTuning
 from fastadapter.ops import gated_prefix
@@ -33,6 +33,14 @@ class Bank(NamedTuple):
     gate: Tensor
     gate_fn: str
     backend: str | None
+
+
+class Plan(NamedTuple):
+    """What one attention does in every pass of the same choice: nothing, or the term of a group whose bank is kept."""
+
+    choice: Choice
+    group: Group | None = None
+    kept: Kept | None = None
 
 
 class PromptSlot(nn.Module):
@@ -66,6 +74,7 @@ class PrefixHost(Host):
         super().__init__(state)
         self.rotary_dim = rotary_dim
         self.fast_projection = fast_projection
+        self._plan: Plan | None = None
 
     def hooks(self, module: nn.Module) -> list[RemovableHandle]:
         hook.keep_hook_for(self)
@@ -104,10 +113,23 @@ class PrefixHost(Host):
             prompts: of this forward pass.
             options: the keyword arguments of the base attention.
         """
+        run, plan = under_way(), self._plan
+        if (
+            plan is not None
+            and run is not None
+            and run.keeps
+            and run.state is self.state
+            and prompts is None
+            and plan.choice == run.choice
+        ):
+            planned = self._follow(plan, base, attention, query, options.get("scaling"))
+            if planned is not None:
+                return planned
         if prompts is not None and prompts.collecting is not None:
             prompts.found[prompts.collecting, self] = (key, value)
             return base()
         if self.idle():
+            self._make_plan(None, query.dtype)
             return base()
         groups = self.groups(query.shape[0], query.device)
         if prompts is not None and prompts.joined:
@@ -138,7 +160,48 @@ class PrefixHost(Host):
             output, weights = output.index_copy(0, rows, part.to(output.dtype)), None
         for group in gated:
             output = self._add_gated(group, attention, output, query, options.get("scaling"))
+        if len(gated) == 1 and not shared and prompts is None:
+            self._make_plan(gated[0], output.dtype)
         return output, weights
+
+    def _follow(
+        self,
+        plan: Plan,
+        base: Callable[[], tuple[Tensor, Any]],
+        attention: nn.Module,
+        query: Tensor,
+        softmax_scale: float | None,
+    ) -> tuple[Tensor, Any] | None:
+        """What the last pass came to, without asking again; ``None`` where something it stands on has changed."""
+        if plan.group is None:
+            return base()
+        row_ids = plan.group.row_ids
+        if plan.kept is None or not plan.kept.is_valid:
+            return None
+        if row_ids is not None and len(row_ids) != len(query):
+            return None
+        output, weights = base()
+        key, value, gate, gate_fn, backend = plan.kept.value
+        if not (output.dtype == query.dtype == key.dtype and output.shape == query.transpose(1, 2).shape):
+            return self._add_gated(plan.group, attention, output, query, softmax_scale), weights
+        scale = query.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+        term = run_forward(backend, output.transpose(1, 2), query, key, value, gate, row_ids, scale, gate_fn)
+        return term.transpose(1, 2), weights
+
+    def _make_plan(self, group: Group | None, dtype: torch.dtype) -> None:
+        if not self.keeps():
+            return
+        if group is None:
+            self._plan = Plan(self.choice)
+        elif (kept := self._kept.get((group.names, dtype))) is not None:
+            self._plan = Plan(self.choice, group, kept)
+
+    def forget(self) -> None:
+        super().forget()
+        self._plan = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_plan": None}
 
     def _shared_bank(
         self, group: Group, attention: nn.Module, dtype: torch.dtype, prompts: PromptRun | None
