@@ -48,7 +48,7 @@ def same_bits(a, b):
 
 def _bytes(x):
     # a copy: an axis of size one may have any stride in a contiguous tensor, and then has no view as bytes
-    return x.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    return x.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 def _largest(x):

@@ -39,16 +39,16 @@ class Adapters(nn.Module):
     """
 
     def __getitem__(self, name: str) -> nn.Module:
-        return cast(nn.Module, self._modules[_child_name(name)])
+        return cast(nn.Module, self._modules[child_name(name)])
 
     def __setitem__(self, name: str, adapter: nn.Module) -> None:
-        self._modules[_child_name(name)] = adapter
+        self._modules[child_name(name)] = adapter
 
     def __delitem__(self, name: str) -> None:
-        del self._modules[_child_name(name)]
+        del self._modules[child_name(name)]
 
     def __contains__(self, name: object) -> bool:
-        return name is not None and _child_name(cast(str, name)) in self._modules
+        return name is not None and child_name(cast(str, name)) in self._modules
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -63,7 +63,8 @@ class Adapters(nn.Module):
 _TAKEN = frozenset(dir(Adapters())) | {"forward"}
 
 
-def _child_name(name: str) -> str:
+def child_name(name: str) -> str:
+    """How the module of an adapter is called among those of its host."""
     return f"={name}" if name in _TAKEN else name
 
 

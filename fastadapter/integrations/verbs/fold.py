@@ -126,8 +126,9 @@ def unfolded(model: nn.Module, name: str) -> Iterator[None]:
 
 def put_into_weights(model: nn.Module, record: Attachments, name: str, undo: Undo) -> None:
     places = foldable(record.places[name])
-    folded = fold_weights(model, name, places)
+    folded = Folded(name)
     undo.add(lambda: restore_weights(model, folded))
+    fold_weights(model, folded, places)
     record.folded = folded
     for place in places:
         for handle in record.handles.pop(place):
@@ -138,14 +139,14 @@ def take_out_of_weights(model: nn.Module, record: Attachments, undo: Undo) -> No
     assert record.folded is not None
     folded, record.folded = record.folded, None
     places = foldable(record.places[folded.name])
-    undo.add(lambda: put_back(model, folded, places))
+    undo.add(lambda: _put_back(model, folded, places))
     restore_weights(model, folded)
     for path, kind in places:
         module = model.get_submodule(path)
         record.handles[path, kind] = host_of(module, kind).hooks(module)
 
 
-def put_back(model: nn.Module, folded: Folded, places: list[Place]) -> None:
+def _put_back(model: nn.Module, folded: Folded, places: list[Place]) -> None:
     """Fold again what was half taken out of the weights: the same bits, they are computed from the same numbers."""
     restore_weights(model, folded)
-    fold_weights(model, folded.name, places)
+    fold_weights(model, Folded(folded.name), places)

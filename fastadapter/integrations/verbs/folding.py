@@ -1,21 +1,21 @@
 """LLaMA-Adapter V2 folded into the weights of a model, and the weights put back as they were."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.passes.channel_scale import CopyHost, ScaleHost
-from fastadapter.integrations.passes.host import Place, host_of
+from fastadapter.integrations.passes.host import Place, child_name, host_of
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
 class Folded:
-    """An adapter that the weights of its model hold.
+    """An adapter that the weights of its model hold, or a part of it while it is put there.
 
     Attributes:
         name: of the adapter.
@@ -25,8 +25,8 @@ class Folded:
     """
 
     name: str
-    originals: dict[str, Tensor | None]
-    trained: list[str]
+    originals: dict[str, Tensor | None] = field(default_factory=dict)
+    trained: list[str] = field(default_factory=list)
 
 
 def foldable(places: Sequence[Place]) -> list[Place]:
@@ -68,29 +68,24 @@ def require_foldable(
 
 
 @torch.no_grad()
-def fold_weights(model: nn.Module, name: str, places: Sequence[Place]) -> Folded:
+def fold_weights(model: nn.Module, folded: Folded, places: Sequence[Place]) -> None:
     """Put the effect of an adapter at ``places``, which :func:`require_foldable` accepted, into the weights.
 
     One layer at a time, so that no second model is needed on its device. The adapter's own parameters stay, frozen.
+    ``folded`` says what was done so far, at every moment.
     """
-    folded = Folded(name, {}, [])
     with torch.inference_mode(False):
-        try:
-            for place in places:
-                for key, value in list(_values(model, name, place)):
-                    before = _parameter(model, key)
-                    folded.originals[key] = None if before is None else before.detach().to("cpu", copy=True)
-                    _put(model, key, value)
-        except BaseException:  # out of memory, an interrupt: half an adapter is no model
-            restore_weights(model, folded)
-            raise
+        for place in places:
+            for key, value in list(_values(model, folded.name, place)):
+                before = _parameter(model, key)
+                folded.originals[key] = None if before is None else before.detach().to("cpu", copy=True)
+                _put(model, key, value)
     for path, kind in places:
-        adapter = host_of(model.get_submodule(path), kind).adapter(name)
+        adapter = host_of(model.get_submodule(path), kind).adapter(folded.name)
         for key, parameter in adapter.named_parameters():
             if parameter.requires_grad:
+                folded.trained.append(f"{path}.{kind.CHILD}.adapters.{child_name(folded.name)}.{key}")
                 parameter.requires_grad_(False)
-                folded.trained.append(f"{path}.{kind.CHILD}.adapters.{name}.{key}")
-    return folded
 
 
 @torch.no_grad()
