@@ -37,12 +37,10 @@ class Undo:
         self._put_state_back = record.state.remember() if record is not None else lambda: None
 
     def add(self, step: Callable[[], Any]) -> None:
-        """Have ``step`` called first if the verb fails."""
+        """Have ``step`` called if the verb fails, once the structure is what it was."""
         self._steps.append(step)
 
     def restore(self) -> None:
-        for step in reversed(self._steps):
-            step()
         attempted = attachments(self._model)
         found = _hosts(self._model)
         for value, content in self._contents:
@@ -51,6 +49,8 @@ class Undo:
         for module, attributes in self._modules:
             module.__dict__.clear()
             module.__dict__.update(attributes)
+        for step in reversed(self._steps):
+            step()
         for parameter, requires_grad in self._requires_grad:
             parameter.requires_grad_(requires_grad)
         if self._record is not None:
