@@ -116,6 +116,19 @@ void parallel(int64_t items, int64_t work, const F& f) {
   }
 }
 
+// Uninitialised, with the sizes, strides and device of `x`.
+inline Tensor empty_strided_like(const Tensor& x, ScalarType dtype) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  int32_t device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), sizes.data(), strides.data(),
+                                                  static_cast<int32_t>(dtype), device_type, device_index,
+                                                  &handle));
+  return Tensor(handle);
+}
+
 // torch.empty_like. The common case, dense without overlap, skips the dispatcher's search by name.
 inline Tensor fast_empty_like(const Tensor& x) {
   const auto sizes = x.sizes(), strides = x.strides();
@@ -132,14 +145,7 @@ inline Tensor fast_empty_like(const Tensor& x) {
     if (stride[i] != expected) return torch::stable::empty_like(x);
     expected *= size[i];
   }
-  int32_t dtype, device_type, device_index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, device_type,
-                                                  device_index, &handle));
-  return Tensor(handle);
+  return empty_strided_like(x, x.scalar_type());
 }
 
 }  // namespace fastadapter

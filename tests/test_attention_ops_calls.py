@@ -5,7 +5,18 @@ import torch
 
 from fastadapter import ops
 from fastadapter.ops import backends
-from tests.support.attention import GATED, OPERANDS, SAVED, SHARED, Shape, make_inputs, module_of, packed, run
+from tests.support.attention import (
+    GATED,
+    OPERANDS,
+    SAVED,
+    SHARED,
+    Shape,
+    for_backward,
+    make_inputs,
+    module_of,
+    packed,
+    run,
+)
 from tests.support.budget import same_bits
 
 OPS = [GATED, SHARED]
@@ -33,7 +44,7 @@ def test_opcheck(op):
         for save in (True, False):
             torch.library.opcheck(forward, (*operands, *options, save), test_utils=utils)
         out, *kept = forward(*operands, *options, True)
-        saved = kept if op == GATED else (out, *kept)
+        saved = for_backward(op, out, kept)
         needs = len(OPERANDS[op]) - 2
         for needed in ((True,) * needs, (False, True) + (False,) * (needs - 2)):
             arguments = (inputs.grad_out, *operands, *saved, *options, *needed)

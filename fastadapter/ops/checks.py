@@ -124,5 +124,9 @@ def require_row_ids_in_range(op: str, row_ids: Tensor | None, num_prefixes: int)
             )
 
 
+def is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16)
+
+
 def lse_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32

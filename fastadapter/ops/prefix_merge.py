@@ -165,7 +165,8 @@ def _by_attention(backward):
         nothing = query.new_empty(query.shape[0], prefix_key.shape[1], 0, query.shape[3])
         inputs = (query, nothing, nothing, prefix_key, prefix_value)
         options = (None, None, row_ids, softmax_scale, False, 0, softcap)
-        grads = backward(grad_out, *inputs, out, lse, *options, need_query, False, need_prefix)
+        # the merged output was rounded, and so was the base that went into it
+        grads = backward(grad_out, *inputs, out.to(lse.dtype), lse, *options, need_query, False, need_prefix)
         on_query = grads[0]
         if need_query and base_grad is not None:
             on_query = torch.empty_like(query).copy_(on_query.add_(base_grad))
