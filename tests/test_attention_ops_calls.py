@@ -178,9 +178,9 @@ BAD_CALLS = [
     ("window must be at least 1, got 0", ValueError, {"window": 0, **CAUSAL}),
     ("window needs is_causal=True", ValueError, {"window": 3}),
     ("softcap must be a float or None, got str", TypeError, {"softcap": "30"}),
-    ("softcap must be positive and finite, got 0.0", ValueError, {"softcap": 0.0}),
-    ("softcap must be positive and finite, got inf", ValueError, {"softcap": float("inf")}),
-    ("softcap must be positive and finite, got nan", ValueError, {"softcap": float("nan")}),
+    ("softcap must be positive and finite in fp32, got 0.0", ValueError, {"softcap": 0.0}),
+    ("softcap must be positive and finite in fp32, got inf", ValueError, {"softcap": float("inf")}),
+    ("softcap must be positive and finite in fp32, got nan", ValueError, {"softcap": float("nan")}),
     ("softmax_scale must be a float or None, got Tensor", TypeError, {"softmax_scale": torch.ones(())}),
     ("a bank of 2 entries needs row_ids", ValueError, {"row_ids": None}),
     (

@@ -25,7 +25,9 @@ SHARED = ONE_HEAD._replace(op="prefix_attention", masters=True)
 # budget by the factors beside.
 FOUND = [
     GATED._replace(seed=1795313711, dtype="bfloat16", masters=True, head_dim=64, logits=2.0),  # 6.6
-    GATED._replace(seed=174494232, dtype="float16", head_dim=64, prefix_len=3, gate="zero", logits=3.0),  # 5.1
+    GATED._replace(
+        seed=174494232, dtype="float16", head_dim=64, prefix_len=3, gate="zero", logits=3.0
+    ),  # 5.1
     GATED._replace(seed=1049748462, dtype="float16", head_dim=64, gate="zero"),  # 27
     SHARED._replace(seed=1598014222, dtype="bfloat16", q_len=3, kv_len=5, head_dim=64),  # 50
     SHARED._replace(seed=836990406, dtype="bfloat16", batch=2, is_causal=True),  # 195

@@ -67,7 +67,7 @@ def gated_prefix_attention(
     Returns: shape, dtype and strides of ``query``. A query that sees no key gets the prefix term alone. Gradients
         come in each argument's own dtype.
     Raises:
-        TypeError: an argument of the wrong type or dtype.
+        TypeError: an argument of the wrong type, dtype or layout.
         ValueError: wrong shape or device, options that exclude each other, ids or offsets out of range, a backend
             that cannot run.
 

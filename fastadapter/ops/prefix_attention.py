@@ -64,7 +64,7 @@ def prefix_attention(
     Returns: shape, dtype and strides of ``query``; 0 for a query that sees neither key nor prefix. Gradients come in
         each argument's own dtype.
     Raises:
-        TypeError: an argument of the wrong type or dtype.
+        TypeError: an argument of the wrong type, dtype or layout.
         ValueError: wrong shape or device, options that exclude each other, ids or offsets out of range, a backend
             that cannot run, a call the merge form cannot compute.
 
