@@ -82,7 +82,8 @@ def bottleneck(
         own dtype.
     Raises:
         TypeError: an argument of the wrong type, dtype or layout.
-        ValueError: wrong shape, device or option, a scale or ``eps`` that is not finite, ``row_ids`` out of range, a backend that cannot run.
+        ValueError: wrong shape, device or option, a scale or ``eps`` that is not finite, ``row_ids`` out of range, a
+            backend that cannot run.
 
     >>> x, down, up = torch.randn(2, 5, 8), torch.randn(3, 8), torch.randn(8, 3)
     >>> expected = x + torch.nn.functional.gelu(x @ down.T) @ up.T

@@ -17,8 +17,8 @@ _LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32)
 
 def once(tensors: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Run the decorated checks once per shapes, dtypes, devices and layouts of their first ``tensors`` arguments and
-    values of all others; what they raise is raised every time. For checks that look at nothing else, values least of all:
-    ``row_ids`` on a CPU need :func:`require_row_ids_in_range` at every call.
+    values of all others; what they raise is raised every time. For checks that look at nothing else, values least of
+    all: ``row_ids`` on a CPU need :func:`require_row_ids_in_range` at every call.
     """
 
     def decorate(check: Callable[..., None]) -> Callable[..., None]:

@@ -49,7 +49,8 @@ def gated_prefix(
     Returns: shape, dtype and strides of ``base``. Gradients come in each argument's own dtype.
     Raises:
         TypeError: an argument of the wrong type, dtype or layout.
-        ValueError: wrong shape or device, a scale that is not finite, ``row_ids`` out of range, a backend that cannot run.
+        ValueError: wrong shape or device, a scale that is not finite, ``row_ids`` out of range, a backend that cannot
+            run.
 
     >>> base, query = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 8)
     >>> key, value = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)
