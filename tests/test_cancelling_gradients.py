@@ -6,6 +6,8 @@ achieves in half precision says little there: it is exact where ``p`` rounds to 
 budget beside plain PyTorch in fp32, rounded once.
 """
 
+import random
+
 import pytest
 import torch
 
@@ -41,14 +43,37 @@ FOUND = [
 @pytest.mark.parametrize("op", ["gated_prefix_attention", "prefix_attention"])
 def test_gradients_of_scores_are_those_of_fp32_rounded_once(op, dtype, masters, backend):
     for seed in range(6):
-        problem = attention.build(FEW_KEYS._replace(op=op, seed=seed, dtype=dtype, masters=masters))
-        exact = attention.truth(problem, torch.float64)
-        wide = {name: x.float() for name, x in problem.tensors().items() if x.is_floating_point()}
-        plain = attention.truth(problem.replace(**wide), torch.float32)
-        actual = run(problem, attention.call, backend)
-        for name in SCORED:
-            found = actual[name].to(problem.grad_out.dtype)  # the prefix may be fp32 masters
-            assert_within_budget(found, plain[name], exact[name], f"{name}, seed {seed}")
+        check(FEW_KEYS._replace(op=op, seed=seed, dtype=dtype, masters=masters), backend)
+
+
+def check(case, backend):
+    problem = attention.build(case)
+    exact = attention.truth(problem, torch.float64)
+    wide = {name: x.float() for name, x in problem.tensors().items() if x.is_floating_point()}
+    plain = attention.truth(problem.replace(**wide), torch.float32)
+    actual = run(problem, attention.call, backend)
+    for name in (name for name in SCORED if name in actual):
+        found = actual[name].to(problem.grad_out.dtype)  # the prefix may be fp32 masters
+        assert_within_budget(found, plain[name], exact[name], f"{name} of {case}")
+
+
+@pytest.mark.slow
+@needs_extension
+@pytest.mark.parametrize("op", ["gated_prefix", "gated_prefix_attention", "prefix_attention"])
+def test_a_long_search_over_few_keys(op):
+    """Other cases in every run; a failure prints its case."""
+    draw = random.SystemRandom()
+    for _ in range(2000):
+        sizes = {
+            "q_len": (1, 2, 3, 5),
+            "kv_len": (1, 2, 3, 5),
+            "prefix_len": (1, 2, 3),
+            "head_dim": (1, 4, 16, 64),
+        }
+        values = {"dtype": ("bfloat16", "float16"), "logits": (1.0, 2.0, 3.0, 5.0), "softcap": (None, 5.0)}
+        switches = dict.fromkeys(("masters", "is_causal"), (False, True)) | {"gate": ("random", "zero")}
+        drawn = {name: draw.choice(choices) for name, choices in (sizes | values | switches).items()}
+        check(FEW_KEYS._replace(op=op, seed=draw.randrange(2**31), **drawn), "cpp")
 
 
 @needs_extension
