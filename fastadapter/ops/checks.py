@@ -63,6 +63,8 @@ def require_tensor(op: str, **tensors: Tensor) -> None:
 
 def require_finite(op: str, name: str, value: float, kind: str = "a float") -> float:
     """A number that fp32 can hold, as a float."""
+    if type(value) is float and -_LARGEST <= value <= _LARGEST:
+        return value  # what nearly every call has
     _require_number(op, name, value, kind)
     if not abs(value) <= _LARGEST:
         raise ValueError(f"{op}: {name} must be finite in fp32, got {value}")
