@@ -18,11 +18,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_prefix_attention(
   AttentionCall call(kOp, Mode::kGated, query, &key, &value, prefix_key, prefix_value,
                      {attn_mask, cu_seqlens, row_ids, softmax_scale, is_causal, window, softcap});
   call.set_gate(gate, gate_fn);
-  auto none = [&](ScalarType dtype) { return torch::stable::new_empty(query, {0}, dtype); };
+  auto none = [&] { return nothing(query, call.compute_type()); };
   Tensor out = fast_empty_like(query);
-  Tensor base = save ? call.empty_wide(out) : none(call.compute_type());
-  Tensor lse = save ? call.empty_rows(query) : none(call.compute_type());
-  Tensor prefix_lse = save ? call.empty_rows(query) : none(call.compute_type());
+  Tensor base = save ? call.empty_wide(out) : none();
+  Tensor lse = save ? call.empty_rows(query) : none();
+  Tensor prefix_lse = save ? call.empty_rows(query) : none();
   call.op.out = view(kOp, "out", out);
   call.op.save = save;
   if (save) {

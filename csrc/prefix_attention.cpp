@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor> prefix_attention(
   AttentionCall call(kOp, Mode::kShared, query, &key, &value, prefix_key, prefix_value,
                      {attn_mask, cu_seqlens, row_ids, softmax_scale, is_causal, window, softcap});
   Tensor out = fast_empty_like(query);
-  auto none = [&] { return torch::stable::new_empty(query, {0}, call.compute_type()); };
+  auto none = [&] { return nothing(query, call.compute_type()); };
   const bool rounded = query.scalar_type() != call.compute_type();
   Tensor lse = save ? call.empty_rows(query) : none();
   Tensor wide_out = save && rounded ? call.empty_wide(out) : none();
