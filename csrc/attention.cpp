@@ -157,12 +157,13 @@ void AttentionCall::set_gate(const Tensor& gate, const std::string& gate_fn) {
   op.factor = factor_.get();
 }
 
-void AttentionCall::check_like_query(const char* argument, const Tensor& x, const Tensor& query) const {
+void AttentionCall::check_like_query(const char* argument, const Tensor& x, const Tensor& query,
+                                     ScalarType dtype) const {
   const auto q = query.sizes();
   STD_TORCH_CHECK(x.dim() == 4, name_, ": ", argument, " must have 4 dims, got ", x.dim());
   check_sizes(name_, argument, x, {q[0], q[1], q[2], q[3]});
-  STD_TORCH_CHECK(x.scalar_type() == query.scalar_type(), name_, ": ", argument,
-                  " must have the dtype of query");
+  STD_TORCH_CHECK(x.scalar_type() == dtype, name_, ": ", argument, " must be ",
+                  torch::headeronly::toString(dtype), ", got ", torch::headeronly::toString(x.scalar_type()));
 }
 
 View AttentionCall::row_view(const char* argument, const Tensor& x) const {
@@ -179,6 +180,8 @@ View AttentionCall::row_view(const char* argument, const Tensor& x) const {
 Tensor AttentionCall::empty_rows(const Tensor& like) const {
   return torch::stable::new_empty(like, {batch_, op.heads, q_len_}, compute_type());
 }
+
+Tensor AttentionCall::empty_wide(const Tensor& out) const { return empty_strided_like(out, compute_type()); }
 
 int64_t AttentionCall::work(int64_t products) const {
   int64_t pairs = 0;

@@ -33,10 +33,12 @@ class AttentionCall {
   AttentionCall(const AttentionCall&) = delete;
 
   void set_gate(const Tensor& gate, const std::string& gate_fn);
-  void check_like_query(const char* name, const Tensor& x, const Tensor& query) const;
+  void check_like_query(const char* name, const Tensor& x, const Tensor& query, ScalarType dtype) const;
   // (batch, heads, q_len) in the compute type.
   View row_view(const char* name, const Tensor& x) const;
   Tensor empty_rows(const Tensor& like) const;
+  // Laid out like `out`, in the compute type.
+  Tensor empty_wide(const Tensor& out) const;
   void forward();
   // Fills what the view of each needed gradient in `op` points to, but for the gate's.
   void backward();

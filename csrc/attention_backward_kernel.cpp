@@ -272,14 +272,13 @@ inline void attend_rows(const Attention& op, const Scratch<C>& s, const Sequence
     pack_rows(op.query, query, rows, op.head_dim, dim, s.row, s.query_rows);
     pack_rows(op.grad_out, grad_out, rows, op.head_dim, dim, s.row, s.grad_rows);
   }
-  const View& out = op.mode == Mode::kGated ? op.base : op.out;
   for (int64_t r = 0; r < rows; ++r)
     s.lse[r] = *reinterpret_cast<const C*>(at(op.lse, sequence.batch, head, token + r));
   constexpr int64_t W = kLanes<C>;
   for (int64_t first = 0; first < rows; first += W) {
     for (int64_t r = 0; r < W; ++r) {  // lanes without a row repeat the last
       const int64_t row = min(first + r, rows - 1);
-      load_row(out, at(out, sequence.batch, head, token + row), op.head_dim, s.rows + r * dim);
+      load_row(op.wide, at(op.wide, sequence.batch, head, token + row), op.head_dim, s.rows + r * dim);
       load_row(op.grad_out, grad_out + row * op.grad_out.stride[2], op.head_dim, s.rows + (W + r) * dim);
     }
     dots(s.rows, s.rows + W * dim, dim, op.head_dim, s.delta + first);

@@ -112,11 +112,10 @@ inline void finish(const Attention& op, const Scratch<C>& s, const Sequence& seq
   const C scale = sum == 0 ? C(0) : 1 / sum;
   for (int64_t j = 0; j < dim; j += W) store(s.out + j, load(acc + j) * scale);
   if (op.save) *lse(op.lse) = sum == 0 ? -std::numeric_limits<C>::infinity() : top + std::log(sum);
+  if (op.wide.data) store_row(op.wide, at(op.wide, sequence.batch, head, token), op.head_dim, s.out);
   if (op.mode == Mode::kGated) {
-    if (op.save) {
-      store_row(op.base, at(op.base, sequence.batch, head, token), op.head_dim, s.out);
+    if (op.save)
       *lse(op.prefix_lse) = sequence.slot < 0 ? -std::numeric_limits<C>::infinity() : s.prefix.lse(r);
-    }
     const C factor =
         sequence.slot < 0 ? C(0) : static_cast<const C*>(op.factor)[sequence.slot * op.heads + head];
     if (factor != 0) {

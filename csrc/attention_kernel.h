@@ -45,10 +45,11 @@ struct Attention {
   View query, key, value, prefix_key, prefix_value;  // prefix: (num_prefixes, kv_heads, prefix_len, head_dim)
   View mask;                                         // (batch, heads, q_len, kv_len)
   bool has_mask, mask_is_bool;
-  View out, base;        // `base` is the base term of kGated, and what the prefix is merged into
+  View out, base;        // `base` is what the prefix of kMerge is merged into
+  View wide;             // attention's output unrounded, of kGated without the prefix; null: not wanted
   View lse, prefix_lse;  // (batch, heads, q_len), stride[3] unused; compute type
   View base_lse;         // kMerge
-  bool save;             // base, lse, prefix_lse are wanted
+  bool save;             // lse, prefix_lse are wanted
 
   const Sequence* sequences;
   int64_t num_sequences;
@@ -57,7 +58,7 @@ struct Attention {
   const int64_t* in_parts;  // sequences whose parts have to be joined
   void* parts;              // (their parts of all kv heads, few_rows, padded_dim + 2)
 
-  // Backward. `out` and `base` are inputs; lse, prefix_lse too.
+  // Backward. wide, lse, prefix_lse are inputs.
   View grad_out, grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value;
   bool need_query, need_key_value, need_prefix, need_gate;
   int64_t num_entries;

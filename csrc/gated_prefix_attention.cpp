@@ -18,15 +18,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_prefix_attention(
   AttentionCall call(kOp, Mode::kGated, query, &key, &value, prefix_key, prefix_value,
                      {attn_mask, cu_seqlens, row_ids, softmax_scale, is_causal, window, softcap});
   call.set_gate(gate, gate_fn);
-  auto none = [&](ScalarType dtype) { return torch::stable::new_empty(query, {0}, dtype); };
+  auto none = [&] { return nothing(query, call.compute_type()); };
   Tensor out = fast_empty_like(query);
-  Tensor base = save ? fast_empty_like(query) : none(query.scalar_type());
-  Tensor lse = save ? call.empty_rows(query) : none(call.compute_type());
-  Tensor prefix_lse = save ? call.empty_rows(query) : none(call.compute_type());
+  Tensor base = save ? call.empty_wide(out) : none();
+  Tensor lse = save ? call.empty_rows(query) : none();
+  Tensor prefix_lse = save ? call.empty_rows(query) : none();
   call.op.out = view(kOp, "out", out);
   call.op.save = save;
   if (save) {
-    call.op.base = view(kOp, "base", base);
+    call.op.wide = view(kOp, "base", base);
     call.op.lse = call.row_view("lse", lse);
     call.op.prefix_lse = call.row_view("prefix_lse", prefix_lse);
   }
@@ -44,11 +44,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_prefix_attentio
   AttentionCall call(kOp, Mode::kGated, query, &key, &value, prefix_key, prefix_value,
                      {attn_mask, cu_seqlens, row_ids, softmax_scale, is_causal, window, softcap});
   call.set_gate(gate, gate_fn);
-  call.check_like_query("grad_out", grad_out, query);
-  call.check_like_query("base", base, query);
+  call.check_like_query("grad_out", grad_out, query, query.scalar_type());
+  call.check_like_query("base", base, query, call.compute_type());
   Attention& op = call.op;
   op.grad_out = view(kOp, "grad_out", grad_out);
-  op.base = view(kOp, "base", base);
+  op.wide = view(kOp, "base", base);
   op.lse = call.row_view("lse", lse);
   op.prefix_lse = call.row_view("prefix_lse", prefix_lse);
   op.need_query = need_query, op.need_key_value = need_key_value;

@@ -116,6 +116,29 @@ void parallel(int64_t items, int64_t work, const F& f) {
   }
 }
 
+// Uninitialised, on the device of `x`, without the dispatcher's search by name.
+inline Tensor fast_empty(const Tensor& x, int64_t dims, const int64_t* sizes, const int64_t* strides,
+                         ScalarType dtype) {
+  int32_t device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(dtype),
+                                                  device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+// With the sizes and strides of `x`.
+inline Tensor empty_strided_like(const Tensor& x, ScalarType dtype) {
+  return fast_empty(x, x.dim(), x.sizes().data(), x.strides().data(), dtype);
+}
+
+// What stands for a result that is not wanted, of shape (0,).
+inline Tensor nothing(const Tensor& x, ScalarType dtype) {
+  const int64_t size = 0, stride = 1;
+  return fast_empty(x, 1, &size, &stride, dtype);
+}
+
 // torch.empty_like. The common case, dense without overlap, skips the dispatcher's search by name.
 inline Tensor fast_empty_like(const Tensor& x) {
   const auto sizes = x.sizes(), strides = x.strides();
@@ -132,14 +155,7 @@ inline Tensor fast_empty_like(const Tensor& x) {
     if (stride[i] != expected) return torch::stable::empty_like(x);
     expected *= size[i];
   }
-  int32_t dtype, device_type, device_index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, device_type,
-                                                  device_index, &handle));
-  return Tensor(handle);
+  return empty_strided_like(x, x.scalar_type());
 }
 
 }  // namespace fastadapter

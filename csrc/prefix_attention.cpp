@@ -10,21 +10,24 @@ namespace {
 
 constexpr const char* kOp = "prefix_attention";
 
-std::tuple<Tensor, Tensor> prefix_attention(const Tensor& query, const Tensor& key, const Tensor& value,
-                                            const Tensor& prefix_key, const Tensor& prefix_value,
-                                            const std::optional<Tensor>& attn_mask,
-                                            const std::optional<Tensor>& cu_seqlens,
-                                            const std::optional<Tensor>& row_ids, double softmax_scale,
-                                            bool is_causal, int64_t window, double softcap, bool save) {
+std::tuple<Tensor, Tensor, Tensor> prefix_attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prefix_key,
+    const Tensor& prefix_value, const std::optional<Tensor>& attn_mask,
+    const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& row_ids, double softmax_scale,
+    bool is_causal, int64_t window, double softcap, bool save) {
   AttentionCall call(kOp, Mode::kShared, query, &key, &value, prefix_key, prefix_value,
                      {attn_mask, cu_seqlens, row_ids, softmax_scale, is_causal, window, softcap});
   Tensor out = fast_empty_like(query);
-  Tensor lse = save ? call.empty_rows(query) : torch::stable::new_empty(query, {0}, call.compute_type());
+  auto none = [&] { return nothing(query, call.compute_type()); };
+  const bool rounded = query.scalar_type() != call.compute_type();
+  Tensor lse = save ? call.empty_rows(query) : none();
+  Tensor wide_out = save && rounded ? call.empty_wide(out) : none();
   call.op.out = view(kOp, "out", out);
   call.op.save = save;
   if (save) call.op.lse = call.row_view("lse", lse);
+  if (save && rounded) call.op.wide = view(kOp, "wide_out", wide_out);
   call.forward();
-  return {out, lse};
+  return {out, lse, wide_out};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
@@ -35,11 +38,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     double softcap, bool need_query, bool need_key_value, bool need_prefix) {
   AttentionCall call(kOp, Mode::kShared, query, &key, &value, prefix_key, prefix_value,
                      {attn_mask, cu_seqlens, row_ids, softmax_scale, is_causal, window, softcap});
-  call.check_like_query("grad_out", grad_out, query);
-  call.check_like_query("out", out, query);
+  call.check_like_query("grad_out", grad_out, query, query.scalar_type());
+  call.check_like_query("out", out, query, call.compute_type());
   Attention& op = call.op;
   op.grad_out = view(kOp, "grad_out", grad_out);
-  op.out = view(kOp, "out", out);
+  op.wide = view(kOp, "out", out);
   op.lse = call.row_view("lse", lse);
   op.need_query = need_query, op.need_key_value = need_key_value, op.need_prefix = need_prefix;
   Gradients grads(call, query, key, value, prefix_key, prefix_value);
@@ -54,7 +57,7 @@ std::tuple<Tensor, Tensor> prefix_merge(const Tensor& base, const Tensor& lse, c
   constexpr const char* name = "prefix_merge";
   AttentionCall call(name, Mode::kMerge, query, nullptr, nullptr, prefix_key, prefix_value,
                      {std::nullopt, std::nullopt, row_ids, softmax_scale, false, 0, softcap});
-  call.check_like_query("base", base, query);
+  call.check_like_query("base", base, query, query.scalar_type());
   Tensor out = fast_empty_like(base);
   Tensor merged_lse = call.empty_rows(query);
   call.op.base = view(name, "base", base);

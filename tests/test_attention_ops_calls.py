@@ -5,7 +5,18 @@ import torch
 
 from fastadapter import ops
 from fastadapter.ops import backends
-from tests.support.attention import GATED, OPERANDS, SAVED, SHARED, Shape, make_inputs, module_of, packed, run
+from tests.support.attention import (
+    GATED,
+    OPERANDS,
+    SAVED,
+    SHARED,
+    Shape,
+    for_backward,
+    make_inputs,
+    module_of,
+    packed,
+    run,
+)
 from tests.support.budget import same_bits
 
 OPS = [GATED, SHARED]
@@ -33,7 +44,7 @@ def test_opcheck(op):
         for save in (True, False):
             torch.library.opcheck(forward, (*operands, *options, save), test_utils=utils)
         out, *kept = forward(*operands, *options, True)
-        saved = kept if op == GATED else (out, *kept)
+        saved = for_backward(op, out, kept)
         needs = len(OPERANDS[op]) - 2
         for needed in ((True,) * needs, (False, True) + (False,) * (needs - 2)):
             arguments = (inputs.grad_out, *operands, *saved, *options, *needed)
@@ -167,9 +178,9 @@ BAD_CALLS = [
     ("window must be at least 1, got 0", ValueError, {"window": 0, **CAUSAL}),
     ("window needs is_causal=True", ValueError, {"window": 3}),
     ("softcap must be a float or None, got str", TypeError, {"softcap": "30"}),
-    ("softcap must be positive and finite, got 0.0", ValueError, {"softcap": 0.0}),
-    ("softcap must be positive and finite, got inf", ValueError, {"softcap": float("inf")}),
-    ("softcap must be positive and finite, got nan", ValueError, {"softcap": float("nan")}),
+    ("softcap must be positive and finite in fp32, got 0.0", ValueError, {"softcap": 0.0}),
+    ("softcap must be positive and finite in fp32, got inf", ValueError, {"softcap": float("inf")}),
+    ("softcap must be positive and finite in fp32, got nan", ValueError, {"softcap": float("nan")}),
     ("softmax_scale must be a float or None, got Tensor", TypeError, {"softmax_scale": torch.ones(())}),
     ("a bank of 2 entries needs row_ids", ValueError, {"row_ids": None}),
     (

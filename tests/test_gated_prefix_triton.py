@@ -289,6 +289,36 @@ def test_the_gradient_of_a_base_is_added(dtype, prefix_len):
     assert all(same_bits(one.cpu(), other.cpu()) for one, other in zip(found[1:], alone[1:], strict=True))
 
 
+@pytest.mark.parametrize("prefix_len", [5, 40])
+@pytest.mark.parametrize("by_row", [True, False])
+def test_the_same_kernels_run_whichever_gradients_are_asked_for(prefix_len, by_row, monkeypatch):
+    """On a GPU a kernel compiled without one of the gradients contracted other multiply-adds, and rounded elsewhere.
+
+    The interpreter compiles nothing, so what a kernel would be compiled for is compared: all of its arguments but
+    lengths, which are given at run time.
+    """
+    seen = []
+
+    class Watched(prefix_term_backward.Launch):
+        def __init__(self, kernel, grid, tensors, constants):
+            super().__init__(kernel, grid, tensors, constants)
+            module = prefix_term_backward
+            lengths = {*prefix_tiles.LENGTHS, *module.RUN_LENGTHS, *module.REDUCE_LENGTHS}
+            compiled_for = {name: value for name, value in constants.items() if name not in lengths}
+            seen.append((kernel.__name__, tensors, compiled_for))
+
+    monkeypatch.setattr(prefix_term_backward, "Launch", Watched)
+    inputs = make_inputs(BANK._replace(prefix_len=prefix_len), torch.float16)
+    if not by_row:
+        inputs = inputs._replace(row_ids=None, **{name: getattr(inputs, name)[:1] for name in GRADS[1:]})
+    launch(inputs)
+    everything = list(seen)
+    for needs in ((True, False, False), (False, True, False), (False, False, True), (True, True, False)):
+        seen.clear()
+        launch(inputs, needs=needs)
+        assert seen and all(each in everything for each in seen), needs
+
+
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 0, 0)], ids=str)
 @pytest.mark.parametrize("prefix_len", [5, 17])
 def test_only_needed_gradients_are_computed(needs, prefix_len):

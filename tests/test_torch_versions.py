@@ -33,7 +33,6 @@ STABLE_NAMES = {
     "aoti_torch_empty_strided",
     "aoti_torch_get_device_index",
     "aoti_torch_get_device_type",
-    "aoti_torch_get_dtype",
     "torch::headeronly::ScalarType",
     "torch::headeronly::toString",
     "torch::stable::Tensor",

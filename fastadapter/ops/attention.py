@@ -1,6 +1,5 @@
 """What the two attention ops share: argument checks, and the options in the form the registered ops take."""
 
-import math
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -125,6 +124,8 @@ def check_options(
             raise TypeError(f"{op}: window must be an int or None, got {type(window).__name__}")
         if window < 1:
             raise ValueError(f"{op}: window must be at least 1, got {window}")
+        if window >= 2**63:
+            raise ValueError(f"{op}: window must be below 2^63, got {window}")
         if not is_causal:
             raise ValueError(f"{op}: window needs is_causal=True, got is_causal=False")
     rows, axes = batch, "(batch,)"
@@ -137,29 +138,11 @@ def check_options(
         attn_mask,
         cu_seqlens,
         row_ids,
-        scale_or_default(op, softmax_scale, head_dim),
+        checks.scale_or_default(op, softmax_scale, head_dim),
         is_causal,
         window or 0,
-        softcap_or_zero(op, softcap),
+        checks.softcap_or_zero(op, softcap),
     )
-
-
-def scale_or_default(op: str, softmax_scale: float | None, head_dim: int) -> float:
-    if softmax_scale is None:
-        return float(head_dim**-0.5)
-    if isinstance(softmax_scale, (bool, Tensor)) or not isinstance(softmax_scale, (int, float)):
-        raise TypeError(f"{op}: softmax_scale must be a float or None, got {type(softmax_scale).__name__}")
-    return float(softmax_scale)
-
-
-def softcap_or_zero(op: str, softcap: float | None) -> float:
-    if softcap is None:
-        return 0.0
-    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
-        raise TypeError(f"{op}: softcap must be a float or None, got {type(softcap).__name__}")
-    if not (0 < softcap < math.inf):
-        raise ValueError(f"{op}: softcap must be positive and finite, got {softcap}")
-    return float(softcap)
 
 
 def require_cu_seqlens(op: str, cu_seqlens: Tensor, query: Tensor, kv_len: int) -> None:

@@ -289,7 +289,8 @@ def _reference_call(
 
 def _reference_forward(query, key, value, options):
     prefix, keywords = _reference_call(query, key, options)
-    return *reference.prefix_attention(query, key, value, *prefix, **keywords), ()
+    out, lse, _ = reference.prefix_attention(query, key, value, *prefix, **keywords)
+    return out, lse, ()
 
 
 def _reference_backward(grad_out, query, key, value, out, lse, options, state):

@@ -81,8 +81,9 @@ def bottleneck(
     Returns: shape and dtype of ``x``, and its strides where it has up to 3 dims. Gradients come in each argument's
         own dtype.
     Raises:
-        TypeError: a tensor of the wrong type or dtype.
-        ValueError: wrong shape, device or option, ``row_ids`` out of range, a backend that cannot run.
+        TypeError: an argument of the wrong type, dtype or layout.
+        ValueError: wrong shape, device or option, a scale or ``eps`` that is not finite, ``row_ids`` out of range, a
+            backend that cannot run.
 
     >>> x, down, up = torch.randn(2, 5, 8), torch.randn(3, 8), torch.randn(8, 3)
     >>> expected = x + torch.nn.functional.gelu(x @ down.T) @ up.T
@@ -103,7 +104,7 @@ def bottleneck(
         bank = tuple(p if p is None else p[None] for p in bank)
     norm_weight, norm_bias = (p if p is None or p.dim() == 2 else p[None] for p in (norm.weight, norm.bias))
     tensors = (inner, *bank, inner if residual_is_x else others, norm_weight, norm_bias)
-    constants = (activation, norm.kind, float(norm.eps), float(scale))
+    constants = (activation, norm.kind, float(norm.eps), checks.require_finite("bottleneck", "scale", scale))
     chosen = choose_backend(backend, x.device.type, x.dtype, "bottleneck")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if residual_is_x:  # one input, so that its two gradients are one pass
@@ -148,6 +149,8 @@ def _validate(x, down_weight, up_weight, down_bias, up_bias, residual, activatio
             raise TypeError(f"{op}: norm must be a Norm or None, got {type(norm).__name__}")
         if norm.kind not in NORMS:
             raise ValueError(f"{op}: norm.kind must be one of {', '.join(NORMS)}, got {norm.kind!r}")
+        if checks.require_finite(op, "norm.eps", norm.eps) < 0:
+            raise ValueError(f"{op}: norm.eps must be at least 0, got {norm.eps}")
         optional |= {"norm.weight": norm.weight, "norm.bias": norm.bias}
     given = {name: tensor for name, tensor in optional.items() if tensor is not None}
     checks.require_tensor(op, **given)

@@ -11,12 +11,14 @@ ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64
 # Layouts remembered per op: lengths of prompts differ without end.
 _LIMIT = 4096
 GATE_FUNCTIONS = ("tanh", "identity")
+# Kernels take scalars in fp32: beyond these they would be Inf, or a zero that means something else.
+_LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 
 
 def once(tensors: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Run the decorated checks once per shapes, dtypes and devices of their first ``tensors`` arguments and values of
-    all others; what they raise is raised every time. For checks that look at nothing else, values least of all:
-    ``row_ids`` on a CPU need :func:`require_row_ids_in_range` at every call.
+    """Run the decorated checks once per shapes, dtypes, devices and layouts of their first ``tensors`` arguments and
+    values of all others; what they raise is raised every time. For checks that look at nothing else, values least of
+    all: ``row_ids`` on a CPU need :func:`require_row_ids_in_range` at every call.
     """
 
     def decorate(check: Callable[..., None]) -> Callable[..., None]:
@@ -27,11 +29,17 @@ def once(tensors: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
             if torch.compiler.is_compiling():
                 return check(*args)
             try:
-                layouts = [None if x is None else (x.shape, x.dtype, x.device) for x in args[:tensors]]
+                layouts = [
+                    None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in args[:tensors]
+                ]
                 key = (*layouts, *args[tensors:])
                 if key in passed:
                     return None
-            except (AttributeError, TypeError):  # no tensor, or sizes that are symbols
+            except (
+                AttributeError,
+                TypeError,
+                RuntimeError,
+            ):  # no tensor, a nested one, or sizes that are symbols
                 return check(*args)
             check(*args)
             if len(passed) >= _LIMIT:
@@ -48,6 +56,32 @@ def require_tensor(op: str, **tensors: Tensor) -> None:
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.is_nested or value.layout != torch.strided:
+            kind = "nested" if value.is_nested else str(value.layout)
+            raise TypeError(f"{op}: {name} must be a dense tensor (torch.strided), got a {kind} one")
+
+
+def require_finite(op: str, name: str, value: float, kind: str = "a float") -> float:
+    """A number that fp32 can hold, as a float."""
+    if type(value) is float and -_LARGEST <= value <= _LARGEST:
+        return value  # what nearly every call has
+    _require_number(op, name, value, kind)
+    if not abs(value) <= _LARGEST:
+        raise ValueError(f"{op}: {name} must be finite in fp32, got {value}")
+    return float(value)
+
+
+def require_positive(op: str, name: str, value: float, kind: str = "a float") -> float:
+    """A number above zero that fp32 can hold, as a float."""
+    _require_number(op, name, value, kind)
+    if not _SMALLEST <= value <= _LARGEST:
+        raise ValueError(f"{op}: {name} must be positive and finite in fp32, got {value}")
+    return float(value)
+
+
+def _require_number(op: str, name: str, value: float, kind: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be {kind}, got {type(value).__name__}")
 
 
 def require_dims(op: str, name: str, tensor: Tensor, axes: str) -> None:
@@ -91,6 +125,16 @@ def require_gate(op: str, gate: Tensor, dtype: torch.dtype, num_prefixes: int, n
     require_dtype(op, "gate", gate, (torch.float64 if dtype == torch.float64 else torch.float32,))
 
 
+def scale_or_default(op: str, softmax_scale: float | None, head_dim: int) -> float:
+    if softmax_scale is None:
+        return float(head_dim**-0.5)
+    return require_finite(op, "softmax_scale", softmax_scale, "a float or None")
+
+
+def softcap_or_zero(op: str, softcap: float | None) -> float:
+    return 0.0 if softcap is None else require_positive(op, "softcap", softcap, "a float or None")
+
+
 def require_gate_fn(op: str, gate_fn: str) -> None:
     if gate_fn not in GATE_FUNCTIONS:
         raise ValueError(f"{op}: gate_fn must be one of {', '.join(GATE_FUNCTIONS)}, got {gate_fn!r}")
@@ -122,6 +166,10 @@ def require_row_ids_in_range(op: str, row_ids: Tensor | None, num_prefixes: int)
             raise ValueError(
                 f"{op}: row_ids must be in [-1, {num_prefixes}), got values from {low} to {high}"
             )
+
+
+def is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16)
 
 
 def lse_dtype(x: Tensor) -> torch.dtype:

@@ -48,8 +48,9 @@ def gated_prefix(
         backend: ``"auto"`` (C++ on CPU, Triton on GPU), ``"triton"``, ``"cpp"`` or ``"reference"``.
     Returns: shape, dtype and strides of ``base``. Gradients come in each argument's own dtype.
     Raises:
-        TypeError: a tensor of the wrong type or dtype.
-        ValueError: wrong shape or device, ``row_ids`` out of range, a backend that cannot run.
+        TypeError: an argument of the wrong type, dtype or layout.
+        ValueError: wrong shape or device, a scale that is not finite, ``row_ids`` out of range, a backend that cannot
+            run.
 
     >>> base, query = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 8)
     >>> key, value = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)
@@ -58,10 +59,9 @@ def gated_prefix(
     """
     _validate(base, query, prefix_key, prefix_value, gate, row_ids, gate_fn)
     checks.require_row_ids_in_range("gated_prefix", row_ids, prefix_key.shape[0])
-    if softmax_scale is None:
-        softmax_scale = query.shape[-1] ** -0.5
+    scale = checks.scale_or_default("gated_prefix", softmax_scale, query.shape[3])
     chosen = choose_backend(backend, query.device.type, query.dtype, "gated_prefix", query.shape[3])
-    args = (base, query, prefix_key, prefix_value, gate, row_ids, float(softmax_scale), gate_fn)
+    args = (base, query, prefix_key, prefix_value, gate, row_ids, scale, gate_fn)
     if torch.is_grad_enabled() and any(x.requires_grad for x in args[:5]):
         return _GatedPrefix.apply(*args, chosen)
     return run_forward(chosen, *args)

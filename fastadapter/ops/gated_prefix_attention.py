@@ -67,7 +67,7 @@ def gated_prefix_attention(
     Returns: shape, dtype and strides of ``query``. A query that sees no key gets the prefix term alone. Gradients
         come in each argument's own dtype.
     Raises:
-        TypeError: an argument of the wrong type or dtype.
+        TypeError: an argument of the wrong type, dtype or layout.
         ValueError: wrong shape or device, options that exclude each other, ids or offsets out of range, a backend
             that cannot run.
 
@@ -107,7 +107,7 @@ def gated_prefix_attention(
 
 
 class _GatedPrefixAttention(torch.autograd.Function):
-    """Saves the inputs, the base output and both ``lse``; the probabilities are computed anew."""
+    """Saves the inputs, the unrounded base output and both ``lse``; the probabilities are computed anew."""
 
     @staticmethod
     def forward(ctx, backend, *args):
@@ -149,11 +149,11 @@ def _reference_backward(grad_out, *args):
 
 def _fake_forward(query, *rest):
     out = torch.empty_like(query)
+    wide = checks.lse_dtype(query)
     if not rest[-1]:
-        nothing = query.new_empty(0, dtype=checks.lse_dtype(query))
-        return out, query.new_empty(0), nothing, torch.empty_like(nothing)
-    lse = query.new_empty(query.shape[:3], dtype=checks.lse_dtype(query))
-    return out, torch.empty_like(query), lse, torch.empty_like(lse)
+        return out, *(query.new_empty(0, dtype=wide) for _ in range(3))
+    lse = query.new_empty(query.shape[:3], dtype=wide)
+    return out, torch.empty_like(query, dtype=wide), lse, torch.empty_like(lse)
 
 
 def _fake_backward(grad_out, query, key, value, prefix_key, prefix_value, gate, *rest):

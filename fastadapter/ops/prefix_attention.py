@@ -64,7 +64,7 @@ def prefix_attention(
     Returns: shape, dtype and strides of ``query``; 0 for a query that sees neither key nor prefix. Gradients come in
         each argument's own dtype.
     Raises:
-        TypeError: an argument of the wrong type or dtype.
+        TypeError: an argument of the wrong type, dtype or layout.
         ValueError: wrong shape or device, options that exclude each other, ids or offsets out of range, a backend
             that cannot run, a call the merge form cannot compute.
 
@@ -118,14 +118,15 @@ def _base_of(form: str, backend: str, query: Tensor, key: Tensor, options: Optio
 
 
 class _PrefixAttention(torch.autograd.Function):
-    """Saves the inputs, the output and ``lse``; the probabilities are computed anew."""
+    """Saves the inputs, the unrounded output and ``lse``; the probabilities are computed anew."""
 
     @staticmethod
     def forward(ctx, backend, *args):
-        out, lse = run_forward(backend, *args, True)
+        out, lse, wide_out = run_forward(backend, *args, True)
         ctx.backend = backend
         ctx.constants = args[8:]
-        ctx.save_for_backward(*args[:5], out, lse, *args[5:8])
+        unrounded = wide_out if checks.is_half(out) else out
+        ctx.save_for_backward(*args[:5], unrounded, lse, *args[5:8])
         return out
 
     @staticmethod
@@ -144,7 +145,7 @@ def _reference_forward(query, key, value, prefix_key, prefix_value, *rest):
     results = reference.prefix_attention(
         query, key, value, prefix_key, prefix_value, **reference_options(*options)
     )
-    return only_needed(results, (True, save))
+    return only_needed(results, (True, save, save and checks.is_half(query)))
 
 
 def _reference_backward(grad_out, query, key, value, prefix_key, prefix_value, out, lse, *rest):
@@ -157,8 +158,11 @@ def _reference_backward(grad_out, query, key, value, prefix_key, prefix_value, o
 
 
 def _fake_forward(query, *rest):
-    shape = query.shape[:3] if rest[-1] else 0
-    return torch.empty_like(query), query.new_empty(shape, dtype=checks.lse_dtype(query))
+    save, wide = rest[-1], checks.lse_dtype(query)
+    lse = query.new_empty(query.shape[:3] if save else 0, dtype=wide)
+    kept = save and checks.is_half(query)
+    wide_out = torch.empty_like(query, dtype=wide) if kept else query.new_empty(0, dtype=wide)
+    return torch.empty_like(query), lse, wide_out
 
 
 def _fake_backward(grad_out, query, key, value, prefix_key, prefix_value, *rest):
@@ -175,11 +179,13 @@ def _fake_backward(grad_out, query, key, value, prefix_key, prefix_value, *rest)
 _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value"
 _OPTIONS = OPTIONS_SCHEMA.format(gate_fn="")
 
-# A resolved backend on checked arguments in the order of the schema, without autograd.
+# A resolved backend on checked arguments in the order of the schema, without autograd. Beside `out` and `lse` the
+# forward gives `out` before it was rounded to a half type, which is what the backward takes as `out`: the rounding is
+# large beside a gradient of scores that cancels. It has shape (0,) where `out` is not rounded, or nothing is saved.
 run_forward = register(
     _OP,
     _OP,
-    f"({_OPERANDS}, {_OPTIONS}, bool save) -> (Tensor, Tensor)",
+    f"({_OPERANDS}, {_OPTIONS}, bool save) -> (Tensor, Tensor, Tensor)",
     reference=_reference_forward,
     fake=_fake_forward,
     launcher=None,

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from fastadapter import reference
 from fastadapter.ops import checks
-from fastadapter.ops.attention import BANK_AXES, QUERY_AXES, check_prefix, scale_or_default, softcap_or_zero
+from fastadapter.ops.attention import BANK_AXES, QUERY_AXES, check_prefix
 from fastadapter.ops.backends import choose_backend
 from fastadapter.ops.registration import fake_bank_grad, fake_grad, only_needed, register
 
@@ -54,7 +54,7 @@ def prefix_merge(
         backend: ``"auto"`` (C++ on CPU, Triton on GPU), ``"triton"``, ``"cpp"`` or ``"reference"``.
     Returns: ``out`` with shape, dtype and strides of ``base``, and the merged ``lse``, contiguous.
     Raises:
-        TypeError: an argument of the wrong type or dtype.
+        TypeError: an argument of the wrong type, dtype or layout.
         ValueError: wrong shape or device, ids out of range, a backend that cannot run.
 
     >>> base, query = torch.zeros(2, 4, 5, 8), torch.randn(2, 4, 5, 8)
@@ -66,7 +66,8 @@ def prefix_merge(
     """
     _validate(base, base_lse, query, prefix_key, prefix_value, row_ids)
     checks.require_row_ids_in_range(_OP, row_ids, prefix_key.shape[0])
-    constants = (scale_or_default(_OP, softmax_scale, query.shape[3]), softcap_or_zero(_OP, softcap))
+    scale = checks.scale_or_default(_OP, softmax_scale, query.shape[3])
+    constants = (scale, checks.softcap_or_zero(_OP, softcap))
     chosen = choose_backend(backend, query.device.type, query.dtype, _OP, query.shape[3])
     args = (base, base_lse, query, prefix_key, prefix_value, row_ids, *constants)
     if torch.is_grad_enabled() and any(x.requires_grad for x in args[:5]):
@@ -165,7 +166,8 @@ def _by_attention(backward):
         nothing = query.new_empty(query.shape[0], prefix_key.shape[1], 0, query.shape[3])
         inputs = (query, nothing, nothing, prefix_key, prefix_value)
         options = (None, None, row_ids, softmax_scale, False, 0, softcap)
-        grads = backward(grad_out, *inputs, out, lse, *options, need_query, False, need_prefix)
+        # the merged output was rounded, and so was the base that went into it
+        grads = backward(grad_out, *inputs, out.to(lse.dtype), lse, *options, need_query, False, need_prefix)
         on_query = grads[0]
         if need_query and base_grad is not None:
             on_query = torch.empty_like(query).copy_(on_query.add_(base_grad))

@@ -56,8 +56,9 @@ def gated_prefix_attention(
         window: with ``is_causal``, how many keys up to its own position a query sees.
         softcap: bound of the base's scores.
         compute_dtype: precision of every intermediate; fp32, or fp64 for fp64 inputs, unless given.
-    Returns: ``out, base, lse, prefix_lse``: both outputs like ``query``; ``lse (batch, num_heads, q_len)`` of the
-        base's softmax (-inf where nothing is visible) and of the prefix's (-inf in rows without an adapter).
+    Returns: ``out, base, lse, prefix_lse``: both outputs like ``query``, ``base`` unrounded in ``compute_dtype``;
+        ``lse (batch, num_heads, q_len)`` of the base's softmax (-inf where nothing is visible) and of the prefix's
+        (-inf in rows without an adapter).
     """
     compute = compute_dtype or default_compute_dtype(query)
     options: dict[str, Any] = {
@@ -68,7 +69,7 @@ def gated_prefix_attention(
         "compute_dtype": compute,
     }
     if cu_seqlens is not None:
-        out, base = torch.empty_like(query), torch.empty_like(query)
+        out, base = torch.empty_like(query), torch.empty_like(query, dtype=compute)
         lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(compute, torch.float32))
         prefix_lse = torch.empty_like(lse)
         for span, own_id in sequences(cu_seqlens, row_ids):
@@ -99,7 +100,8 @@ def gated_prefix_attention(
     _, prefix_lse = softmax(prefix_scores(query, prefix_key, softmax_scale, row_ids, compute))
     if row_ids is not None:
         prefix_lse = torch.where((row_ids >= 0)[:, None, None], prefix_lse, float("-inf"))
-    return torch.empty_like(query).copy_(out), torch.empty_like(query).copy_(base), lse, prefix_lse
+    wide = torch.empty_like(query, dtype=compute)
+    return torch.empty_like(query).copy_(out), wide.copy_(base), lse, prefix_lse
 
 
 def gated_prefix_attention_backward(

@@ -58,27 +58,29 @@ def prefix_attention(
     softcap: float | None = None,
     row_ids: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention over a prefix and the keys.
 
     Args: as :func:`fastadapter.reference.gated_prefix_attention`; ``kv_len`` may be 0.
-    Returns: ``out`` like ``query`` and ``lse (batch, num_heads, q_len)``; 0 and -inf where nothing is visible.
+    Returns: ``out`` like ``query`` and ``lse (batch, num_heads, q_len)``, 0 and -inf where nothing is visible; then
+        ``out`` unrounded in ``compute_dtype``, for backward.
     """
     compute = compute_dtype or default_compute_dtype(query)
     options = (compute, softmax_scale, is_causal, window, softcap)
     if cu_seqlens is not None:
-        out = torch.empty_like(query)
+        wide_out = torch.empty_like(query, dtype=compute)
         lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(compute, torch.float32))
         for span, own_id in sequences(cu_seqlens, row_ids):
             q, k, v = (tokens(x, span) for x in (query, key, value))
             joined = _join(q, k, v, prefix_key, prefix_value, None, own_id, options)
             probs, lse[:, :, span] = softmax(joined.scores)
-            out[:, :, span] = torch.einsum("bhts,bhsd->bhtd", probs, joined.values).to(out.dtype)
-        return out, lse
+            wide_out[:, :, span] = torch.einsum("bhts,bhsd->bhtd", probs, joined.values)
+        return torch.empty_like(query).copy_(wide_out), lse, wide_out
     joined = _join(query, key, value, prefix_key, prefix_value, attn_mask, row_ids, options)
     probs, lse = softmax(joined.scores)
     out = torch.einsum("bhts,bhsd->bhtd", probs, joined.values)
-    return torch.empty_like(query).copy_(out), lse
+    wide_out = torch.empty_like(query, dtype=compute).copy_(out)
+    return torch.empty_like(query).copy_(out), lse, wide_out
 
 
 def prefix_attention_backward(
@@ -100,7 +102,7 @@ def prefix_attention_backward(
     row_ids: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of :func:`prefix_attention` from ``out`` and ``lse`` that it returned.
+    """Gradients of :func:`prefix_attention` from its unrounded ``out`` and its ``lse``.
 
     With no keys (``kv_len`` 0) and the ``out, lse`` of a merge it gives the prefix's part of the merged gradient.
     Returns: ``grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value``, each in the shape and dtype of

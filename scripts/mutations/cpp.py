@@ -164,7 +164,7 @@ CPP += [
         ATTENTION_TESTS,
         rows_share_a_mask=("block.t + r, begin);", "block.t, begin);"),
         gated_term_not_normalised=("const C weight = factor / s.prefix.sum[r];", "const C weight = factor;"),
-        lse_without_the_sum=("top + std::log(sum);\n  if (op.mode", "top;\n  if (op.mode"),
+        lse_without_the_sum=("top + std::log(sum);\n  if (op.wide", "top;\n  if (op.wide"),
         unadapted_rows_attend_entry_zero=(
             "  if (sequence.slot < 0) return false;\n",
             "",

@@ -3,6 +3,8 @@
 from .record import of_file
 
 GATED_PREFIX = "tests/test_gated_prefix.py -k 'not triton and (bad_calls or bad_options or frozen or budget)'"
+CANCELLING = "tests/test_cancelling_gradients.py -k 'prefix_attention and cpp'"
+SCALARS = "tests/test_argument_checks.py"
 FROZEN = "tests/test_attention_ops.py -k 'frozen and not triton'"
 BOTTLENECK = "tests/test_bottleneck.py -k 'not triton and (frozen or budget or leading or bad)'"
 KEPT_Z = "tests/test_bottleneck_cpp.py -k kept_z"
@@ -14,6 +16,17 @@ OPS = [
         GATED_PREFIX,
         ids_below_minus_one=("low < -1 or high", "low < -2 or high"),
         ids_beyond_the_bank=("high >= num_prefixes", "high > num_prefixes"),
+    ),
+    *of_file(
+        "fastadapter/ops/checks.py",
+        SCALARS,
+        scale_of_nan_accepted=("if not abs(value) <= _LARGEST:", "if abs(value) > _LARGEST:"),
+        layout_seen_once_lets_others_through=("x.device, x.layout)", "x.device)"),
+    ),
+    *of_file(
+        "fastadapter/ops/prefix_attention.py",
+        CANCELLING,
+        delta_from_a_rounded_output=("wide_out if checks.is_half(out) else out", "out.to(lse.dtype)"),
     ),
     *of_file(
         "fastadapter/ops/gated_prefix.py",

@@ -29,8 +29,8 @@ BOTTLENECK = [
         ),
         nothing_below_is_not_zero=("if reached == 0:", "if reached < 0:", tests_named("zero_up_projection")),
         one_part_of_the_up_projection_is_looked_at=(
-            "(offs_u < part) & (pid * part + offs_u < UP_SIZE)",
-            "(pid == 0) & (offs_u < part) & (pid * part + offs_u < UP_SIZE)",
+            "(offs_u < part) & (first + offs_u < UP_SIZE)",
+            "(pid == 0) & (offs_u < part) & (first + offs_u < UP_SIZE)",
             tests_named("small_part_of_the_up"),
         ),
         without_an_adapter_adds=(

@@ -18,7 +18,7 @@ OPERANDS = {
 SAVED = {
     "gated_prefix": (),
     "gated_prefix_attention": ("base", "lse", "prefix_lse"),
-    "prefix_attention": ("lse",),
+    "prefix_attention": ("lse", "wide_out"),
 }
 
 
@@ -109,7 +109,8 @@ def saved(problem, backend):
         *problem.operands.values(), mask, options["cu_seqlens"], options["row_ids"], scale, *gate_fn,
         options["is_causal"], options["window"] or 0, options["softcap"] or 0.0, True,
     )  # fmt: skip
-    return dict(zip(SAVED[problem.op], (on_device(x, "cpu") for x in kept), strict=True))
+    named = zip(SAVED[problem.op], (on_device(x, "cpu") for x in kept), strict=True)
+    return {name: x for name, x in named if x.shape != (0,)}  # not kept
 
 
 def truth(problem, compute_dtype):
@@ -125,7 +126,7 @@ def truth(problem, compute_dtype):
     if SAVED[problem.op]:
         out, *rest = out
         kept = dict(zip(SAVED[problem.op], rest, strict=True))
-    given = {**operands, **kept, "out": out}
+    given = {**operands, **kept, "out": kept.get("wide_out", out)}
     names = inspect.signature(backward).parameters
     taken = [name for name in operands if name in names]
     grads = backward(grad_out, **{name: given[name] for name in names if name in given}, **options)

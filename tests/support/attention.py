@@ -20,7 +20,7 @@ OPERANDS = {
     GATED: ("query", "key", "value", "prefix_key", "prefix_value", "gate"),
     SHARED: ("query", "key", "value", "prefix_key", "prefix_value"),
 }
-SAVED = {GATED: ("base", "lse", "prefix_lse"), SHARED: ("lse",)}
+SAVED = {GATED: ("base", "lse", "prefix_lse"), SHARED: ("lse", "wide_out")}
 
 
 class Shape(NamedTuple):
@@ -231,7 +231,8 @@ def saved(op, inputs, backend="auto"):
         return dict(zip(SAVED[op], BASES[base].forward(*inputs[:3], options)[:2]))
     forward = module_of(op).run_forward
     _, *kept = forward(chosen, *inputs.operands(op), *inputs.schema_options(op), True)
-    return dict(zip(SAVED[op], kept, strict=True))
+    named = zip(SAVED[op], kept, strict=True)
+    return {name: x for name, x in named if x.shape != (0,)}  # not kept
 
 
 def eager(op, inputs, compute_dtype):
@@ -244,10 +245,17 @@ def eager(op, inputs, compute_dtype):
     operands = inputs.operands(op)
     forward, backward = getattr(reference, op), getattr(reference, f"{op}_backward")
     out, *kept = forward(*operands, **options)
-    for_backward = kept if op == GATED else (out, *kept)
-    grads = backward(inputs.grad_out, *operands, *for_backward, **options)
+    grads = backward(inputs.grad_out, *operands, *for_backward(op, out, kept), **options)
     named = dict(zip(SAVED[op], kept, strict=True)) | dict(zip(OPERANDS[op], grads, strict=True))
     return {"out": out, **named}
+
+
+def for_backward(op, out, kept):
+    """Results of a forward as its backward takes them."""
+    if op == GATED:
+        return kept
+    lse, wide_out = kept
+    return (wide_out if wide_out.shape == out.shape else out), lse
 
 
 def check(op, inputs, actual, label="", neighbours=()):
