@@ -69,26 +69,30 @@ class ModuleCopy(Masters):
 
     def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What ``module`` gives with these parameters in place of its own."""
-        own: dict[str, Tensor] = dict(self.own.named_parameters())
-        statistics = self.statistics() if self._has_buffers() else {}
-        own |= statistics
-        tensors = {key: value.to(_tensor(module, key).dtype) for key, value in own.items()}
-        constant = [key for key, _ in self.own.named_buffers() if key not in statistics]
-        tensors |= {key: _tensor(module, key) for key in constant}
-        if not constant and all(tensors[key] is value for key, value in own.items()):
-            return self.own(*args, **kwargs)
-        # Not a copy of the module made for the call: a compiler cannot follow that.
         with contextlib.nullcontext() if torch.compiler.is_compiling() else _EXCHANGING:
-            output = functional_call(self.own, tensors, args, kwargs)
-        if self.training:
-            with torch.no_grad():
-                for key, value in statistics.items():
-                    if tensors[key] is not value:
-                        value.copy_(tensors[key])
-        return output
+            statistics = self.statistics() if self._has_buffers() else {}
+            own: dict[str, Tensor] = {**dict(self.own.named_parameters()), **statistics}
+            tensors = {key: value.to(_tensor(module, key).dtype) for key, value in own.items()}
+            constant = [key for key, _ in self.own.named_buffers() if key not in statistics]
+            if constant or any(tensors[key] is not value for key, value in own.items()):
+                tensors |= {key: _tensor(module, key) for key in constant}
+                # Not a copy of the module made for the call: a compiler cannot follow that.
+                output = functional_call(self.own, tensors, args, kwargs)
+                if self.training:
+                    _write_back(statistics, tensors)
+                return output
+        return self.own(*args, **kwargs)
 
     def _has_buffers(self) -> bool:
         return any(each._buffers for each in self.own.modules())
+
+
+@torch.no_grad()
+def _write_back(statistics: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Keep what a module in another dtype noted in its running statistics."""
+    for key, value in statistics.items():
+        if tensors[key] is not value:
+            value.copy_(tensors[key])
 
 
 def _tensor(module: nn.Module, key: str) -> Tensor:

@@ -56,8 +56,8 @@ def attach(
 
     Heads that are new to the task are copied, and the adapter trains and keeps its own: what stands beside the backbone
     in a model of transformers for a task with labels of the user's own (classes, spans, choices, characters), what a
-    user's module has around a backbone, and what ``config.modules_to_save`` names. A language model's head is pretrained
-    and stays frozen. New parameters beside the backbone that are in no module of their own are named in a warning.
+    user's module has around a backbone, and what ``config.modules_to_save`` names. The head of a language model is
+    pretrained and stays frozen. Parameters as new that are in no module of their own are named in a warning.
 
     Args:
         model: a transformers model (or a module that contains one).
