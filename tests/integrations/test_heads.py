@@ -344,20 +344,21 @@ def test_rows_mix_heads_with_keywords_and_several_outputs():
     assert not torch.equal(alone["a"][0], alone["b"][0]) and mixed[2] == "text"
 
 
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(32, 4), nn.BatchNorm1d(4)
+
+    def forward(self, states):
+        return self.norm(self.linear(states[:, 0]))
+
+
 def test_running_statistics_belong_to_the_adapter(tmp_path):
     """Batch norm in a head: saved and loaded with the adapter, apart for each, in half precision too."""
 
-    class Head(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear, self.norm = nn.Linear(32, 4), nn.BatchNorm1d(4)
-
-        def forward(self, states):
-            return self.norm(self.linear(states[:, 0]))
-
     def made(dtype):
         torch.manual_seed(0)
-        return Around(bert(), classifier=Head()).to(dtype)
+        return Around(bert(), classifier=Normed()).to(dtype)
 
     for dtype in (torch.float32, torch.bfloat16):
         model, ids = made(dtype), token_ids(8)
@@ -441,6 +442,13 @@ def test_folding_heads_of_other_tasks():
     fa.verify(model)
     fa.detach(model)
     assert same_bits(model(ids).start_logits, base)
+
+
+def test_statistics_are_not_folded():
+    model = Around(classifier=Normed()).eval()
+    fa.attach(model, METHODS["v2"])
+    with pytest.raises(ValueError, match=r"classifier keeps norm\.running_mean, .* cannot be folded"):
+        fa.fold(model)
 
 
 def test_a_copied_model_has_its_own_heads():
