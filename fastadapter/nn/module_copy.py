@@ -40,8 +40,9 @@ class ModuleCopy(Masters):
         super().__init__()
         copied = {} if copied is None else copied
         plain = _plain(module, {})
+        kept = {id(parameter) for key, parameter in plain.named_parameters() if key in shared}
         for key, parameter in plain.named_parameters():
-            if key in shared:
+            if id(parameter) in kept:
                 copied[id(parameter)] = parameter
             elif not parameter.is_floating_point() or type(parameter).__module__.startswith("torchao"):
                 raise TypeError(
@@ -52,12 +53,10 @@ class ModuleCopy(Masters):
             self.own = copy.deepcopy(plain, copied)
         except (RuntimeError, TypeError) as error:
             raise TypeError(f"a {type(module).__name__} cannot be copied: {error}") from error
-        self.shared = tuple(shared)
-        for key in shared:
-            path, _, name = key.rpartition(".")
-            holder = self.own.get_submodule(path)
-            del holder._parameters[name]
-            holder.register_buffer(name, torch.empty(0), persistent=False)
+        for holder in self.own.modules():
+            for name in [name for name, each in holder._parameters.items() if id(each) in kept]:
+                del holder._parameters[name]
+                holder.register_buffer(name, torch.empty(0), persistent=False)
         for parameter in self.own.parameters():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)

@@ -301,6 +301,11 @@ def test_what_a_head_shares_with_the_backbone_is_the_backbones():
     with torch.no_grad():
         backbone.embeddings.word_embeddings.weight[:, 0] += 1
     assert not same_bits(model(ids), moved)
+    twice = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 64), nn.Linear(32, 64))
+    twice[0].weight = twice[2].weight = backbone.embeddings.word_embeddings.weight
+    own = ModuleCopy(twice, shared=["0.weight"])
+    assert {key for key, _ in own.own.named_parameters()} == {"0.bias", "1.weight", "1.bias", "2.bias"}
+    assert not backbone.embeddings.word_embeddings.weight.requires_grad
     whole = Around(classifier=nn.Linear(32, 64, bias=False))
     whole.classifier.weight = whole.backbone.embeddings.word_embeddings.weight
     assert not find_heads(whole).modules

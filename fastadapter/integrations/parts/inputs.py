@@ -73,10 +73,10 @@ def _pixels(model: nn.Module, config: Any) -> dict[str, Tensor]:
 
 
 def _features(model: nn.Module, config: Any) -> dict[str, Tensor]:
-    if hasattr(config, "max_source_positions"):  # Whisper's, of one fixed length
-        shape: tuple[int, ...] = (2, config.num_mel_bins, 2 * config.max_source_positions)
-    else:
-        shape = (2, 8 * _LENGTH, config.feature_projection_input_dim)
+    if hasattr(config, "feature_projection_input_dim"):
+        shape: tuple[int, ...] = (2, 8 * _LENGTH, config.feature_projection_input_dim)
+    else:  # Whisper's, of one fixed length
+        shape = (2, config.num_mel_bins, 2 * config.max_source_positions)
     features = {"input_features": torch.randn(shape).to(_dtype(model))}
     if not config.is_encoder_decoder:
         return features
