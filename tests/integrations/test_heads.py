@@ -250,7 +250,10 @@ def test_modules_to_save_with_heads_and_norms():
             {"modules_to_save": ("nothing",)},
             r"no module called 'nothing' with parameters; there is .*lm_head",
         ),
-        ({"modules_to_save": ("model",)}, r"model holds model\.layers\.0\.self_attn, which the method"),
+        (
+            {"modules_to_save": ("model",)},
+            r"model is adapted by the method itself in model\.layers\.0\.self_attn",
+        ),
         ({"modules_to_save": ("embed_tokens",)}, r"embed_tokens\.weight is also lm_head\.weight.*name both"),
     ],
 )
@@ -447,6 +450,16 @@ def test_folding_heads_of_other_tasks():
     fa.verify(model)
     fa.detach(model)
     assert same_bits(model(ids).start_logits, base)
+
+
+def test_a_prefix_beside_a_head_folds():
+    """The network behind the prefix goes; the copied head has none and stays."""
+    model, ids = classifier(), token_ids()
+    fa.attach(model, fa.PrefixTuningConfig(prefix_len=2, reparam_size=8))
+    move(model)
+    before = model(ids).logits
+    fa.fold(model)
+    assert same_bits(model(ids).logits, before)
 
 
 def test_statistics_are_not_folded():

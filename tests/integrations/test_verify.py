@@ -102,6 +102,14 @@ def test_what_no_batch_can_be_made_for_is_asked_for():
     fa.attach(plain, CONFIG)
     fa.verify(plain)
 
+    class HandingOn(Around):
+        def forward(self, *args, **kwargs):
+            return self.classifier(self.backbone(*args, **kwargs).last_hidden_state)
+
+    model = HandingOn(classifier=nn.Linear(32, 2))
+    fa.attach(model, CONFIG)
+    fa.verify(model)
+
     class Picky(Around):
         def forward(self, input_ids):
             raise ValueError("no such text")

@@ -16,10 +16,13 @@ def random_batch(model: nn.Module) -> dict[str, Tensor]:
     """
     parameters = inspect.signature(model.forward).parameters
     pretrained: Any = next((each for each in model.modules() if hasattr(each, "main_input_name")), None)
-    main = getattr(model, "main_input_name", None) or next(
-        (name for name in _MAKERS if name in parameters), None
-    )
-    if pretrained is None or main not in _MAKERS or main not in parameters:
+    taken = list(parameters)
+    if pretrained is not None and any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        taken += inspect.signature(pretrained.forward).parameters  # a wrapper's, which hands them on
+    main = getattr(pretrained, "main_input_name", None)
+    if main not in taken:
+        main = next((name for name in _MAKERS if name in taken), None)
+    if pretrained is None or main not in _MAKERS:
         raise ValueError(
             f"batch: {type(model).__name__} takes {', '.join(parameters)}, and none of {', '.join(_MAKERS)} that a "
             "random one could be made for; give the arguments of its forward"
@@ -36,7 +39,9 @@ def random_batch(model: nn.Module) -> dict[str, Tensor]:
     missing = [
         name
         for name, each in parameters.items()
-        if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD and name not in batch
+        if each.default is each.empty
+        and each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
+        and name not in batch
     ]
     if missing:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -226,10 +226,9 @@ def _require_copyable(
     shared = shared_parameters(model, heads | named)
     for path in named:
         for each in placed:
-            if each.host is not CopyHost and (each.path == path or each.path.startswith(f"{path}.")):
-                raise ValueError(
-                    f"modules_to_save: {path} holds {each.path}, which the method itself adapts; name parts of it"
-                )
+            if each.host is not CopyHost and _inside(each.path, [path]):
+                within = "" if each.path == path else f" in {each.path}; name parts of it"
+                raise ValueError(f"modules_to_save: {path} is adapted by the method itself{within}")
         if shared[path]:
             key = f"{path}.{shared[path][0]}"
             weight = model.get_parameter(key)
@@ -244,8 +243,8 @@ def _require_copyable(
             )
 
 
-def _inside(path: str, modules: dict[str, nn.Module]) -> bool:
-    return any(f"{path}.".startswith(f"{other}.") for other in modules)
+def _inside(path: str, others: Iterable[str]) -> bool:
+    return any(f"{path}.".startswith(f"{other}.") for other in others)
 
 
 def _require_room(prompt_len: int, context: int | None) -> None:
