@@ -33,9 +33,7 @@ def random_batch(model: nn.Module) -> dict[str, Tensor]:
         raise ValueError(
             f"batch: no {main} could be made for {type(model).__name__} ({error}); give the arguments of its forward"
         ) from error
-    batch = {
-        key: value.to(next(model.parameters()).device) for key, value in batch.items() if key in parameters
-    }
+    batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items() if key in taken}
     missing = [
         name
         for name, each in parameters.items()
@@ -58,7 +56,8 @@ def _tokens(model: nn.Module, config: Any) -> dict[str, Tensor]:
     # Above the low ids, where special tokens such as padding and end of text live.
     ids = torch.randint(min(10, text.vocab_size - 1), text.vocab_size, (rows, _LENGTH))
     if config.is_encoder_decoder and isinstance(text.eos_token_id, int) and not generates:
-        ids[:, -1] = text.eos_token_id  # where its classifiers read
+        ids[ids == text.eos_token_id] = 0
+        ids[:, -1] = text.eos_token_id  # the one token that its classifiers read at
     if _has_choices(model):
         ids = ids[:, None].repeat(1, 2, 1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | _decoder_tokens(config, ids)
