@@ -128,8 +128,19 @@ def test_a_users_classes():
             super().__init__(config)
             self.sentiment = nn.Linear(32, 2)
 
+    class LanguageModel(tf.PreTrainedModel):
+        config_class = tf.BertConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.trunk, self.words = tf.BertModel(config), nn.Linear(32, 64)
+
+        def get_output_embeddings(self):
+            return self.words
+
     config = tf.BertConfig(**SIZES)
     assert list(find_heads(Reward(config)).modules) == ["score"]
+    assert list(find_heads(LanguageModel(config)).modules) == []
     assert list(find_heads(Derived(config)).modules) == ["sentiment"]
     lists = Around(classifiers=nn.ModuleList([nn.Linear(32, 2), nn.Sequential(nn.Linear(32, 2))]))
     assert list(find_heads(lists).modules) == ["classifiers.0", "classifiers.1"]
@@ -398,6 +409,15 @@ def test_hooks_of_accelerate_do_not_reach_the_copy():
     model.classifier.fa_copy.adapters["default"].own.bias.data.add_(1)
     assert not same_bits(before, moved)
     torch.testing.assert_close(model(ids).logits, moved + 1)
+
+
+@torch.no_grad()
+def test_a_copy_compiles_in_one_graph():
+    """The lock around an exchange of parameters is none of the graph's."""
+    norm, x = nn.LayerNorm(8).to(torch.bfloat16), torch.randn(2, 8, dtype=torch.bfloat16)
+    own = ModuleCopy(norm)
+    own.own.weight.normal_()
+    assert same_bits(torch.compile(own, backend="eager", fullgraph=True)(norm, x), own(norm, x))
 
 
 def test_quantised_heads_are_refused():
