@@ -15,7 +15,7 @@ from fastadapter.nn.masters import Masters
 
 # functional_call puts tensors into the copy while it runs, which no second thread may see.
 _EXCHANGING = threading.Lock()
-# What accelerate puts on a module itself; it leads back to the model's own parameters.
+# What accelerate puts on a module itself, to bring the weights that it holds for the model there.
 _PUT_ON_MODULES = ("forward", "_hf_hook", "_old_forward")
 
 
@@ -29,7 +29,7 @@ class ModuleCopy(Masters):
         shared: names of parameters in it that are not copied: what ``module`` holds when it is called acts.
         copied: what was copied before, as ``copy.deepcopy`` keeps it; modules that share a parameter, copied with the
             same ``copied``, share its copy.
-    Raises: TypeError: the module cannot be copied, or its weights are quantised and cannot be trained.
+    Raises: TypeError: the module cannot be copied, or its weights are quantised or offloaded and cannot be trained.
 
     >>> norm, x = torch.nn.LayerNorm(8), torch.randn(2, 8)
     >>> torch.equal(ModuleCopy(norm)(norm, x), norm(x))
@@ -48,6 +48,11 @@ class ModuleCopy(Masters):
                 raise TypeError(
                     f"{key} of {type(module).__name__} is quantised ({type(parameter).__name__} of {parameter.dtype}) "
                     "and cannot be trained; load the model with this module left as it is"
+                )
+            elif parameter.is_meta and any("_hf_hook" in vars(each) for each in module.modules()):
+                raise TypeError(
+                    f"{key} of {type(module).__name__} is offloaded by accelerate and cannot be trained; keep this "
+                    "module on a device (device_map)"
                 )
         try:
             self.own = copy.deepcopy(plain, copied)

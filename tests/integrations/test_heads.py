@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import time
 
 import pytest
 import torch
@@ -397,18 +398,30 @@ def test_running_statistics_belong_to_the_adapter(tmp_path):
 
 
 def test_hooks_of_accelerate_do_not_reach_the_copy():
-    """They lead back to the model's own parameters, so a copied forward would train nothing."""
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    """They bring the weights that accelerate holds for the model to a module, which would undo the training."""
+    from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
+
+    class Counting(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            Counting.calls += 1
+            return args, kwargs
 
     model, ids = classifier(), token_ids()
-    add_hook_to_module(model.classifier, AlignDevicesHook(execution_device="cpu"))
+    add_hook_to_module(model.classifier, Counting())
     fa.attach(model, METHODS["llama-adapter"])
     before = model(ids).logits
-    move(model)
-    moved = model(ids).logits
-    model.classifier.fa_copy.adapters["default"].own.bias.data.add_(1)
-    assert not same_bits(before, moved)
-    torch.testing.assert_close(model(ids).logits, moved + 1)
+    assert Counting.calls == 1
+    with torch.no_grad():
+        model.classifier.fa_copy.adapters["default"].own.bias.add_(1)
+    torch.testing.assert_close(model(ids).logits, before + 1)
+
+    model = classifier()
+    weights = {key: value.clone() for key, value in model.classifier.state_dict().items()}
+    add_hook_to_module(model.classifier, AlignDevicesHook("cpu", offload=True, weights_map=weights))
+    with pytest.raises(TypeError, match=r"weight of Linear is offloaded by accelerate .* \(device_map\)"):
+        fa.attach(model, METHODS["llama-adapter"])
 
 
 @torch.no_grad()
@@ -436,26 +449,34 @@ def test_quantised_heads_are_refused():
 
 
 def test_a_copy_in_two_threads():
-    """In half precision the parameters are exchanged for a call; another thread must not see that."""
-    torch.manual_seed(0)
-    norm = nn.LayerNorm(64).to(torch.bfloat16)
-    own = ModuleCopy(norm).eval()
+    """In half precision the parameters are exchanged for a call; another thread must not see or keep that."""
+
+    class Slow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+
+        def forward(self, x):
+            time.sleep(0.02 * x[0, 0].item())
+            return x * self.weight
+
+    module = Slow()
+    own, found = ModuleCopy(module), {}
     with torch.no_grad():
-        own.own.weight.normal_()
-    x, wrong = torch.randn(4, 64, dtype=torch.bfloat16), []
-    expected = own(norm, x).detach()
+        own.own.weight.fill_(3)
 
-    def call():
-        for _ in range(200):
-            if not torch.equal(own(norm, x), expected):
-                wrong.append(1)
+    def call(seconds):
+        found[seconds] = own(module, torch.full((2, 4), seconds, dtype=torch.bfloat16))
 
-    threads = [threading.Thread(target=call) for _ in range(4)]
-    for thread in threads:
+    threads = [threading.Thread(target=call, args=(each,)) for each in (1, 4)]
+    for thread in threads:  # the second begins while the first is at it, and ends later
         thread.start()
+        time.sleep(0.005)
     for thread in threads:
         thread.join()
-    assert not wrong and isinstance(own.own.weight, nn.Parameter) and own.own.weight.dtype == torch.float32
+    for seconds, output in found.items():
+        assert same_bits(output, torch.full((2, 4), 3 * seconds, dtype=torch.bfloat16))
+    assert isinstance(own.own.weight, nn.Parameter) and own.own.weight.dtype == torch.float32
 
 
 def test_folding_heads_of_other_tasks():
