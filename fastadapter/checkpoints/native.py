@@ -128,12 +128,14 @@ def load(
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The weights of an adapter by the dotted name of the module they are in."""
-    return {
-        f"{path}.{key}" if path else key: parameter.detach()
-        for path, module in adapter_modules(model, name).items()
-        for key, parameter in module.named_parameters()
-    }
+    """The weights of an adapter and its heads' running statistics, by the dotted name of the module they are in."""
+    found: dict[str, Tensor] = {}
+    for path, module in adapter_modules(model, name).items():
+        saved = module.state_dict(keep_vars=True)
+        statistics = ((key, buffer) for key, buffer in module.named_buffers() if key in saved)
+        for key, tensor in (*module.named_parameters(), *statistics):
+            found[f"{path}.{key}" if path else key] = tensor.detach()
+    return found
 
 
 def set_adapter_tensors(

@@ -1,13 +1,14 @@
 """Bottleneck adapters: small networks after or beside a block's parts (arXiv:1902.00751, 2005.00052, 2110.04366)."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fastadapter.methods.config import (
     MethodConfig,
     require_bool,
     require_choice,
     require_count,
+    require_names,
     require_number,
 )
 from fastadapter.nn.bottleneck import INITS
@@ -38,6 +39,8 @@ class BottleneckConfig(MethodConfig):
         parallel_input: what the feed-forward is given: ``"ffn"``, behind the norm before it, or ``"residual"``, the
             stream before that norm, as in AdapterHub. The same in models that norm after the sum.
         modules: dotted names, or their ends, of modules whose output is adapted instead of the family's own points.
+        modules_to_save: dotted names, or their ends, of modules that the adapter trains and keeps copies of, besides
+            the heads that are new to the task.
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
 
@@ -60,6 +63,7 @@ class BottleneckConfig(MethodConfig):
     method: ClassVar[str] = "bottleneck"
 
     def __post_init__(self):
+        super().__post_init__()
         require_choice("placement", self.placement, PLACEMENTS)
         if self.reduction_factor is not None and self.bottleneck_size is not None:
             raise ValueError("reduction_factor and bottleneck_size exclude each other, got both")
@@ -80,12 +84,11 @@ class BottleneckConfig(MethodConfig):
         require_bool("bias", self.bias)
         require_choice("parallel_input", self.parallel_input, PARALLEL_INPUTS)
         if self.modules is not None:
-            names: Any = self.modules
-            if isinstance(names, str) or not all(isinstance(each, str) for each in names):
-                raise TypeError(f"modules must be a sequence of names, got {self.modules!r}")
-            if not self.modules or self.placement == "parallel":
-                raise ValueError("modules must name at least one, and goes with houlsby or pfeiffer alone")
-            object.__setattr__(self, "modules", tuple(self.modules))  # from JSON it is a list
+            object.__setattr__(
+                self, "modules", require_names("modules", self.modules)
+            )  # from JSON it is a list
+            if self.placement == "parallel":
+                raise ValueError("modules goes with placement houlsby or pfeiffer alone, got parallel")
 
     def size_for(self, hidden_size: int) -> int:
         """Width of the adapter in a layer of ``hidden_size``.

@@ -1,20 +1,35 @@
 """What the configurations of all methods share: checks of their fields, and the fields as JSON."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 MAX_PREFIX_LEN = 1024
 
 
+@dataclass(frozen=True)
 class MethodConfig:
-    """Base of every method's configuration; ``method`` is its name in checkpoints and on the command line."""
+    """Base of every method's configuration; ``method`` is its name in checkpoints and on the command line.
+
+    Args:
+        modules_to_save: dotted names, or their ends, of modules that the adapter trains and keeps copies of, besides
+            the heads that are new to the task.
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+
+    modules_to_save: tuple[str, ...] | None = field(default=None, kw_only=True)
 
     method: ClassVar[str]
 
+    def __post_init__(self):
+        if self.modules_to_save is not None:
+            names = require_names("modules_to_save", self.modules_to_save)
+            object.__setattr__(self, "modules_to_save", names)  # from JSON it is a list
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-ready dict."""
-        return asdict(self)  # type: ignore[call-overload]
+        return asdict(self)
 
 
 def require_count(name: str, value: Any, high: int | None = None, *, optional: str = "") -> None:
@@ -31,6 +46,15 @@ def require_count(name: str, value: Any, high: int | None = None, *, optional: s
 def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def require_names(name: str, value: Any) -> tuple[str, ...]:
+    """A sequence of one name or more, as a tuple."""
+    if not isinstance(value, tuple | list) or not all(isinstance(each, str) for each in value):
+        raise TypeError(f"{name} must be a sequence of names, got {value!r}")
+    if not value or not all(value):
+        raise ValueError(f"{name} must name at least one module, got {value!r}")
+    return tuple(value)
 
 
 def require_bool(name: str, value: Any) -> None:

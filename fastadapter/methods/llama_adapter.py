@@ -27,6 +27,8 @@ class LlamaAdapterConfig(MethodConfig):
             all of them.
         gate: ``"tanh"`` as in the paper's training code, or ``"identity"`` as in litgpt and PEFT.
         gate_per_head: one gate per head, or one per layer as in PEFT.
+        modules_to_save: dotted names, or their ends, of modules that the adapter trains and keeps copies of, besides
+            the heads that are new to the task.
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
 
@@ -42,6 +44,7 @@ class LlamaAdapterConfig(MethodConfig):
     method: ClassVar[str] = "llama-adapter"
 
     def __post_init__(self):
+        super().__post_init__()
         require_count("prefix_len", self.prefix_len, MAX_PREFIX_LEN)
         require_count("layers", self.layers, optional=", or None for all")
         require_choice("gate", self.gate, GATE_FUNCTIONS)
@@ -59,6 +62,8 @@ class LlamaAdapterV2Config(LlamaAdapterConfig):
         prefix_len, layers, gate, gate_per_head: of the gated prompts; scale, bias and norms are in all blocks.
         scale: ``"input"``: ``W (x * scale) + b0 + bias``, the authors' code; ``"output"``:
             ``scale * (W x + b0 + bias)``, litgpt; the two are different maps.
+        modules_to_save: dotted names, or their ends, of modules that the adapter trains and keeps copies of, besides
+            the heads that are new to the task.
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
 

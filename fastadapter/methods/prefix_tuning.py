@@ -28,6 +28,8 @@ class PrefixTuningConfig(MethodConfig):
         init: ``"normal"``, N(0, ``init_std``), or ``"zero"``. No start leaves the model as it was: an empty slot takes
             its share of the softmax too.
         init_std: standard deviation of the first keys and values, or of the network's last weight.
+        modules_to_save: dotted names, or their ends, of modules that the adapter trains and keeps copies of, besides
+            the heads that are new to the task.
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
 
@@ -44,6 +46,7 @@ class PrefixTuningConfig(MethodConfig):
     method: ClassVar[str] = "prefix-tuning"
 
     def __post_init__(self):
+        super().__post_init__()
         require_count("prefix_len", self.prefix_len, MAX_PREFIX_LEN)
         require_count("layers", self.layers, optional=", or None for all")
         require_count("reparam_size", self.reparam_size, optional=", or None for no network")

@@ -19,6 +19,8 @@ class SoftPromptConfig(MethodConfig):
             uniform in Glorot's bounds between a patch and the hidden size.
         init_text: text whose token embeddings the prompt starts from, repeated or cut to ``prompt_len``;
             :func:`fastadapter.attach` then needs the tokenizer.
+        modules_to_save: dotted names, or their ends, of modules that the adapter trains and keeps copies of, besides
+            the heads that are new to the task.
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
 
@@ -33,6 +35,7 @@ class SoftPromptConfig(MethodConfig):
     method: ClassVar[str] = "soft-prompt"
 
     def __post_init__(self):
+        super().__post_init__()
         require_count("prompt_len", self.prompt_len, MAX_PREFIX_LEN)
         require_choice("init", self.init, INITS)
         if self.init_text is not None and not isinstance(self.init_text, str):

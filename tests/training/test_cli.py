@@ -321,7 +321,7 @@ def test_classification_names_its_classes(finetune, encoder_folder, model_folder
     [
         ({"completion_template": " {label}"}, "--completion-template: a classification has no completions"),
         ({"template": "no field"}, "template must hold {text}"),
-        ({"reduction_factor": 3}, "--reduction-factor: llama-adapter has no such option; it has --prefix-len"),
+        ({"reduction_factor": 3}, "--reduction-factor: llama-adapter has no such option; it has --modules-to-save"),
         ({"prefix_len": "many"}, "--prefix-len must be int, got 'many'"),
         ({"gate": "linear"}, "gate must be one of tanh, identity"),
     ],

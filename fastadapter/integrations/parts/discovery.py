@@ -16,7 +16,7 @@ TESTED = (
 ).split(", ")
 
 
-def _uses_interface(module: nn.Module) -> bool:
+def uses_interface(module: nn.Module) -> bool:
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and _LOOKUP in code.co_names
 
@@ -25,7 +25,7 @@ def self_attentions(model: nn.Module) -> dict[str, nn.Module]:
     text_config = getattr(getattr(model, "config", None), "text_config", None)
     found = {}
     for path, module in model.named_modules():
-        if not _uses_interface(module) or getattr(module, "is_cross_attention", False):
+        if not uses_interface(module) or getattr(module, "is_cross_attention", False):
             continue
         if _CROSS.search(path.rpartition(".")[2]) or _CROSS.search(type(module).__name__):
             continue

@@ -1,9 +1,11 @@
 """LLaMA-Adapter V2 in a model: hooks on linear layers, and copies that take the place of norms and heads."""
 
+import functools
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.passes.host import Host
@@ -53,20 +55,37 @@ class CopyHost(Host):
     def kind(self, adapter: nn.Module) -> Any:
         return id(adapter)
 
-    def on_rows(self, module: nn.Module, x: Tensor, kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        for group in self.groups(x.shape[0], x.device):
+    def on_rows(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        first = next((each for each in tree_leaves((args, kwargs)) if torch.is_tensor(each)), None)
+        if first is None:
+            raise TypeError(f"{type(module).__name__} was called without a tensor, expected its input")
+        for group in self.groups(len(first), first.device):
             own = self.adapter(group.names[0])
             if group.members is None:
-                return own(module, x, **kwargs)
-            output = output.index_copy(0, group.members, own(module, x[group.members], **kwargs))
+                return own(module, *args, **kwargs)
+            mine = functools.partial(_members, len(first), group.members)
+            results = own(module, *tree_map(mine, args), **tree_map(mine, kwargs))
+            output = tree_map(functools.partial(_put, module, len(first), group.members), output, results)
         return output
 
 
 def _instead(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     host = module._modules.get(CopyHost.CHILD)
-    if host is None or host.idle():
-        return None
-    if args:
-        return host.on_rows(module, args[0], kwargs, output)
-    (name, x), *others = kwargs.items()
-    raise TypeError(f"{type(module).__name__} was called with {name} as a keyword, expected its input first")
+    return None if host is None or host.idle() else host.on_rows(module, args, kwargs, output)
+
+
+def _members(batch: int, members: Tensor, value: Any) -> Any:
+    """The rows of one adapter of what a module is given; what has no rows is for all of them."""
+    return value[members] if torch.is_tensor(value) and value.dim() and len(value) == batch else value
+
+
+def _put(module: nn.Module, batch: int, members: Tensor, output: Any, result: Any) -> Any:
+    """What a module gives with the rows of one adapter in it."""
+    if not torch.is_tensor(output):
+        return output
+    if not output.dim() or len(output) != batch:
+        raise ValueError(
+            f"rows: {type(module).__name__} gives a tensor {tuple(output.shape)} for a batch of {batch} rows, which "
+            "cannot be one adapter's for some of them"
+        )
+    return output.index_copy(0, members, result)

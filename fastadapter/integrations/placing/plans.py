@@ -1,14 +1,15 @@
 """What each method puts where in a model: one function per method, tried out before anything is attached."""
 
 import functools
-import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastadapter.integrations.parts import discovery
+from fastadapter.integrations.parts.heads import find_heads, named_modules, shared_parameters
 from fastadapter.integrations.parts.token_mixing import reason_to_join
 from fastadapter.integrations.passes import attention as hook
 from fastadapter.integrations.passes.bottleneck import POINTS, BottleneckHost, resolve
@@ -36,21 +37,20 @@ from fastadapter.nn import (
     SoftPrompt,
 )
 
-_CLASSIFIER = re.compile(r"For\w*Classification")
-
 
 def plan(model: nn.Module, config: MethodConfig, tokenizer: Any) -> list[Placement]:
     """Everything that attaching ``config`` adds to ``model``; the model is not changed.
 
     Raises:
-        TypeError: the model cannot be hooked, or the method is not defined for it.
-        ValueError: a size does not fit the model.
+        TypeError: the model cannot be hooked, the method is not defined for it, or a head cannot be copied.
+        ValueError: a size does not fit the model, or ``modules_to_save`` names what cannot be copied.
     """
     method = _PLANS.get(type(config))
     if method is None:
         known = ", ".join(each.__name__ for each in _PLANS)
         raise TypeError(f"config must be one of {known}, got {type(config).__name__}")
-    return [*method(model, config, tokenizer), *_heads(model)]
+    placements = method(model, config, tokenizer)
+    return [*placements, *_heads(model, config, placements)]
 
 
 def _llama_adapter(model: nn.Module, config: LlamaAdapterConfig, tokenizer: Any) -> list[Placement]:
@@ -207,16 +207,54 @@ def _points(
     return ffn if config.placement == "pfeiffer" else [(named["attention"], None), *ffn]
 
 
-def _heads(model: nn.Module) -> list[Placement]:
-    """Copies of a classifier's head: the modules outside the base model."""
-    if not _CLASSIFIER.search(type(model).__name__):
-        return []
-    base = getattr(model, "base_model_prefix", "")
+def _heads(model: nn.Module, config: MethodConfig, placed: list[Placement]) -> list[Placement]:
+    """Copies of what is new to the task, and of what the user names."""
+    heads, bare = find_heads(model)
+    if bare:
+        warnings.warn(
+            f"{', '.join(bare)}: parameters beside the backbone that are in no module of their own; adapters keep "
+            "copies of modules alone, so these are neither trained nor saved",
+            stacklevel=4,  # whoever calls attach
+        )
+    named = named_modules(model, config.modules_to_save or ())
+    _require_copyable(model, heads, named, placed)
+    heads |= {path: module for path, module in named.items() if not _inside(path, heads)}
+    copied = {(each.path, each.host) for each in placed}
+    shared = shared_parameters(model, heads)
+    memo: dict[int, Any] = {}
     return [
-        Placement(name, CopyHost, ModuleCopy(child), CopyHost)
-        for name, child in model.named_children()
-        if name != base and any(True for _ in child.parameters())
+        Placement(path, CopyHost, ModuleCopy(module, shared[path], memo), CopyHost)
+        for path, module in heads.items()
+        if (path, CopyHost) not in copied
     ]
+
+
+def _require_copyable(
+    model: nn.Module, heads: dict[str, nn.Module], named: dict[str, nn.Module], placed: list[Placement]
+) -> None:
+    """Raise ValueError unless each of the modules that the user names can be copied as a whole."""
+    shared = shared_parameters(model, heads | named)
+    for path in named:
+        for each in placed:
+            if each.host is not CopyHost and _inside(each.path, [path]):
+                within = "" if each.path == path else f" in {each.path}; name parts of it"
+                raise ValueError(f"modules_to_save: {path} is adapted by the method itself{within}")
+        if shared[path]:
+            key = f"{path}.{shared[path][0]}"
+            weight = model.get_parameter(key)
+            users = [
+                name
+                for name, parameter in model.named_parameters(remove_duplicate=False)
+                if parameter is weight
+            ]
+            raise ValueError(
+                f"modules_to_save: {key} is also {', '.join(name for name in users if name != key)}: a copy of one "
+                "would part them; name both modules"
+            )
+
+
+def _inside(path: str, others: Iterable[str]) -> bool:
+    return any(f"{path}.".startswith(f"{other}.") for other in others)
 
 
 def _require_room(prompt_len: int, context: int | None) -> None:

@@ -40,8 +40,12 @@ def attach(
     Works on any transformers model whose attention goes through the attention interface, with any attention
     implementation (prefix tuning and soft prompts: sdpa or eager), before or after ``.to()``, ``torch.compile`` or
     ``set_attn_implementation``. A fresh LLaMA-Adapter (either version) or bottleneck adapter leaves every output of the
-    model bit for bit as it was. Only self-attention is adapted; in a multimodal model only that of the text model. A
-    classification model's head is copied: the adapter trains and keeps its own.
+    model bit for bit as it was. Only self-attention is adapted; in a multimodal model only that of the text model.
+
+    Heads that are new to the task are copied, and the adapter trains and keeps its own: what stands beside the backbone
+    in a model of transformers for a task with labels of the user's own (classes, spans, choices, characters), what a
+    user's module has around a backbone, and what ``config.modules_to_save`` names. The head of a language model is
+    pretrained and stays frozen. Parameters as new that are in no module of their own are named in a warning.
 
     Args:
         model: a transformers model (or a module that contains one).

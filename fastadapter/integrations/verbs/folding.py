@@ -54,6 +54,10 @@ def require_foldable(
             )
         if "forward" in module.__dict__ or path.rpartition(".")[2] == "base_layer":
             raise TypeError(f"{path} is wrapped by another library: remove its wrapper before folding")
+        if kind is CopyHost and (kept := host_of(module, kind).adapter(name).statistics()):
+            raise ValueError(
+                f"{path} keeps {', '.join(kept)} of its own, which no weight holds: it cannot be folded"
+            )
         own = {handle.id for handle in handles[place]}
         if foreign := {*module._forward_hooks, *module._forward_pre_hooks} - own:
             raise ValueError(
