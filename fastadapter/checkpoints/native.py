@@ -82,7 +82,7 @@ def load(
             weights hold a folded adapter.
         TypeError: the model cannot be hooked.
     """
-    model = unwrap(model)
+    outer, model = model, unwrap(model)
     require_unfolded(attachments(model))
     found: dict[str, Any] = {}
 
@@ -125,7 +125,7 @@ def load(
                 set_active(model, previous)
         raise CheckpointError(f"{resolve(path)}: {error}") from error
     set_active(model, name)
-    return model
+    return outer
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.parts import discovery
+from fastadapter.integrations.parts.sharding import require_open, reshard
+from fastadapter.integrations.parts.wrappers import RECORD, unwrap
 from fastadapter.integrations.passes import attention as hook
 from fastadapter.integrations.passes.bottleneck import BottleneckHost, watch_input
 from fastadapter.integrations.passes.host import Host, Place, ReparamHost, State, host_of
@@ -23,7 +25,6 @@ from fastadapter.integrations.verbs.folding import (
 )
 from fastadapter.methods import LlamaAdapterV2Config, MethodConfig, PrefixTuningConfig
 
-_ATTRIBUTE = "_fastadapter"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -82,7 +83,8 @@ def attach(
         )
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"name must be 1 to 64 letters, digits, '_' or '-', got {name!r}")
-    model = unwrap(model)
+    require_open(model)
+    outer, model = model, unwrap(model)
     record = attachments(model) or Attachments()
     if name in record.configs:
         raise ValueError(
@@ -115,9 +117,9 @@ def attach(
             handles.append(watch_input(model.get_submodule(watch), host, options["source"]))
     record.configs[name] = config
     record.places[name] = [(path, kind) for path, kind, *_ in placements]
-    setattr(model, _ATTRIBUTE, record)
+    setattr(model, RECORD, record)
     set_active(model, name)
-    return model
+    return outer
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -127,7 +129,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 
     Raises: ValueError: no adapter of that name.
     """
-    model = unwrap(model)
+    outer, model = model, unwrap(model)
     record = _require_attachments(model)
     _require_no_rows(record)
     leaving = list(record.configs) if name is None else [_require_name(record, name)]
@@ -156,9 +158,9 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     if not record.configs:
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(record.was_trainable.get(key, parameter.requires_grad))
-        delattr(model, _ATTRIBUTE)
+        delattr(model, RECORD)
         hook.remove_hook_if_unused()
-    return model
+    return outer
 
 
 def set_active(model: nn.Module, name: str | None) -> None:
@@ -331,22 +333,22 @@ def _hooks(model: nn.Module, path: str, host: Host) -> list[RemovableHandle]:
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Names and parameters that require gradients, in the model's order; hand the second to an optimiser."""
-    return [
-        (name, parameter) for name, parameter in unwrap(model).named_parameters() if parameter.requires_grad
-    ]
+    """Names and parameters that require gradients, in the model's order; hand the second to an optimiser.
 
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module itself behind ``torch.compile``."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return getattr(model, "_orig_mod", model)
+    Names are those in the adapted model, whatever is wrapped around it. What a module around it adds of its own (a
+    head over a backbone) comes last.
+    """
+    inner = unwrap(model)
+    reshard(inner)
+    inside = list(inner.named_parameters())
+    own = {id(parameter) for _, parameter in inside}
+    around = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in own]
+    return [(name, parameter) for name, parameter in inside + around if parameter.requires_grad]
 
 
 def attachments(model: nn.Module) -> Attachments | None:
     """The record of what is attached to ``model``, if anything is."""
-    return getattr(unwrap(model), _ATTRIBUTE, None)
+    return getattr(unwrap(model), RECORD, None)
 
 
 def hosts(model: nn.Module) -> dict[str, list[Host]]:
