@@ -6,18 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastadapter.checkpoints.files import CheckpointError, Header, read_tensors, resolve, write_tensors
-from fastadapter.integrations.verbs.attach import (
-    adapter_modules,
-    attach,
-    attachments,
-    detach,
-    require_unfolded,
-    set_active,
-    unwrap,
-)
+from fastadapter.checkpoints.tensors import require_fitting_base, saved_tensors, set_tensors
+from fastadapter.integrations.parts.sharding import is_sharded, whole
+from fastadapter.integrations.parts.wrappers import unwrap
+from fastadapter.integrations.verbs.attach import attach, attachments, detach, require_unfolded, set_active
 from fastadapter.methods import METHODS
 
 FORMATS = ("fastadapter",)
@@ -51,8 +47,8 @@ def save(
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    tensors = saved_tensors(model, name)
     model = unwrap(model)
-    tensors = adapter_tensors(model, name)
     config = attachments(model).configs[name]
     metadata = {
         "format": "fastadapter",
@@ -61,7 +57,23 @@ def save(
         "config": json.dumps(config.to_dict(), sort_keys=True),
         "base": json.dumps(_base_description(model), sort_keys=True),
     }
+    if any(is_sharded(each) for each in tensors.values()):
+        return _write_together(path, {key: whole(each) for key, each in tensors.items()}, metadata)
     return write_tensors(path, tensors, metadata)
+
+
+def _write_together(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
+    """Write what every process has in one of them; none returns before the file is there, all raise what it raises."""
+    error: list[CheckpointError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            write_tensors(path, tensors, metadata)
+        except CheckpointError as raised:
+            error = [raised]
+    dist.broadcast_object_list(error, src=0)
+    if error[0] is not None:
+        raise error[0]
+    return resolve(path)
 
 
 def load(
@@ -90,6 +102,7 @@ def load(
         found["config"] = _read_config(metadata)
         found["base"] = _read_json(metadata, "base")
         _check_base(found["base"], _base_description(model))
+        require_fitting_base(model, header)
         field = "prompt_len" if hasattr(found["config"], "prompt_len") else "prefix_len"
         length = getattr(found["config"], field, None)
         sizes = {shape for key, (_, shape) in header.items() if f".{key}".endswith(".prompt")}
@@ -117,7 +130,7 @@ def load(
         except ValueError as error:
             raise CheckpointError(f"{resolve(path)}: does not fit this model: {error}") from error
     try:
-        set_adapter_tensors(model, name, tensors, allow_nonfinite=allow_nonfinite)
+        set_tensors(model, name, tensors, allow_nonfinite=allow_nonfinite)
     except ValueError as error:
         if not attached:
             detach(model, name)
@@ -126,51 +139,6 @@ def load(
         raise CheckpointError(f"{resolve(path)}: {error}") from error
     set_active(model, name)
     return outer
-
-
-def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The weights of an adapter by the dotted name of the module they are in."""
-    return {
-        f"{path}.{key}" if path else key: parameter.detach()
-        for path, module in adapter_modules(model, name).items()
-        for key, parameter in module.named_parameters()
-    }
-
-
-def set_adapter_tensors(
-    model: nn.Module, name: str, tensors: dict[str, Tensor], *, allow_nonfinite: bool = False
-) -> None:
-    """Copy ``tensors``, named as by :func:`adapter_tensors`, into an attached adapter; all of them or none.
-
-    Raises: ValueError: a name is missing or unexpected, or a tensor has another shape or dtype, or is not finite; or
-        the adapter is folded into the model's weights.
-    """
-    require_unfolded(attachments(model))
-    expected = adapter_tensors(model, name)
-    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"its tensors do not fit adapter {name!r}: missing {_some(missing)}, unexpected {_some(unexpected)}"
-        )
-    for key, target in expected.items():
-        source = tensors[key]
-        if source.shape != target.shape or source.dtype != target.dtype:
-            raise ValueError(
-                f"{key} must be {target.dtype} {tuple(target.shape)}, got {source.dtype} {tuple(source.shape)}"
-            )
-        if not allow_nonfinite and not torch.isfinite(source).all():
-            raise ValueError(f"{key} holds NaN or Inf (allow_nonfinite=True accepts it)")
-    with torch.no_grad():
-        for key, target in expected.items():
-            target.copy_(tensors[key])
-
-
-def _some(names: list[str]) -> str:
-    return (
-        ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-        if names
-        else "none"
-    )
 
 
 def _base_description(model: nn.Module) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import nn
 from fastadapter.checkpoints import CheckpointError
 from fastadapter.checkpoints import save as save_adapter
 from fastadapter.checkpoints.files import read_tensors, write_tensors
-from fastadapter.checkpoints.native import adapter_tensors
+from fastadapter.checkpoints.tensors import adapter_tensors
 from fastadapter.integrations.verbs.attach import Attachments, attachments, trainable_parameters, unwrap
 from fastadapter.training.config import UserError
 
@@ -40,7 +40,7 @@ class AdapterTarget:
         strays = [key for key, parameter in self.parameters if parameter.data_ptr() not in saved]
         if strays:
             raise UserError(
-                f"{strays[0]} is trainable but not part of adapter {name!r}: it would not be saved; freeze it"
+                f"{strays[0]} is trainable but not part of adapter {name!r}, all that is trained here; freeze it"
             )
         if not self.parameters:
             raise UserError(f"name: no parameter of adapter {name!r} is trainable")

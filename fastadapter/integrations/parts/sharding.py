@@ -1,6 +1,7 @@
 """Models whose parameters are spread over processes: reading and writing them whole."""
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, in every process; every process that holds a part of it must call this."""
-    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()
+    found: Any = tensor.detach()
+    return found.full_tensor() if is_sharded(found) else found
 
 
 @torch.no_grad()
-def write(target: Tensor, value: Tensor) -> None:
+def write(target: Any, value: Tensor) -> None:
     """Put ``value``, whole and the same in every process, into a tensor, sharded or not."""
     if is_sharded(target):
         from torch.distributed.tensor import distribute_tensor

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.parts import discovery
@@ -16,6 +16,7 @@ from fastadapter.integrations.passes import attention as hook
 from fastadapter.integrations.passes.bottleneck import BottleneckHost, watch_input
 from fastadapter.integrations.passes.host import Host, Place, ReparamHost, State, host_of
 from fastadapter.integrations.placing.plans import plan
+from fastadapter.integrations.verbs import base_parameters
 from fastadapter.integrations.verbs.folding import (
     Folded,
     fold_weights,
@@ -39,6 +40,8 @@ class Attachments:
     watches: dict[tuple[str, Place], list[RemovableHandle]] = field(default_factory=dict)
     state: State = field(default_factory=State)
     folded: Folded | None = None
+    # The model's own parameters that loading an adapter wrote to, as they were, in main memory.
+    base_originals: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def active(self) -> str | None:
@@ -156,6 +159,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         if record.active == each:
             record.state.active = None
     if not record.configs:
+        base_parameters.restore(model, record.base_originals)
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(record.was_trainable.get(key, parameter.requires_grad))
         delattr(model, RECORD)
