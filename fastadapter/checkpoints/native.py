@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastadapter.checkpoints.files import CheckpointError, Header, read_tensors, resolve, write_tensors
+from fastadapter.checkpoints.files import CheckpointError, Header, find, read_tensors, resolve, write_tensors
 from fastadapter.checkpoints.tensors import require_fitting_base, saved_tensors, set_tensors
 from fastadapter.integrations.parts.sharding import is_sharded, whole
 from fastadapter.integrations.parts.wrappers import unwrap
@@ -47,8 +47,14 @@ def save(
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    tensors = saved_tensors(model, name)
-    model = unwrap(model)
+    return write_adapter(unwrap(model), path, name, saved_tensors(model, name))
+
+
+def write_adapter(model: nn.Module, path: str | os.PathLike, name: str, tensors: dict[str, Tensor]) -> Path:
+    """Write ``tensors`` of adapter ``name`` with what tells where they belong.
+
+    Where they are sharded every process must call this; the first one writes.
+    """
     config = attachments(model).configs[name]
     metadata = {
         "format": "fastadapter",
@@ -94,7 +100,7 @@ def load(
             weights hold a folded adapter.
         TypeError: the model cannot be hooked.
     """
-    outer, model = model, unwrap(model)
+    outer, model, path = model, unwrap(model), find(path, name)
     require_unfolded(attachments(model))
     found: dict[str, Any] = {}
 
@@ -118,7 +124,7 @@ def load(
     attached = record is not None and name in record.configs
     if attached and record.configs[name] != config:
         raise ValueError(
-            f"name: adapter {name!r} is attached with {record.configs[name]}, but {resolve(path)} holds {config}; "
+            f"name: adapter {name!r} is attached with {record.configs[name]}, but {path} holds {config}; "
             "detach it first"
         )
     if not attached:
@@ -128,7 +134,7 @@ def load(
             ):  # the fresh prompt is overwritten: draw nothing from the caller's
                 attach(model, config, name)
         except ValueError as error:
-            raise CheckpointError(f"{resolve(path)}: does not fit this model: {error}") from error
+            raise CheckpointError(f"{path}: does not fit this model: {error}") from error
     try:
         set_tensors(model, name, tensors, allow_nonfinite=allow_nonfinite)
     except ValueError as error:
@@ -136,7 +142,7 @@ def load(
             detach(model, name)
             if attachments(model) is not None:
                 set_active(model, previous)
-        raise CheckpointError(f"{resolve(path)}: {error}") from error
+        raise CheckpointError(f"{path}: {error}") from error
     set_active(model, name)
     return outer
 

@@ -15,23 +15,23 @@ from fastadapter.integrations.verbs.attach import adapter_modules, attachments, 
 _BASE = "base-parameter."
 
 
-def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The weights of an adapter by the dotted name of the module they are in."""
+def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The parameters of an adapter by the dotted name of the module they are in."""
     return {
-        f"{path}.{key}" if path else key: parameter.detach()
+        f"{path}.{key}" if path else key: parameter
         for path, module in adapter_modules(model, name).items()
         for key, parameter in module.named_parameters()
     }
 
 
 def saved_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """All that the file of adapter ``name`` holds: its own weights, and what of the base model is trained beside it.
+    """All that the file of adapter ``name`` holds: its own parameters, and the base model's that are trained beside it.
 
     Raises: ValueError: no adapter of that name; or a module around the adapted model has trainable parameters.
     """
     inner = unwrap(model)
     reshard(inner)
-    found = adapter_tensors(inner, name)
+    found: dict[str, Tensor] = dict(adapter_parameters(inner, name))
     own = {id(parameter) for parameter in inner.parameters()}
     outside = [key for key, each in model.named_parameters() if each.requires_grad and id(each) not in own]
     if outside:
@@ -43,7 +43,7 @@ def saved_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     folded = attachments(inner).folded
     for key, parameter in base_parameters.trained(inner).items():
         original = None if folded is None else folded.originals.get(key)
-        found[_BASE + key] = parameter.detach() if original is None else original
+        found[_BASE + key] = parameter if original is None else original
     return found
 
 
@@ -73,7 +73,7 @@ def set_tensors(
     reshard(model)
     base = base_part(tensors)
     given = {key: each for key, each in tensors.items() if not key.startswith(_BASE)}
-    expected = adapter_tensors(model, name)
+    expected = adapter_parameters(model, name)
     missing, unexpected = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or unexpected:
         raise ValueError(

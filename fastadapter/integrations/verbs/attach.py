@@ -24,6 +24,7 @@ from fastadapter.integrations.verbs.folding import (
     require_foldable,
     restore_weights,
 )
+from fastadapter.integrations.verbs.save_pretrained import Hold
 from fastadapter.methods import LlamaAdapterV2Config, MethodConfig, PrefixTuningConfig
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -42,6 +43,7 @@ class Attachments:
     folded: Folded | None = None
     # The model's own parameters that loading an adapter wrote to, as they were, in main memory.
     base_originals: dict[str, Tensor] = field(default_factory=dict)
+    hold: Hold | None = None
 
     @property
     def active(self) -> str | None:
@@ -120,6 +122,7 @@ def attach(
             handles.append(watch_input(model.get_submodule(watch), host, options["source"]))
     record.configs[name] = config
     record.places[name] = [(path, kind) for path, kind, *_ in placements]
+    record.hold = record.hold or Hold()
     setattr(model, RECORD, record)
     set_active(model, name)
     return outer
@@ -163,6 +166,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(record.was_trainable.get(key, parameter.requires_grad))
         delattr(model, RECORD)
+        if record.hold is not None:
+            record.hold.release()
         hook.remove_hook_if_unused()
     return outer
 
