@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastadapter.checkpoints.files import CheckpointError, Header, find, read_tensors, resolve, write_tensors
+from fastadapter.checkpoints.fingerprint import fingerprint, unlike
 from fastadapter.checkpoints.tensors import require_fitting_base, saved_tensors, set_tensors
 from fastadapter.integrations.parts.sharding import is_sharded, whole
 from fastadapter.integrations.parts.wrappers import unwrap
@@ -61,7 +63,7 @@ def write_adapter(model: nn.Module, path: str | os.PathLike, name: str, tensors:
         "format_version": _VERSION,
         "method": config.method,
         "config": json.dumps(config.to_dict(), sort_keys=True),
-        "base": json.dumps(_base_description(model), sort_keys=True),
+        "base": json.dumps(_base_description(model) | fingerprint(model), sort_keys=True, default=str),
     }
     if any(is_sharded(each) for each in tensors.values()):
         return _write_together(path, {key: whole(each) for key, each in tensors.items()}, metadata)
@@ -109,6 +111,7 @@ def load(
         found["base"] = _read_json(metadata, "base")
         _check_base(found["base"], _base_description(model))
         require_fitting_base(model, header)
+        found["unlike"] = unlike(found["base"], model)
         field = "prompt_len" if hasattr(found["config"], "prompt_len") else "prefix_len"
         length = getattr(found["config"], field, None)
         sizes = {shape for key, (_, shape) in header.items() if f".{key}".endswith(".prompt")}
@@ -144,6 +147,12 @@ def load(
                 set_active(model, previous)
         raise CheckpointError(f"{path}: {error}") from error
     set_active(model, name)
+    if found["unlike"]:
+        warnings.warn(
+            f"fastadapter: {path} was made on another base model, so that its adapter may not do here what it was "
+            f"trained for: {'; '.join(found['unlike'])}",
+            stacklevel=2,
+        )
     return outer
 
 
