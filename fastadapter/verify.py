@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastadapter.integrations.parts.sharding import reshard
 from fastadapter.integrations.verbs.attach import (
     adapter_modules,
     attachments,
@@ -58,6 +59,7 @@ def verify(model: nn.Module, batch: dict[str, Any] | None = None) -> list[Check]
     >>> verify(model)  # doctest: +SKIP
     """
     model = unwrap(model)
+    reshard(model)
     record = attachments(model)
     if record is None or record.active is None:
         raise ValueError("model: no adapter is active on it; attach one or call set_active")
@@ -98,6 +100,7 @@ def verify(model: nn.Module, batch: dict[str, Any] | None = None) -> list[Check]
             if getattr(model, "can_generate", lambda: False)() and "input_ids" in batch:
                 checks.append(_check_generation(model, batch))
         finally:
+            reshard(model)
             for part, value in zip(parts, kept, strict=True):
                 part.parameter.copy_(value)
             set_active(model, name)
@@ -173,6 +176,7 @@ def _random_batch(model: nn.Module) -> dict[str, Tensor]:
 
 def _output(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     output = model(**batch)
+    reshard(model)  # an adapter's parameters are written to between passes
     for field in ("logits", "last_hidden_state"):
         if getattr(output, field, None) is not None:
             return getattr(output, field)
