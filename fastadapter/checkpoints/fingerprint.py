@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastadapter.integrations.parts.wrappers import plain
 from fastadapter.integrations.passes.host import Host
 from fastadapter.integrations.verbs.attach import attachments
 
@@ -138,9 +139,9 @@ def _comparable(model: nn.Module) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         original = folded.get(name)
         value: Tensor = parameter if original is None else original
-        plain = type(value.data) is Tensor and value.dtype in _DTYPES and value.device.type != "meta"
-        if plain and value.dim() > 1 and value.numel() and id(parameter) not in adapters:
-            found[name] = value
+        whole = type(value.data) is Tensor and value.dtype in _DTYPES and value.device.type != "meta"
+        if whole and value.dim() > 1 and value.numel() and id(parameter) not in adapters:
+            found[plain(name)] = value
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastadapter.checkpoints.files import CheckpointError, Header, find, read_tensors, resolve, write_tensors
 from fastadapter.checkpoints.fingerprint import fingerprint, unlike
 from fastadapter.checkpoints.tensors import require_fitting_base, saved_tensors, set_tensors
-from fastadapter.integrations.parts.sharding import is_sharded, whole
+from fastadapter.integrations.parts.sharding import is_sharded, require_whole, whole
 from fastadapter.integrations.parts.wrappers import unwrap
 from fastadapter.integrations.verbs.attach import attach, attachments, detach, require_unfolded, set_active
 from fastadapter.methods import METHODS
@@ -49,7 +49,9 @@ def save(
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    return write_adapter(unwrap(model), path, name, saved_tensors(model, name))
+    tensors = saved_tensors(model, name)
+    require_whole(tensors)
+    return write_adapter(unwrap(model), path, name, tensors)
 
 
 def write_adapter(model: nn.Module, path: str | os.PathLike, name: str, tensors: dict[str, Tensor]) -> Path:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from fastadapter.checkpoints.files import DEFAULT_NAME, named
 from fastadapter.checkpoints.native import write_adapter
 from fastadapter.checkpoints.tensors import saved_tensors
-from fastadapter.integrations.parts.sharding import is_sharded, whole
-from fastadapter.integrations.parts.wrappers import unwrap
+from fastadapter.integrations.parts.sharding import is_sharded, require_whole, whole
+from fastadapter.integrations.parts.wrappers import plain, unwrap
 from fastadapter.integrations.passes.host import Host
 from fastadapter.integrations.verbs import save_pretrained
 from fastadapter.integrations.verbs.attach import attachments, require_unfolded
@@ -73,8 +73,9 @@ def _gathered(model: nn.Module, name: str, state_dict: dict[str, Any] | None) ->
     """
     tensors = saved_tensors(model, name)
     if state_dict is None:
+        require_whole(tensors)
         return {key: whole(live) for key, live in tensors.items()}
-    names = {id(parameter): each for each, parameter in model.named_parameters()}
+    names = {id(parameter): plain(each) for each, parameter in model.named_parameters()}
     found = {}
     for key, live in tensors.items():
         given = state_dict.get(names.get(id(live), ""))
@@ -82,6 +83,8 @@ def _gathered(model: nn.Module, name: str, state_dict: dict[str, Any] | None) ->
             raise ValueError(
                 f"state_dict: it lacks {names[id(live)]}, of which this process holds only a part"
             )
+        if given is None:
+            require_whole({key: live})
         found[key] = live if given is None else whole(given).to(live.dtype)
     return found
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastadapter.checkpoints.files import Header
-from fastadapter.integrations.parts.sharding import reshard, write
-from fastadapter.integrations.parts.wrappers import unwrap
+from fastadapter.integrations.parts.sharding import require_whole, reshard, write
+from fastadapter.integrations.parts.wrappers import plain, unwrap
 from fastadapter.integrations.verbs import base_parameters
 from fastadapter.integrations.verbs.attach import adapter_modules, attachments, require_unfolded
 
@@ -18,7 +18,7 @@ _BASE = "base-parameter."
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The parameters of an adapter by the dotted name of the module they are in."""
     return {
-        f"{path}.{key}" if path else key: parameter
+        plain(f"{path}.{key}" if path else key): parameter
         for path, module in adapter_modules(model, name).items()
         for key, parameter in module.named_parameters()
     }
@@ -74,6 +74,7 @@ def set_tensors(
     base = base_part(tensors)
     given = {key: each for key, each in tensors.items() if not key.startswith(_BASE)}
     expected = adapter_parameters(model, name)
+    require_whole(expected)
     missing, unexpected = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or unexpected:
         raise ValueError(

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import fastadapter as fa
+from fastadapter.checkpoints.files import read_tensors
 from fastadapter.integrations.parts.wrappers import unwrap
 from fastadapter.integrations.verbs.attach import attachments
 from tests.support.budget import same_bits
@@ -122,3 +123,40 @@ def test_a_head_around_an_adapted_backbone_is_trained_and_not_saved_in_silence(t
     with pytest.raises(ValueError, match=r"head.weight, head.bias .* outside"):
         fa.save(model, tmp_path)
     fa.save(model.net, tmp_path)
+
+
+@torch.no_grad()
+def test_names_in_a_file_are_those_without_wrappers_inside(tmp_path):
+    """Regression: an adapter on compiled blocks could not be loaded into the model as it is served."""
+    inputs = LLAMA.inputs()
+    model = build(LLAMA)
+    for number, block in enumerate(model.model.layers):
+        model.model.layers[number] = torch.compile(block, backend="eager")
+    fa.attach(model, CONFIGS["houlsby"])
+    model.model.layers[0].mlp.down_proj.weight.requires_grad_(True)
+    train_a_little(model)
+    tensors, _ = read_tensors(fa.save(model, tmp_path))
+    assert not any("_orig_mod" in name for name in tensors)
+    whole = fa.load(build(LLAMA), tmp_path)
+    torch.testing.assert_close(output_of(whole, inputs), output_of(model, inputs))
+    fa.detach(model)
+    fa.load(model, tmp_path)
+
+
+def test_parts_of_parameters_are_never_saved_as_if_they_were_whole(tmp_path):
+    """As FSDP and DeepSpeed leave them: flat, or elsewhere."""
+    model = fa.attach(build(LLAMA), CONFIGS["houlsby"])
+    kept = dict(fa.trainable_parameters(model))
+    for parameter in kept.values():
+        parameter._fsdp_flattened = True
+    fa.save(model, tmp_path)  # whole, as inside summon_full_params
+    for parameter in kept.values():
+        parameter.data = parameter.data.flatten()
+    for call in (fa.save, fa.load):
+        with pytest.raises((ValueError, fa.CheckpointError), match="summon_full_params"):
+            call(model, tmp_path)
+    model = fa.attach(build(LLAMA), CONFIGS["houlsby"])
+    name, parameter = fa.trainable_parameters(model)[0]
+    parameter.data, parameter.ds_id = torch.empty(0), 7
+    with pytest.raises(ValueError, match=r"DeepSpeed keeps a part of model\.layers\.0"):
+        fa.save(model, tmp_path)

@@ -1,6 +1,7 @@
 """Models whose parameters are spread over processes: reading and writing them whole."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,25 @@ def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, in every process; every process that holds a part of it must call this."""
     found: Any = tensor.detach()
     return found.full_tensor() if is_sharded(found) else found
+
+
+def require_whole(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse parameters of which only a part is here, and which cannot be gathered from here.
+
+    Raises: ValueError: FSDP (the first) or DeepSpeed's ZeRO-3 hold them flattened.
+    """
+    flat = [each for each in tensors.values() if getattr(each, "_fsdp_flattened", False)]
+    if not tensors or (flat and all(each.dim() < 2 for each in flat)):
+        raise ValueError(
+            "model: FullyShardedDataParallel keeps flattened parts of the adapter's parameters; make this call in "
+            "every process inside FullyShardedDataParallel.summon_full_params(model)"
+        )
+    for name, each in tensors.items():
+        if hasattr(each, "ds_id") and not each.numel():
+            raise ValueError(
+                f"model: DeepSpeed keeps a part of {name} in each process; make this call in every process inside "
+                "deepspeed.zero.GatheredParameters(model.parameters(), modifier_rank=0)"
+            )
 
 
 @torch.no_grad()

@@ -4,11 +4,16 @@ Found by structure, since every library has a wrapper of its own: the adapted mo
 record of its adapters, wherever it is.
 """
 
+import re
+
 from torch import nn
 
 # Where a model keeps the record of what is attached to it. Looked up in `__dict__`: some wrappers pass every attribute
 # of theirs that is missing on to the model, and would seem to carry it.
 RECORD = "_fastadapter"
+# Parts of names that stand for a wrapper inside of a model: a compiled, sharded or checkpointed block. It passes
+# attributes on, so that paths work without them; and a file is to be read by a model without such wrappers.
+_INSIDE = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -57,3 +62,12 @@ def _bare(model: nn.Module) -> nn.Module:
             break
         inner = children[0]
     return inner
+
+
+def plain(name: str) -> str:
+    """The name of a module or parameter as it is without wrappers inside the model.
+
+    >>> plain("model.layers.0._orig_mod.mlp.weight")
+    'model.layers.0.mlp.weight'
+    """
+    return _INSIDE.sub("", f"{name}.")[:-1]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapter.integrations.parts.sharding import reshard, whole, write
+from fastadapter.integrations.parts.wrappers import plain
 from fastadapter.integrations.passes.host import Host
 
 _FLOATING = ("F64", "F32", "F16", "BF16")
@@ -16,7 +17,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     hosts = (module for module in model.modules() if isinstance(module, Host))
     adapters = {id(parameter) for host in hosts for parameter in host.parameters()}
     return {
-        name: parameter
+        plain(name): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and id(parameter) not in adapters
     }
@@ -27,7 +28,7 @@ def require_fitting(model: nn.Module, name: str, dtype: str, shape: tuple[int, .
 
     Raises: ValueError: there is no such parameter, it has another shape, or it cannot be written to.
     """
-    own = dict(model.named_parameters(remove_duplicate=False)).get(name)
+    own = {plain(key): each for key, each in model.named_parameters(remove_duplicate=False)}.get(name)
     if own is None:
         raise ValueError(
             f"it holds the trained parameter {name} of a base model, which {type(model).__name__} has not; what was "
