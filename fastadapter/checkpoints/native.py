@@ -35,13 +35,18 @@ def save(
 ) -> Path:
     """Save one adapter; after a kill at any point the old or the new file is there, whole.
 
+    What else is trainable in the model (embeddings of new tokens, LoRA) is saved with it. A model that is sharded over
+    processes is saved by all of them together; the first one writes.
+
     Args:
+        model: the adapted model, or a wrapper around it.
         path: a ``.safetensors`` file, or a folder that gets ``adapter.safetensors``.
         name: which adapter.
         format: ``"fastadapter"``.
     Returns: the file written.
     Raises:
-        ValueError: no such adapter, or unknown format.
+        ValueError: no such adapter, or unknown format; a module around the model has trainable parameters, or FSDP
+            or DeepSpeed hold the adapter in flattened parts.
         CheckpointError: the file cannot be written; an older one is intact.
 
     >>> save(model, "reviews")  # doctest: +SKIP
@@ -92,17 +97,21 @@ def load(
     """Load an adapter into ``model``, attaching it as ``name`` first unless one of the same shape is there.
 
     Strict: every tensor of the file must be expected and every expected one there. The adapter becomes the active
-    one.
+    one. Parameters of the base model that were trained beside the adapter are written to the model's own, in its dtype;
+    :func:`detach` of the last adapter restores them. A base model that is not the one the adapter was made on, as far
+    as can be told by its configuration and some weights, is warned about.
 
     Args:
-        path: what :func:`save` was given.
+        model: the model, or a wrapper around it.
+        path: what :func:`save` or ``save_pretrained`` was given.
+        name: what to call the adapter. In a folder where ``save_pretrained`` wrote several, which to load.
         allow_nonfinite: accept weights that hold NaN or Inf.
     Returns: ``model``.
     Raises:
         CheckpointError: the file is missing, foreign, damaged or made for another model; the model is untouched.
         ValueError: malformed ``name``, an adapter with another configuration is attached under it, or the model's
             weights hold a folded adapter.
-        TypeError: the model cannot be hooked.
+        TypeError: the model cannot be hooked, or it is in DDP or FSDP and the adapter is not attached yet.
     """
     outer, model, path = model, unwrap(model), find(path, name)
     require_unfolded(attachments(model))

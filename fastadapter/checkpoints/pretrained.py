@@ -1,4 +1,4 @@
-"""Adapters beside the files of transformers' ``save_pretrained``, and so in the checkpoints of its Trainer.
+"""Adapters beside the files of ``save_pretrained``, and so in the checkpoints of transformers' Trainer.
 
 The active adapter (or the first) goes to ``adapter.safetensors``; where there are several, each also goes to
 ``adapter-<name>.safetensors``. The base's own files keep the adapters' parameters too: Trainer's
@@ -60,7 +60,7 @@ def write_beside(
     if is_main_process:
         message = (
             f"fastadapter: save_pretrained wrote the adapter to {', '.join(written)} in {os.fspath(folder)}; "
-            "from_pretrained gives the base model alone, so call fastadapter.load(model, folder) after it"
+            "from_pretrained leaves it out, so call fastadapter.load(model, folder) after it"
         )
         _log.info(message)
         warnings.warn(message, stacklevel=4)

@@ -112,6 +112,24 @@ def test_what_is_not_the_base_is_not_saved_as_the_base(tmp_path):
 
 
 @torch.no_grad()
+def test_beside_lora_both_are_saved(tmp_path):
+    """PEFT has a save_pretrained of its own, which writes LoRA alone."""
+    peft = pytest.importorskip("peft")
+    model = adapted()
+    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    with SAYS:
+        tuned.save_pretrained(tmp_path)
+    again = fa.load(peft.PeftModel.from_pretrained(build(LLAMA), tmp_path), tmp_path)
+    assert same_bits(output_of(again.eval(), INPUTS), output_of(tuned.eval(), INPUTS))
+    with pytest.raises(fa.CheckpointError, match=r"lora_A.* must be there first"):
+        fa.load(build(LLAMA), tmp_path)
+    fa.detach(tuned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tuned.save_pretrained(tmp_path / "lora")
+
+
+@torch.no_grad()
 def test_gathered_weights_are_taken_instead_of_the_models(tmp_path):
     """A trainer with sharded weights gathers them for all and lets one process save."""
     model, other = adapted(), adapted()

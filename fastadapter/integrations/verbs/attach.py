@@ -62,7 +62,7 @@ def attach(
     classification model's head is copied: the adapter trains and keeps its own.
 
     Args:
-        model: a transformers model (or a module that contains one).
+        model: a transformers model (or a module that contains one, or a wrapper around one).
         config: the method and its sizes.
         name: what to call it; letters, digits, ``_`` and ``-``, at most 64.
         tokenizer: the model's, for ``SoftPromptConfig(init_text=...)`` alone.
@@ -71,7 +71,7 @@ def attach(
         ValueError: the name is taken or malformed, a size does not fit the model, or the model's weights hold a folded
             adapter.
         TypeError: ``config`` is not a configuration, or the model cannot be hooked, or the method is not defined for
-            it, with the reason.
+            it, or it is in DDP or FSDP already, with the reason.
         Nothing is attached then.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -131,7 +131,8 @@ def attach(
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Remove one adapter, or all of them; after the last the model is what it was before, bit for bit.
 
-    ``requires_grad`` of the model's own parameters is restored too, and weights that the adapter was folded into.
+    ``requires_grad`` of the model's own parameters is restored too, and weights that the adapter was folded into or
+    that came with it from a file. What was unfrozen and trained in the model itself stays trained.
 
     Raises: ValueError: no adapter of that name.
     """

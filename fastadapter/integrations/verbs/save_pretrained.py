@@ -1,13 +1,14 @@
-"""The hook into transformers' ``save_pretrained``: what is saved of an adapted model holds its adapters.
+"""The hook into ``save_pretrained`` of transformers and PEFT: what is saved of an adapted model holds its adapters.
 
-From the first attach to the last detach the method of ``PreTrainedModel`` is wrapped. An attribute of one model would
-not survive copies, or would save the original in place of the copy. transformers' Trainer writes its checkpoints with
-the same method.
+From the first attach to the last detach the method of ``PreTrainedModel`` is wrapped, and that of ``PeftModel`` where
+PEFT is imported at an attach. An attribute of one model would not survive copies, or would save the original in place
+of the copy. transformers' Trainer writes its checkpoints with the same methods.
 """
 
 import functools
 import inspect
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +18,7 @@ from typing import Any
 writer: Callable[[Any, str | os.PathLike, bool, dict[str, Any] | None], None] | None = None
 
 _held: "weakref.WeakSet[Hold]" = weakref.WeakSet()
-_original: Any = None
-_wrapped: Any = None
+_wrapped: dict[type, Any] = {}
 
 
 class Hold:
@@ -34,21 +34,26 @@ class Hold:
 
     def release(self) -> None:
         """Take the hook out if nobody else holds it."""
-        from transformers import PreTrainedModel
-
         _held.discard(self)
-        # Somebody who patched after us keeps our wrapper inside theirs; without adapters it only passes calls on.
-        if not _held and PreTrainedModel.save_pretrained is _wrapped:
-            PreTrainedModel.save_pretrained = _original
+        if _held:
+            return
+        for owner, wrapped in list(_wrapped.items()):
+            # Somebody who patched after us keeps our wrapper inside theirs; without adapters it only passes calls on.
+            if owner.__dict__.get("save_pretrained") is wrapped:
+                owner.save_pretrained = wrapped.__wrapped__  # type: ignore[attr-defined]
+                del _wrapped[owner]
 
 
 def _install() -> None:
-    from transformers import PreTrainedModel
+    import transformers
 
-    global _original, _wrapped
-    if PreTrainedModel.save_pretrained is _wrapped:
-        return
-    original = _original = PreTrainedModel.save_pretrained
+    peft = sys.modules.get("peft")
+    for owner in (transformers.PreTrainedModel, getattr(peft, "PeftModel", None)):
+        if owner is not None and owner not in _wrapped:
+            owner.save_pretrained = _wrapped[owner] = _with_adapters(owner.save_pretrained)
+
+
+def _with_adapters(original: Any) -> Any:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -56,7 +61,8 @@ def _install() -> None:
         # First the adapters: the original may send the folder to a hub. It refuses a file in place of a folder.
         if writer is not None and not os.path.isfile(save_directory):
             given = signature.bind(self, save_directory, *args, **kwargs).arguments
+            given |= given.pop("kwargs", {})
             writer(self, save_directory, given.get("is_main_process", True), given.get("state_dict"))
         return original(self, save_directory, *args, **kwargs)
 
-    PreTrainedModel.save_pretrained = _wrapped = save_pretrained
+    return save_pretrained
