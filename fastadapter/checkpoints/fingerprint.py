@@ -22,11 +22,13 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # copy of a model may change; and every name that begins with an underscore or speaks of dropout.
 _IRRELEVANT = {
     "architectures",
+    "begin_suppress_tokens",
     "bos_token_id",
     "chunk_size_feed_forward",
     "dtype",
     "eos_token_id",
     "finetuning_task",
+    "forced_decoder_ids",
     "gradient_checkpointing",
     "id2label",
     "initializer_factor",
@@ -39,7 +41,9 @@ _IRRELEVANT = {
     "pretraining_tp",
     "problem_type",
     "quantization_config",
+    "reorder_and_upcast_attn",
     "return_dict",
+    "suppress_tokens",
     "task_specific_params",
     "torch_dtype",
     "transformers_version",

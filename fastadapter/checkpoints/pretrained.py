@@ -42,7 +42,7 @@ def write_beside(
             warnings.warn(
                 f"fastadapter: save_pretrained of this {type(model).__name__} leaves out the adapters in it, which "
                 "are attached to a model around it: save that one, or the adapters with fastadapter.save",
-                stacklevel=4,
+                stacklevel=3,
             )
         return
     require_unfolded(record)
@@ -63,7 +63,7 @@ def write_beside(
             "from_pretrained leaves it out, so call fastadapter.load(model, folder) after it"
         )
         _log.info(message)
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=3)
 
 
 def _gathered(model: nn.Module, name: str, state_dict: dict[str, Any] | None) -> dict[str, Tensor]:

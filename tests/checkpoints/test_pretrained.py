@@ -64,8 +64,9 @@ def test_of_several_adapters_each_has_its_file(tmp_path):
     """`load` takes the file of the name; without one, the adapter that was active."""
     model = adapted("houlsby", "b", adapted("prefix", "a"))
     fa.set_active(model, "a")
-    with pytest.warns(UserWarning, match="adapter-a.safetensors, adapter-b.safetensors"):
+    with pytest.warns(UserWarning, match="adapter-a.safetensors, adapter-b.safetensors") as said:
         model.save_pretrained(tmp_path)
+    assert said[0].filename == __file__
     for name, other in (("a", "a"), ("b", "b"), ("default", "a")):
         fa.set_active(model, other)
         again = fa.load(base_of(tmp_path), tmp_path, name)

@@ -160,3 +160,20 @@ def test_parts_of_parameters_are_never_saved_as_if_they_were_whole(tmp_path):
     parameter.data, parameter.ds_id = torch.empty(0), 7
     with pytest.raises(ValueError, match=r"DeepSpeed keeps a part of model\.layers\.0"):
         fa.save(model, tmp_path)
+
+
+def test_a_part_of_an_adapted_model_is_not_a_model_of_its_own(tmp_path):
+    """It has no record, but adapters act in it: another record would fight over them with the first."""
+    model = fa.attach(build(LLAMA), CONFIGS["houlsby"])
+    calls = [
+        lambda part: fa.attach(part, CONFIGS["houlsby"], "second"),
+        lambda part: fa.save(part, tmp_path),
+        lambda part: fa.set_active(part, None),
+        fa.detach,
+    ]
+    for call in calls:
+        with pytest.raises(
+            ValueError, match="this LlamaModel is a part of a model that adapters are attached to"
+        ):
+            call(model.model)
+    assert list(attachments(model).configs) == ["default"]

@@ -91,6 +91,8 @@ def attach(
     require_open(model)
     outer, model = model, unwrap(model)
     record = attachments(model) or Attachments()
+    if not record.configs:
+        _require_no_part(model)
     if name in record.configs:
         raise ValueError(
             f"name: an adapter {name!r} is already attached; detach it first or choose another name"
@@ -387,8 +389,17 @@ def adapter_modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
 def _require_attachments(model: nn.Module) -> Attachments:
     record = attachments(model)
     if record is None:
+        _require_no_part(model)
         raise ValueError("model: no adapter is attached to it")
     return record
+
+
+def _require_no_part(model: nn.Module) -> None:
+    """Raises: ValueError: adapters act in ``model`` that are attached to a module around it."""
+    if any(isinstance(module, Host) for module in model.modules()):
+        raise ValueError(
+            f"model: this {type(model).__name__} is a part of a model that adapters are attached to; pass that model"
+        )
 
 
 def _require_name(record: Attachments, name: str) -> str:
