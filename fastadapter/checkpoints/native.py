@@ -151,13 +151,15 @@ def load(
             raise CheckpointError(f"{path}: does not fit this model: {error}") from error
     try:
         set_tensors(model, name, tensors, allow_nonfinite=allow_nonfinite)
-    except ValueError as error:
+        set_active(model, name)
+    except BaseException as error:
         if not attached:
             detach(model, name)
             if attachments(model) is not None:
                 set_active(model, previous)
-        raise CheckpointError(f"{path}: {error}") from error
-    set_active(model, name)
+        if isinstance(error, ValueError):
+            raise CheckpointError(f"{path}: {error}") from error
+        raise
     if found["unlike"]:
         warnings.warn(
             f"fastadapter: {path} was made on another base model, so that its adapter may not do here what it was "

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapter.checkpoints.files import Header
-from fastadapter.integrations.parts.sharding import require_whole, reshard, write
+from fastadapter.integrations.parts.sharding import all_or_none, require_whole, reshard, write
 from fastadapter.integrations.parts.wrappers import plain, unwrap
 from fastadapter.integrations.verbs import base_parameters
 from fastadapter.integrations.verbs.attach import adapter_modules, attachments, require_unfolded
@@ -97,9 +97,10 @@ def set_tensors(
             f"it holds trained parameters of the base model ({some(changed)}), which would change under the other "
             f"adapters ({', '.join(others)}); detach them first"
         )
-    for key, target in expected.items():
-        write(target, given[key])
-    base_parameters.put(model, base, record.base_originals)
+    with all_or_none(expected):
+        for key, target in expected.items():
+            write(target, given[key])
+        base_parameters.put(model, base, record.base_originals)
 
 
 def some(names: Sequence[str]) -> str:

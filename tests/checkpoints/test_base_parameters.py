@@ -4,7 +4,10 @@ import pytest
 import torch
 
 import fastadapter as fa
+from fastadapter.checkpoints import tensors as tensors_module
 from fastadapter.checkpoints.files import read_tensors
+from fastadapter.integrations.parts import sharding
+from fastadapter.integrations.verbs import base_parameters
 from tests.support.budget import same_bits
 from tests.support.methods import CONFIGS, train_a_little
 from tests.support.models import FAMILIES, build, output_of
@@ -106,6 +109,36 @@ def test_other_adapters_are_not_put_on_another_base(tmp_path):
     fa.detach(both)
     fa.load(both, tmp_path)
     fa.load(both, tmp_path, "twin")
+
+
+@pytest.mark.parametrize("attached", [False, True], ids=["fresh", "attached"])
+def test_a_load_that_breaks_off_changes_nothing(tmp_path, monkeypatch, attached):
+    """Out of memory, or an interrupt, at each tensor in turn."""
+    fa.save(trained("houlsby"), tmp_path)
+    model = with_new_tokens()
+    if attached:
+        fa.attach(model, CONFIGS["houlsby"])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    flags = {key: each.requires_grad for key, each in model.named_parameters()}
+    write, left = sharding.write, [0]
+
+    def breaking(target, value):
+        left[0] -= 1
+        if left[0] == -1:
+            raise KeyboardInterrupt
+        write(target, value)
+
+    monkeypatch.setattr(tensors_module, "write", breaking)
+    monkeypatch.setattr(base_parameters, "write", breaking)
+    for step in range(25):
+        left[0] = step
+        with pytest.raises(KeyboardInterrupt):
+            fa.load(model, tmp_path)
+        after = model.state_dict()
+        assert after.keys() == before.keys() and all(same_bits(after[key], before[key]) for key in before)
+        assert {key: each.requires_grad for key, each in model.named_parameters()} == flags
+    left[0] = 1000
+    fa.load(model, tmp_path)
 
 
 def test_embeddings_in_another_dtype_are_cast(tmp_path):

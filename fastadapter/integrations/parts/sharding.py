@@ -1,7 +1,8 @@
 """Models whose parameters are spread over processes: reading and writing them whole."""
 
+import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,6 +52,21 @@ def write(target: Any, value: Tensor) -> None:
             value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
         )
     target.copy_(value)
+
+
+@contextlib.contextmanager
+def all_or_none(targets: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Tensors that are written to in the context: each is what it was if anything goes wrong there.
+
+    Yields: what they were, whole and in main memory.
+    """
+    before = {name: whole(each).to("cpu", copy=True) for name, each in targets.items()}
+    try:
+        yield before
+    except BaseException:
+        for name, each in targets.items():
+            write(each, before[name])
+        raise
 
 
 def reshard(model: nn.Module) -> None:

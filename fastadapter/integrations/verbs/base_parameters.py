@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from fastadapter.integrations.parts.sharding import reshard, whole, write
+from fastadapter.integrations.parts.sharding import all_or_none, reshard, whole, write
 from fastadapter.integrations.parts.wrappers import plain
 from fastadapter.integrations.passes.host import Host
 
@@ -56,12 +56,17 @@ def _how_to_resize(model: nn.Module, own: Tensor, shape: tuple[int, ...]) -> str
 
 
 def put(model: nn.Module, values: dict[str, Tensor], originals: dict[str, Tensor]) -> None:
-    """Write ``values`` into parameters of the model, trainable from now on; what they held goes to ``originals``."""
+    """Write ``values`` into parameters of the model, trainable from now on; what they held goes to ``originals``.
+
+    All of them or none.
+    """
     reshard(model)
-    for name, value in values.items():
-        parameter = model.get_parameter(name)
-        originals.setdefault(name, whole(parameter).to("cpu", copy=True))
-        write(parameter, value)
+    parameters = {name: model.get_parameter(name) for name in values}
+    with all_or_none(parameters) as before:
+        for name, parameter in parameters.items():
+            write(parameter, values[name])
+    originals |= {name: value for name, value in before.items() if name not in originals}
+    for parameter in parameters.values():
         parameter.requires_grad_(True)
 
 
