@@ -4,6 +4,7 @@ Every method is trained for two steps on half of a batch each, and alone on all 
 model, verified and detached. Each process writes what it found to ``rank0.json`` or ``rank1.json``.
 """
 
+import faulthandler
 import json
 import sys
 import traceback
@@ -30,7 +31,8 @@ METHODS = [name for name in CONFIGS if name not in ("v2-output", "pfeiffer", "pa
 def adapted(method):
     model = fa.attach(build(LLAMA), CONFIGS[method])
     train_a_little(model)
-    model.get_input_embeddings().weight.requires_grad_(True)
+    for name in ("model.embed_tokens", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "lm_head"):
+        model.get_submodule(name).weight.requires_grad_(True)
     return model
 
 
@@ -124,6 +126,7 @@ def beside(folder):
 
 
 def main() -> None:
+    faulthandler.dump_traceback_later(200, exit=True)  # two that wait for each other say where
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")

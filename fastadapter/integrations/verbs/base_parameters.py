@@ -61,7 +61,8 @@ def put(model: nn.Module, values: dict[str, Tensor], originals: dict[str, Tensor
     All of them or none.
     """
     reshard(model)
-    parameters = {name: model.get_parameter(name) for name in values}
+    # In one order in every process: sharded parameters are gathered, and a file is read in any.
+    parameters = {name: model.get_parameter(name) for name in sorted(values)}
     with all_or_none(parameters) as before:
         for name, parameter in parameters.items():
             write(parameter, values[name])
@@ -74,7 +75,7 @@ def put(model: nn.Module, values: dict[str, Tensor], originals: dict[str, Tensor
 def differing(model: nn.Module, values: dict[str, Tensor]) -> list[str]:
     """Names of the parameters of the model that :func:`put` would change."""
     reshard(model)
-    own = {name: whole(model.get_parameter(name)).cpu() for name in values}
+    own = {name: whole(model.get_parameter(name)).cpu() for name in sorted(values)}
     return [name for name, value in values.items() if not torch.equal(own[name], value.to(own[name].dtype))]
 
 
