@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastadapter.integrations.parts.wrappers import unwrap
 from fastadapter.integrations.passes.prefix import PromptSlot
-from fastadapter.integrations.verbs.record import attachments, hosts, unwrap
+from fastadapter.integrations.verbs.record import attachments, hosts
 from fastadapter.nn import Bottleneck, ChannelScale, GatedPrefix, ModuleCopy, PrefixTuning
 from fastadapter.ops.backends import automatic_backend
 from fastadapter.ops.base_attention import GPU_PRIORITY

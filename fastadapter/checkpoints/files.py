@@ -48,6 +48,17 @@ def resolve(path: str | os.PathLike) -> Path:
     return path if path.suffix == ".safetensors" else path / DEFAULT_NAME
 
 
+def named(folder: str | os.PathLike, name: str) -> Path:
+    """The file of one adapter of several in a folder."""
+    return Path(folder) / f"adapter-{name}.safetensors"
+
+
+def find(path: str | os.PathLike, name: str) -> Path:
+    """The file to read adapter ``name`` from: its own in a folder that has one, else as :func:`resolve`."""
+    own = named(path, name)
+    return own if os.path.exists(own) else resolve(path)
+
+
 def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
     """Write ``tensors`` and ``metadata`` (plus their digest) to one file, atomically.
 

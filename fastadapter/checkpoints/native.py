@@ -2,16 +2,22 @@
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastadapter.checkpoints.files import CheckpointError, Header, read_tensors, resolve, write_tensors
+from fastadapter.checkpoints.files import CheckpointError, Header, find, read_tensors, resolve, write_tensors
+from fastadapter.checkpoints.fingerprint import fingerprint, unlike
+from fastadapter.checkpoints.tensors import require_fitting_base, saved_tensors, set_tensors
+from fastadapter.integrations.parts.sharding import is_sharded, require_whole, whole
+from fastadapter.integrations.parts.wrappers import unwrap
 from fastadapter.integrations.passes.choice import Choice
 from fastadapter.integrations.verbs.attach import install
-from fastadapter.integrations.verbs.record import adapter_modules, attachments, require_unfolded, unwrap
+from fastadapter.integrations.verbs.record import attachments, require_unfolded
 from fastadapter.methods import METHODS
 
 FORMATS = ("fastadapter",)
@@ -31,13 +37,18 @@ def save(
 ) -> Path:
     """Save one adapter; after a kill at any point the old or the new file is there, whole.
 
+    What else is trainable in the model (embeddings of new tokens, LoRA) is saved with it. A model that is sharded over
+    processes is saved by all of them together; the first one writes.
+
     Args:
+        model: the adapted model, or a wrapper around it.
         path: a ``.safetensors`` file, or a folder that gets ``adapter.safetensors``.
         name: which adapter.
         format: ``"fastadapter"``.
     Returns: the file written.
     Raises:
-        ValueError: no such adapter, or unknown format.
+        ValueError: no such adapter, or unknown format; a module around the model has trainable parameters, or FSDP
+            or DeepSpeed hold the adapter in flattened parts.
         CheckpointError: the file cannot be written; an older one is intact.
 
     >>> save(model, "reviews")  # doctest: +SKIP
@@ -45,17 +56,41 @@ def save(
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    model = unwrap(model)
-    tensors = adapter_tensors(model, name)
+    tensors = saved_tensors(model, name)
+    require_whole(tensors)
+    return write_adapter(unwrap(model), path, name, tensors)
+
+
+def write_adapter(model: nn.Module, path: str | os.PathLike, name: str, tensors: dict[str, Tensor]) -> Path:
+    """Write ``tensors`` of adapter ``name`` with what tells where they belong.
+
+    Where they are sharded every process must call this; the first one writes.
+    """
     config = attachments(model).configs[name]
     metadata = {
         "format": "fastadapter",
         "format_version": _VERSION,
         "method": config.method,
         "config": json.dumps(config.to_dict(), sort_keys=True),
-        "base": json.dumps(_base_description(model), sort_keys=True),
+        "base": json.dumps(_base_description(model) | fingerprint(model), sort_keys=True, default=str),
     }
+    if any(is_sharded(each) for each in tensors.values()):
+        return _write_together(path, {key: whole(each) for key, each in tensors.items()}, metadata)
     return write_tensors(path, tensors, metadata)
+
+
+def _write_together(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
+    """Write what every process has in one of them; none returns before the file is there, all raise what it raises."""
+    error: list[CheckpointError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            write_tensors(path, tensors, metadata)
+        except CheckpointError as raised:
+            error = [raised]
+    dist.broadcast_object_list(error, src=0)
+    if error[0] is not None:
+        raise error[0]
+    return resolve(path)
 
 
 def load(
@@ -70,10 +105,14 @@ def load(
 
     Strict: every tensor of the file must be expected and every expected one there. The adapter becomes the active
     one for calls from this thread; other threads that chose none go on with what the model had, its default, which is
-    this adapter only if it is the first.
+    this adapter only if it is the first. Parameters of the base model that were trained beside the adapter are written
+    to the model's own, in its dtype; :func:`detach` of the last adapter restores them. A base model that is not the one
+    the adapter was made on, as far as can be told by its configuration and some weights, is warned about.
 
     Args:
-        path: what :func:`save` was given.
+        model: the model, or a wrapper around it.
+        path: what :func:`save` or ``save_pretrained`` was given.
+        name: what to call the adapter. In a folder where ``save_pretrained`` wrote several, which to load.
         activate: ``False``: what acts stays what it is.
         allow_nonfinite: accept weights that hold NaN or Inf.
     Returns: ``model``.
@@ -81,9 +120,9 @@ def load(
         CheckpointError: the file is missing, foreign, damaged or made for another model; the model is untouched.
         ValueError: malformed ``name``, an adapter with another configuration is attached under it, or the model's
             weights hold a folded adapter.
-        TypeError: the model cannot be hooked.
+        TypeError: the model cannot be hooked, or it is in DDP or FSDP and the adapter is not attached yet.
     """
-    model = unwrap(model)
+    outer, model, path = model, unwrap(model), find(path, name)
     require_unfolded(attachments(model))
     found: dict[str, Any] = {}
 
@@ -91,6 +130,8 @@ def load(
         found["config"] = _read_config(metadata)
         found["base"] = _read_json(metadata, "base")
         _check_base(found["base"], _base_description(model))
+        require_fitting_base(model, header)
+        found["unlike"] = unlike(found["base"], model)
         field = "prompt_len" if hasattr(found["config"], "prompt_len") else "prefix_len"
         length = getattr(found["config"], field, None)
         sizes = {shape for key, (_, shape) in header.items() if f".{key}".endswith(".prompt")}
@@ -105,12 +146,12 @@ def load(
     attached = record is not None and name in record.configs
     if attached and record.configs[name] != config:
         raise ValueError(
-            f"name: adapter {name!r} is attached with {record.configs[name]}, but {resolve(path)} holds {config}; "
+            f"name: adapter {name!r} is attached with {record.configs[name]}, but {path} holds {config}; "
             "detach it first"
         )
 
     def fill() -> None:
-        set_adapter_tensors(model, name, tensors, allow_nonfinite=allow_nonfinite)
+        set_tensors(model, name, tensors, allow_nonfinite=allow_nonfinite)
 
     try:
         if attached:
@@ -121,57 +162,16 @@ def load(
         else:
             # the fresh prompt is overwritten: draw nothing from the caller's generator
             with torch.random.fork_rng(devices=[]):
-                install(model, config, name, activate=activate, fill=fill)
+                install(outer, config, name, activate=activate, fill=fill)
     except ValueError as error:
-        raise CheckpointError(f"{resolve(path)}: {error}") from error
-    return model
-
-
-def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The weights of an adapter and its heads' running statistics, by the dotted name of the module they are in."""
-    found: dict[str, Tensor] = {}
-    for path, module in adapter_modules(model, name).items():
-        saved = module.state_dict(keep_vars=True)
-        statistics = ((key, buffer) for key, buffer in module.named_buffers() if key in saved)
-        for key, tensor in (*module.named_parameters(), *statistics):
-            found[f"{path}.{key}" if path else key] = tensor.detach()
-    return found
-
-
-def set_adapter_tensors(
-    model: nn.Module, name: str, tensors: dict[str, Tensor], *, allow_nonfinite: bool = False
-) -> None:
-    """Copy ``tensors``, named as by :func:`adapter_tensors`, into an attached adapter; all of them or none.
-
-    Raises: ValueError: a name is missing or unexpected, or a tensor has another shape or dtype, or is not finite; or
-        the adapter is folded into the model's weights.
-    """
-    require_unfolded(attachments(model))
-    expected = adapter_tensors(model, name)
-    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"its tensors do not fit adapter {name!r}: missing {_some(missing)}, unexpected {_some(unexpected)}"
+        raise CheckpointError(f"{path}: {error}") from error
+    if found["unlike"]:
+        warnings.warn(
+            f"fastadapter: {path} was made on another base model, so that its adapter may not do here what it was "
+            f"trained for: {'; '.join(found['unlike'])}",
+            stacklevel=2,
         )
-    for key, target in expected.items():
-        source = tensors[key]
-        if source.shape != target.shape or source.dtype != target.dtype:
-            raise ValueError(
-                f"{key} must be {target.dtype} {tuple(target.shape)}, got {source.dtype} {tuple(source.shape)}"
-            )
-        if not allow_nonfinite and not torch.isfinite(source).all():
-            raise ValueError(f"{key} holds NaN or Inf (allow_nonfinite=True accepts it)")
-    with torch.no_grad():
-        for key, target in expected.items():
-            target.copy_(tensors[key])
-
-
-def _some(names: list[str]) -> str:
-    return (
-        ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-        if names
-        else "none"
-    )
+    return outer
 
 
 def _base_description(model: nn.Module) -> dict[str, Any]:

@@ -70,7 +70,8 @@ class Bottleneck(Masters):
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
         self.activation, self.norm_eps, self.init = activation, norm_eps, init
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
-        self.scale = nn.Parameter(torch.ones((), **options)) if isinstance(scale, str) else scale
+        # One dimension: FSDP2 shards no scalars.
+        self.scale = nn.Parameter(torch.ones(1, **options)) if isinstance(scale, str) else scale
         self.down_proj = nn.Linear(hidden_size, bottleneck_size, bias=bias, **options)
         self.up_proj = nn.Linear(bottleneck_size, hidden_size, bias=bias, **options)
         self.norm: nn.Module | None = None
@@ -137,8 +138,8 @@ def operands(
     up, up_bias, scale = of("up_proj", "weight"), of("up_proj", "bias"), first.scale
     if isinstance(scale, nn.Parameter):
         factors = joined([cast(Tensor, each.scale) for each in bank])
-        up = up * factors[..., None, None]
-        up_bias = None if up_bias is None else up_bias * factors[..., None]
+        up = up * factors[..., None]
+        up_bias = None if up_bias is None else up_bias * factors
         scale = 1.0
     norm = None
     if first.norm is not None:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from fastadapter.integrations.verbs.record import unwrap
+from fastadapter.integrations.parts.wrappers import unwrap
 from fastadapter.training import report, state
 from fastadapter.training.batching import epoch_batches, share
 from fastadapter.training.classification import ClassificationTask

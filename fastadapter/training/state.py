@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastadapter.checkpoints import CheckpointError
 from fastadapter.checkpoints.files import read_tensors, write_tensors
+from fastadapter.checkpoints.fingerprint import configuration, differences, sample
 from fastadapter.ops.backends import GPU_TYPES
 from fastadapter.training.config import UserError
 from fastadapter.training.data import Encoded
@@ -54,23 +55,20 @@ def digest_examples(rows: Iterable[Sequence[Encoded]]) -> str:
 
 def identify_model(model: Any) -> dict[str, str]:
     """What tells one frozen model from another: class, dtypes, attention, configuration and weights."""
-    config = {
-        k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")
-    }
     sha, dtypes = hashlib.sha256(), set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             continue
         dtypes.add(str(parameter.dtype).removeprefix("torch."))
-        flat = parameter.detach().flatten()
-        # Enough to tell a model from its fine-tuned sibling, and free for models of any size.
-        sample = flat[:: max(1, flat.numel() // 256)].to(torch.float64).cpu().numpy()
-        sha.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + sample.tobytes())
+        values = sample(parameter, 256).to(torch.float64).cpu().numpy()
+        sha.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + values.tobytes())
     return {
         "class": type(model).__name__,
         "dtype": ", ".join(sorted(dtypes)),
         "attention": str(model.config._attn_implementation),
-        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        "config": hashlib.sha256(
+            json.dumps(configuration(model), sort_keys=True, default=str).encode()
+        ).hexdigest(),
         "weights": sha.hexdigest(),
     }
 
@@ -144,7 +142,7 @@ def load_state(
         if not isinstance(progress.step, int) or not isinstance(progress.epochs, list):
             raise ValueError("its position is no number")
         saved = json.loads(metadata["identity"])
-        different = _differences(saved, json.loads(json.dumps(identity)))
+        different = differences(saved, json.loads(json.dumps(identity)))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its record of the run is damaged: {error!r}") from error
     if different:
@@ -186,22 +184,6 @@ def load_state(
             moments = {key: tensors[f"{key}.{name}"].to(parameter.device, copy=True) for key in _MOMENTS}
             optimizer.state[parameter] = {"step": torch.tensor(float(progress.step)), **moments}
     return progress
-
-
-def _differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted(saved.keys() | current.keys()):
-        old, new = saved.get(key), current.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(f"{prefix}{key} was {_short(old)}, now {_short(new)}")
-    return found
-
-
-def _short(value: Any) -> str:
-    is_digest = isinstance(value, str) and len(value) == 64
-    return f"{value[:12]}..." if is_digest else repr(value)
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:

@@ -13,9 +13,10 @@ from torch import nn
 from fastadapter.checkpoints import CheckpointError
 from fastadapter.checkpoints import save as save_adapter
 from fastadapter.checkpoints.files import read_tensors, write_tensors
-from fastadapter.checkpoints.native import adapter_tensors
+from fastadapter.checkpoints.tensors import adapter_parameters
+from fastadapter.integrations.parts.wrappers import unwrap
 from fastadapter.integrations.verbs.choose import trainable_parameters
-from fastadapter.integrations.verbs.record import Attachments, attachments, unwrap
+from fastadapter.integrations.verbs.record import Attachments, attachments
 from fastadapter.training.config import UserError
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -36,12 +37,12 @@ class AdapterTarget:
             raise UserError(
                 f"name: adapter {name!r} is folded into the model's weights; unfold it to train it"
             )
-        saved = {tensor.data_ptr() for tensor in adapter_tensors(unwrap(model), name).values()}
+        saved = {id(parameter) for parameter in adapter_parameters(unwrap(model), name).values()}
         self.parameters = trainable_parameters(model)
-        strays = [key for key, parameter in self.parameters if parameter.data_ptr() not in saved]
+        strays = [key for key, parameter in self.parameters if id(parameter) not in saved]
         if strays:
             raise UserError(
-                f"{strays[0]} is trainable but not part of adapter {name!r}: it would not be saved; freeze it"
+                f"{strays[0]} is trainable but not part of adapter {name!r}, all that is trained here; freeze it"
             )
         if not self.parameters:
             raise UserError(f"name: no parameter of adapter {name!r} is trainable")

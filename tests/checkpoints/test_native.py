@@ -52,7 +52,7 @@ def test_files_are_small_and_complete(saved):
     tensors, metadata = read_tensors(saved)
     assert sorted(tensors)[0] == "model.layers.1.self_attn.gate" and len(tensors) == 4
     assert json.loads(metadata["config"]) == CONFIG.to_dict() and metadata["method"] == "llama-adapter"
-    assert saved.stat().st_size < 4096
+    assert saved.stat().st_size < 8192
 
 
 def test_load_into_an_attached_adapter(saved):

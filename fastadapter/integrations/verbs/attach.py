@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from fastadapter.integrations.parts.sharding import require_open
+from fastadapter.integrations.parts.wrappers import RECORD, unwrap
 from fastadapter.integrations.passes import attention as hook
 from fastadapter.integrations.passes import entry
 from fastadapter.integrations.passes.bottleneck import Watch
@@ -14,17 +16,18 @@ from fastadapter.integrations.passes.choice import Choice
 from fastadapter.integrations.passes.host import Placement, host_of
 from fastadapter.integrations.passes.soft_prompt_decoder import SoftPromptHost, difference
 from fastadapter.integrations.placing.plans import plan
+from fastadapter.integrations.verbs import base_parameters
 from fastadapter.integrations.verbs.fold import take_out_of_weights
 from fastadapter.integrations.verbs.record import (
-    ATTRIBUTE,
     Attachments,
     attachments,
     require_attachments,
     require_name,
+    require_no_part,
     require_no_rows,
     require_unfolded,
-    unwrap,
 )
+from fastadapter.integrations.verbs.save_pretrained import Hold
 from fastadapter.integrations.verbs.undo import all_or_nothing
 from fastadapter.methods import MethodConfig
 
@@ -48,7 +51,7 @@ def attach(
     pretrained and stays frozen. Parameters as new that are in no module of their own are named in a warning.
 
     Args:
-        model: a transformers model (or a module that contains one).
+        model: a transformers model (or a module that contains one, or a wrapper around one).
         config: the method and its sizes.
         name: what to call it; letters, digits, ``_`` and ``-``, at most 64.
         tokenizer: the model's, for ``SoftPromptConfig(init_text=...)`` alone.
@@ -57,7 +60,7 @@ def attach(
         ValueError: the name is taken or malformed, a size does not fit the model, or the model's weights hold a folded
             adapter.
         TypeError: ``config`` is not a configuration, or the model cannot be hooked, or the method is not defined for
-            it, with the reason.
+            it, or it is in DDP or FSDP already, with the reason.
         Nothing is attached then.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -93,15 +96,18 @@ def install(
         )
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"name must be 1 to 64 letters, digits, '_' or '-', got {name!r}")
+    require_open(model)
     model = unwrap(model)
     record = attachments(model) or Attachments()
+    if not record.configs:
+        require_no_part(model)
     if name in record.configs:
         raise ValueError(
             f"name: an adapter {name!r} is already attached; detach it first or choose another name"
         )
     require_no_rows(record)
     require_unfolded(record)
-    with all_or_nothing(model, record):
+    with all_or_nothing(model, record) as undo:
         hook.install_hook()
         with record.state.only(None):
             placements = plan(model, config, tokenizer)
@@ -113,7 +119,10 @@ def install(
         record.configs[name] = config
         record.places[name] = [(each.path, each.host) for each in placements]
         record.state.serials[name] = next(_SERIALS)
-        setattr(model, ATTRIBUTE, record)
+        if record.hold is None:
+            record.hold = hold = Hold()
+            undo.add(hold.release)
+        setattr(model, RECORD, record)
         _let_passes_begin(model, record)
         _prove_prompts(model, record, name)
         if fill is not None:
@@ -184,8 +193,9 @@ def _is_joined(decoder: nn.Module, name: str) -> tuple[bool, str]:
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Remove one adapter, or all of them; after the last the model is what it was before, bit for bit.
 
-    ``requires_grad`` of the model's own parameters is restored too, and weights that the adapter was folded into.
-    Waits for forward passes of other threads, so none loses an adapter half way.
+    ``requires_grad`` of the model's own parameters is restored too, and weights that the adapter was folded into or
+    that came with it from a file. What was unfrozen and trained in the model itself stays trained. Waits for forward
+    passes of other threads, so none loses an adapter half way.
 
     Raises:
         ValueError: no adapter of that name.
@@ -202,14 +212,17 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         for each in leaving:
             _remove(inner, record, each)
         if not record.configs:
+            base_parameters.restore(inner, record.base_originals, undo.add)
             for key, parameter in inner.named_parameters():
                 parameter.requires_grad_(record.was_trainable.get(key, parameter.requires_grad))
             for path, handles in record.entries.items():
                 entry.remove(inner.get_submodule(path), handles)
             entry.forget_recomputation(inner)
-            delattr(inner, ATTRIBUTE)
+            delattr(inner, RECORD)
             record.state.choose(None)
             hook.remove_hook_if_unused()
+            if record.hold is not None:
+                record.hold.release()
     return model
 
 

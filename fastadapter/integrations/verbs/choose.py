@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from fastadapter.integrations.parts.sharding import reshard
+from fastadapter.integrations.parts.wrappers import unwrap
 from fastadapter.integrations.passes.choice import Choice, State
 from fastadapter.integrations.passes.host import Host
 from fastadapter.integrations.verbs.record import (
@@ -14,7 +16,6 @@ from fastadapter.integrations.verbs.record import (
     require_name,
     require_no_rows,
     require_unfolded,
-    unwrap,
 )
 
 _EXPAND = "_expand_inputs_for_generation"
@@ -22,10 +23,17 @@ _expanding = threading.Lock()
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Names and parameters that require gradients, in the model's order; hand the second to an optimiser."""
-    return [
-        (name, parameter) for name, parameter in unwrap(model).named_parameters() if parameter.requires_grad
-    ]
+    """Names and parameters that require gradients, in the model's order; hand the second to an optimiser.
+
+    Names are those in the adapted model, whatever is wrapped around it. What a module around it adds of its own (a
+    head over a backbone) comes last.
+    """
+    inner = unwrap(model)
+    reshard(inner)
+    inside = list(inner.named_parameters())
+    own = {id(parameter) for _, parameter in inside}
+    around = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in own]
+    return [(name, parameter) for name, parameter in inside + around if parameter.requires_grad]
 
 
 def set_active(model: nn.Module, name: str | None) -> None:

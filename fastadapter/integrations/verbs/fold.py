@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from fastadapter.integrations.parts.wrappers import unwrap
 from fastadapter.integrations.passes.host import Place, ReparamHost, host_of
 from fastadapter.integrations.verbs.folding import (
     Folded,
@@ -20,7 +21,6 @@ from fastadapter.integrations.verbs.record import (
     require_name,
     require_no_rows,
     require_unfolded,
-    unwrap,
 )
 from fastadapter.integrations.verbs.undo import Undo, all_or_nothing
 from fastadapter.methods import LlamaAdapterV2Config, PrefixTuningConfig

@@ -3,16 +3,16 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastadapter.integrations.parts.wrappers import RECORD, unwrap
 from fastadapter.integrations.passes.bottleneck import Watch
 from fastadapter.integrations.passes.choice import State
 from fastadapter.integrations.passes.host import Host, Place, host_of
 from fastadapter.integrations.verbs.folding import Folded
+from fastadapter.integrations.verbs.save_pretrained import Hold
 from fastadapter.methods import MethodConfig
-
-ATTRIBUTE = "_fastadapter"
 
 
 @dataclass
@@ -31,6 +31,9 @@ class Attachments:
     entries: dict[str, list[RemovableHandle]] = field(default_factory=dict)
     state: State = field(default_factory=State)
     folded: Folded | None = None
+    # The model's own parameters that loading an adapter wrote to, as they were, in main memory.
+    base_originals: dict[str, Tensor] = field(default_factory=dict)
+    hold: Hold | None = None
 
     @property
     def active(self) -> str | None:
@@ -46,16 +49,9 @@ class Attachments:
         return replace(self, **copies)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module itself behind ``torch.compile``."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return getattr(model, "_orig_mod", model)
-
-
 def attachments(model: nn.Module) -> Attachments | None:
     """The record of what is attached to ``model``, if anything is."""
-    return getattr(unwrap(model), ATTRIBUTE, None)
+    return getattr(unwrap(model), RECORD, None)
 
 
 def hosts(model: nn.Module) -> dict[str, list[Host]]:
@@ -84,8 +80,17 @@ def adapter_modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
 def require_attachments(model: nn.Module) -> Attachments:
     record = attachments(model)
     if record is None:
+        require_no_part(model)
         raise ValueError("model: no adapter is attached to it")
     return record
+
+
+def require_no_part(model: nn.Module) -> None:
+    """Raises: ValueError: adapters act in ``model`` that are attached to a module around it."""
+    if any(isinstance(module, Host) for module in model.modules()):
+        raise ValueError(
+            f"model: this {type(model).__name__} is a part of a model that adapters are attached to; pass that model"
+        )
 
 
 def require_name(record: Attachments, name: str) -> str:
