@@ -7,14 +7,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.passes.host import Host
+from fastadapter.integrations.passes.replacement import PlaceHost
 
 
-class ScaleHost(Host):
-    """The scales and biases of one linear layer."""
+class ScaleHost(PlaceHost):
+    """The scales and biases of one linear layer: of all that stands in its place, LoRA around it included."""
 
     CHILD: ClassVar[str] = "fa_scale"
 
-    def hooks(self, module: nn.Module) -> list[RemovableHandle]:
+    def act_in(self, module: nn.Module) -> list[RemovableHandle]:
         return [module.register_forward_pre_hook(_before), module.register_forward_hook(_after)]
 
     def kind(self, adapter: nn.Module) -> Any:

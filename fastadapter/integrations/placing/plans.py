@@ -2,6 +2,7 @@
 
 import functools
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapter.integrations.parts import discovery
+from fastadapter.integrations.parts.linear import fused_weights, linear_layers
 from fastadapter.integrations.passes import attention as hook
 from fastadapter.integrations.passes.bottleneck import POINTS, BottleneckHost, resolve
 from fastadapter.integrations.passes.channel_scale import CopyHost, ScaleHost
@@ -69,6 +71,7 @@ def _llama_adapter(model: nn.Module, config: LlamaAdapterConfig, tokenizer: Any)
 
 def _llama_adapter_v2(model: nn.Module, config: LlamaAdapterV2Config, tokenizer: Any) -> list[Placement]:
     placements = _llama_adapter(model, config, tokenizer)
+    linear, fused, unscaled = linear_layers(model), fused_weights(model), set()
     everywhere = discovery.attentions(model, None)
     blocks = list(dict.fromkeys(discovery.block_path(path) for path, _ in everywhere))
     for path, module in model.named_modules():
@@ -81,11 +84,18 @@ def _llama_adapter_v2(model: nn.Module, config: LlamaAdapterV2Config, tokenizer:
         }
         if (inside or beside) and _is_norm(module):
             placements.append(Placement(path, CopyHost, ModuleCopy(module), CopyHost))
-        elif inside and (sizes := _linear_sizes(module)):
-            device = next(module.parameters()).device
-            placements.append(
-                Placement(path, ScaleHost, ChannelScale(*sizes, config.scale, device=device), ScaleHost)
-            )
+        elif inside and path in linear:
+            device = next((each.device for each in (*module.parameters(), *module.buffers())), None)
+            scale = ChannelScale(*linear[path], config.scale, device=device)
+            placements.append(Placement(path, ScaleHost, scale, ScaleHost))
+        elif inside and path in fused:
+            unscaled.add(fused[path])
+    if unscaled:
+        warnings.warn(
+            f"{type(model).__name__}: {'; '.join(sorted(unscaled))} are no linear layers, so they get no scale and no "
+            "bias; LlamaAdapterV2Config scales linear layers only",
+            stacklevel=4,
+        )
     return placements
 
 
@@ -247,14 +257,6 @@ def _first_image_prompt(encoder: Any, config: SoftPromptConfig) -> Tensor:
 
 def _is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Norm") and any(True for _ in module.parameters(recurse=False))
-
-
-def _linear_sizes(module: Any) -> tuple[int, int] | None:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's, with the weight transposed
-        return module.nx, module.nf
-    return None
 
 
 def _try_projection(
