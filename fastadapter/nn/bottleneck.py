@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastadapter.nn.masters import Masters
+from fastadapter.nn.masters import MasterLinear, Masters
 from fastadapter.ops import bottleneck
 from fastadapter.ops.bottleneck import ACTIVATIONS, NORMS, Norm
 
@@ -71,8 +71,8 @@ class Bottleneck(Masters):
         self.activation, self.norm_eps, self.init = activation, norm_eps, init
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.scale = nn.Parameter(torch.ones((), **options)) if isinstance(scale, str) else scale
-        self.down_proj = nn.Linear(hidden_size, bottleneck_size, bias=bias, **options)
-        self.up_proj = nn.Linear(bottleneck_size, hidden_size, bias=bias, **options)
+        self.down_proj = MasterLinear(hidden_size, bottleneck_size, bias=bias, **options)
+        self.up_proj = MasterLinear(bottleneck_size, hidden_size, bias=bias, **options)
         self.norm: nn.Module | None = None
         if norm == "layer_norm":
             self.norm = nn.LayerNorm(hidden_size, norm_eps, **options)

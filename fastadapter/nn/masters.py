@@ -3,6 +3,11 @@
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+# A linear layer of an adapter. It is torch's own by another name, the one that quantisers leave alone: the weights are
+# masters, and ops cannot read packed ones.
+MasterLinear = NonDynamicallyQuantizableLinear
 
 _OWN = "fa_own"
 

@@ -252,3 +252,30 @@ def test_nothing_is_said_about_models_without_adapters():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         with_lora(llama(), "all-linear").merge_and_unload()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [fa.LlamaAdapterV2Config(3), fa.SoftPromptConfig(3), *OUR_LAYERS],
+    ids=lambda config: config.method,
+)
+def test_a_frozen_adapter_is_told_of_once(config):
+    """get_peft_model freezes everything but its own; nothing is said in eval mode or where the adapter learns."""
+    inner = fa.attach(llama(), config)
+    model = peft.get_peft_model(inner, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    batch = {"input_ids": token_ids(), "labels": token_ids()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.eval()(**batch)
+    model.train()
+    with pytest.warns(
+        UserWarning, match=r"adapter 'default' .*frozen.*get_peft_model.*requires_grad_\(True\)"
+    ) as said:
+        model(**batch)
+        model(**batch)
+    assert len([each for each in said if "frozen" in str(each.message)]) == 1
+    for name, parameter in model.named_parameters():
+        if ".fa_" in name:
+            parameter.requires_grad_(True)
+    model(**batch).loss.backward()
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if ".lora_" in name)

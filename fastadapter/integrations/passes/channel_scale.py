@@ -8,6 +8,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.passes.host import Host
 from fastadapter.integrations.passes.replacement import PlaceHost
+from fastadapter.integrations.passes.training import refuse_backward
 
 
 class ScaleHost(PlaceHost):
@@ -40,7 +41,9 @@ def _before(module: nn.Module, args: tuple) -> Any:
 
 def _after(module: nn.Module, args: tuple, output: Tensor) -> Any:
     host = module._modules.get(ScaleHost.CHILD)
-    return None if host is None or host.idle() else host.on_rows(output, "after")
+    if host is None or host.idle():
+        return None
+    return host.on_rows(refuse_backward(module, args[0], output), "after")
 
 
 class CopyHost(Host):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastadapter.integrations.passes.frozen import say_if_frozen
+
 # Banks and the like that one host keeps; serving switches between few mixes.
 _KEPT = 16
 
@@ -118,6 +120,7 @@ class Host(nn.Module):
     def groups(self, batch: int, device: torch.device) -> list[Group]:
         """The adapters that act on a batch, those that one call of an op can take together in one group."""
         rows = self.state.row_names(batch)
+        say_if_frozen(self, rows or (self.state.active,))
         if rows is None:
             name = self.active
             return [] if name is None else [Group((name,), None, None)]

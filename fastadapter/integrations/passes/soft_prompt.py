@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.passes.attention import PROMPTS
+from fastadapter.integrations.passes.frozen import say_if_frozen
 from fastadapter.integrations.passes.host import Host, State
 from fastadapter.integrations.passes.prefix import PromptRun
 from fastadapter.nn import SoftPrompt
@@ -40,6 +41,7 @@ class PromptHost(Host):
     def acting(self) -> list[str]:
         rows = self.state.rows
         names = (self.state.active,) if rows is None else dict.fromkeys(rows)
+        say_if_frozen(self, names)
         return [name for name in names if name is not None and name in self.adapters]
 
     def check_length(self, name: str, q_len: int) -> None:

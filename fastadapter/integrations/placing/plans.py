@@ -18,6 +18,13 @@ from fastadapter.integrations.passes.host import Placement, ReparamHost, State, 
 from fastadapter.integrations.passes.prefix import PrefixHost, PromptSlot
 from fastadapter.integrations.passes.soft_prompt import SoftPromptHost
 from fastadapter.integrations.passes.soft_prompt_encoder import ImagePromptHost, encoder_of
+from fastadapter.integrations.passes.training import (
+    Nothing,
+    WatchHost,
+    accept_in_trainer,
+    layers_without_backward,
+    linear_as_in_training,
+)
 from fastadapter.methods import (
     BottleneckConfig,
     LlamaAdapterConfig,
@@ -50,7 +57,11 @@ def plan(model: nn.Module, config: MethodConfig, tokenizer: Any) -> list[Placeme
     if method is None:
         known = ", ".join(each.__name__ for each in _PLANS)
         raise TypeError(f"config must be one of {known}, got {type(config).__name__}")
-    return [*method(model, config, tokenizer), *_heads(model)]
+    if getattr(model, "is_quantized", False):
+        accept_in_trainer()
+    placements = [*method(model, config, tokenizer), *_heads(model)]
+    taken = {placement.path for placement in placements if placement.host is ScaleHost}
+    return [*placements, *(each for each in _watches(model) if each.path not in taken)]
 
 
 def _llama_adapter(model: nn.Module, config: LlamaAdapterConfig, tokenizer: Any) -> list[Placement]:
@@ -219,6 +230,11 @@ def _heads(model: nn.Module) -> list[Placement]:
     ]
 
 
+def _watches(model: nn.Module) -> list[Placement]:
+    """What tells of linear layers that lose the gradient; scales tell by themselves."""
+    return [Placement(path, WatchHost, Nothing(), WatchHost) for path in layers_without_backward(model)]
+
+
 def _require_room(prompt_len: int, context: int | None) -> None:
     if context is not None and prompt_len >= context:
         raise ValueError(f"prompt_len must be less than the model's context {context}, got {prompt_len}")
@@ -278,7 +294,7 @@ def _try_projection(
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1, prefix_len, size, generator=generator).to(device, discovery.floating_dtype(module))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), linear_as_in_training(module):
             query, key, value = hook.project_by_forward(module, rows, rotary_dim)
             fast = host is None and hook.can_project_by_modules(module, rows, key, value)
     except (RuntimeError, TypeError, AttributeError) as error:
