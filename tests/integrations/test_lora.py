@@ -196,6 +196,20 @@ def test_copies_made_by_modules_to_save_do_not_scale_twice():
     close(logits(wrapped), logits(with_lora(llama(), ["q_proj"])))
 
 
+@pytest.mark.parametrize(
+    "config", [fa.LlamaAdapterV2Config(3), fa.BottleneckConfig(bottleneck_size=4)], ids=["v2", "bottleneck"]
+)
+def test_copies_of_adapters_are_refused(config):
+    """They acted in place of the first, whatever was chosen."""
+    model = move(fa.attach(llama(), config))
+    truth = logits(model)
+    with pytest.raises(
+        TypeError, match=r"mlp: ModulesToSaveWrapper holds a copy of its adapters default.*modules_to_save"
+    ):
+        with_lora(model, ["q_proj"], modules_to_save=["mlp"])
+    assert torch.equal(logits(model), truth)
+
+
 @pytest.mark.parametrize("targets", ["all-linear", TARGETS, r".*\.(up|down)_proj"], ids=str)
 @pytest.mark.parametrize("config", OUR_LAYERS, ids=["bottleneck", "reparam"])
 def test_lora_stays_out_of_adapters(config, targets):

@@ -67,9 +67,23 @@ def _follow(parent: nn.Module, name: str, new: Any) -> nn.Module | None:
             stacklevel=2,
         )
         return old
-    for host in [child for child in old._modules.values() if isinstance(child, PlaceHost)]:
+    moving = [child for child in old._modules.values() if isinstance(child, PlaceHost)]
+    _require_no_copies(name, old, new, {host.CHILD for host in moving})
+    for host in moving:
         _move(host, name, old, new)
     return None
+
+
+def _require_no_copies(name: str, old: nn.Module, new: nn.Module, moving: set[str]) -> None:
+    """PEFT's modules_to_save copies a module with the adapters in it; no verb would ever reach those of the copy."""
+    kept = {id(each) for each in old.modules()}
+    for path, each in new.named_modules():
+        if isinstance(each, Host) and id(each) not in kept and each.CHILD not in moving:
+            raise TypeError(
+                f"{name}: {type(new).__name__} holds a copy of its adapters {', '.join(each.adapters)} ({path}), which "
+                "could be neither chosen nor saved: leave the module out of modules_to_save, or call get_peft_model "
+                "first and attach after it"
+            )
 
 
 def _move(host: PlaceHost, name: str, old: nn.Module, new: nn.Module) -> None:
