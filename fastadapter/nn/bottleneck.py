@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastadapter.nn.masters import Masters
+from fastadapter.nn.masters import MasterLinear, Masters
 from fastadapter.ops import bottleneck
 from fastadapter.ops.bottleneck import ACTIVATIONS, NORMS, Norm
 
@@ -72,8 +72,8 @@ class Bottleneck(Masters):
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
         # One dimension: FSDP2 shards no scalars.
         self.scale = nn.Parameter(torch.ones(1, **options)) if isinstance(scale, str) else scale
-        self.down_proj = nn.Linear(hidden_size, bottleneck_size, bias=bias, **options)
-        self.up_proj = nn.Linear(bottleneck_size, hidden_size, bias=bias, **options)
+        self.down_proj = MasterLinear(hidden_size, bottleneck_size, bias=bias, **options)
+        self.up_proj = MasterLinear(bottleneck_size, hidden_size, bias=bias, **options)
         self.norm: nn.Module | None = None
         if norm == "layer_norm":
             self.norm = nn.LayerNorm(hidden_size, norm_eps, **options)

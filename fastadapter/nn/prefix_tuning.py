@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fastadapter.nn.masters import Masters
+from fastadapter.nn.masters import MasterLinear, Masters
 
 # How keys and values are drawn.
 INITS = ("normal", "zero")
@@ -28,7 +28,7 @@ class PrefixReparam(Masters):
         self.embedding = nn.Parameter(
             torch.randn(prefix_len, hidden_size, dtype=torch.float32, device=device)
         )
-        self.down_proj = nn.Linear(hidden_size, reparam_size, dtype=torch.float32, device=device)
+        self.down_proj = MasterLinear(hidden_size, reparam_size, dtype=torch.float32, device=device)
 
     def forward(self) -> Tensor:
         """``(prefix_len, reparam_size)``, fp32."""
@@ -81,7 +81,7 @@ class PrefixTuning(Masters):
             self.value = nn.Parameter(torch.randn(shape, dtype=torch.float32, device=device) * std)
         else:
             width = 2 * num_kv_heads * head_dim
-            self.up_proj = nn.Linear(
+            self.up_proj = MasterLinear(
                 reparam.down_proj.out_features, width, dtype=torch.float32, device=device
             )
             nn.init.normal_(self.up_proj.weight, std=std)

@@ -4,6 +4,7 @@
 :class:`torch.autograd.Function`, which costs less per call than autograd registered on the op.
 """
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -11,12 +12,15 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 from fastadapter.ops import self_check
 from fastadapter.ops.backends import GPU_TYPES, UNCHECKED, automatic_backend, extension_error, lack, library
 
 # What the dispatcher runs on a GPU, by registered name: compiled graphs, modes and tracing come this way.
 GPU_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+# The same operation in plain PyTorch, by registered op.
+_REFERENCES: dict[Any, Callable[..., Any]] = {}
 
 
 def register(
@@ -78,6 +82,7 @@ def register(
     GPU_IMPLEMENTATIONS[name] = gpu
     torch.library.register_fake(qualified, fake, lib=library)
     registered = getattr(torch.ops.fastadapter, name).default
+    _REFERENCES[registered] = reference
 
     def run(backend: str, *args):
         if backend is UNCHECKED:
@@ -93,6 +98,39 @@ def register(
         return registered(*args)
 
     return run
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """What every registered op is in plain PyTorch operations, for programs that are to run without this library.
+
+    An exported program calls ``torch.ops.fastadapter``, so it runs with the kernels wherever this library is imported.
+    Taken apart it is PyTorch alone, slower, with results within rounding, and can become ONNX
+    (``pip install "fastadapter[onnx]"``).
+
+    Returns: a new table for ``torch.export.ExportedProgram.run_decompositions``.
+
+    >>> from fastadapter.nn import Bottleneck
+    >>> program = torch.export.export(Bottleneck(8, 2), (torch.randn(3, 8),))
+    >>> program = program.run_decompositions(decompositions())
+    >>> [node.target for node in program.graph.nodes if "fastadapter" in str(node.target)]
+    []
+    >>> torch.onnx.export(program, dynamo=True).save("adapter.onnx")  # doctest: +SKIP
+    """
+    return {op: functools.partial(_written_to_nothing, reference) for op, reference in _REFERENCES.items()}
+
+
+def _written_to_nothing(reference: Callable[..., Any], *args: Any) -> Any:
+    with _CopiesAsValues():
+        return reference(*args)
+
+
+class _CopiesAsValues(TorchFunctionMode):
+    """References write results into a tensor with the strides that they promise; a graph must not write."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.copy_:
+            return torch.ops.aten.copy.default(*args)
+        return func(*args, **(kwargs or {}))
 
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), str, float, int, bool))

@@ -9,14 +9,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.passes.host import Host
+from fastadapter.integrations.passes.replacement import PlaceHost
+from fastadapter.integrations.passes.training import refuse_backward
 
 
-class ScaleHost(Host):
-    """The scales and biases of one linear layer."""
+class ScaleHost(PlaceHost):
+    """The scales and biases of one linear layer: of all that stands in its place, LoRA around it included."""
 
     CHILD: ClassVar[str] = "fa_scale"
 
-    def hooks(self, module: nn.Module) -> list[RemovableHandle]:
+    def act_in(self, module: nn.Module) -> list[RemovableHandle]:
         return [module.register_forward_pre_hook(_before), module.register_forward_hook(_after)]
 
     def kind(self, adapter: nn.Module) -> Any:
@@ -41,7 +43,9 @@ def _before(module: nn.Module, args: tuple) -> Any:
 
 def _after(module: nn.Module, args: tuple, output: Tensor) -> Any:
     host = module._modules.get(ScaleHost.CHILD)
-    return None if host is None or host.idle() else host.on_rows(output, "after")
+    if host is None or host.idle():
+        return None
+    return host.on_rows(refuse_backward(module, args[0], output), "after")
 
 
 class CopyHost(Host):

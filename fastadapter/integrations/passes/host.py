@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.passes.choice import Choice, State, may_keep, under_way
+from fastadapter.integrations.passes.frozen import say_if_frozen
 from fastadapter.integrations.passes.kept import Kept, Part
 
 # Banks and the like that one host keeps; serving switches between few mixes.
@@ -101,6 +102,7 @@ class Host(nn.Module):
         """The adapters that act on a batch, those that one call of an op can take together in one group."""
         choice = self.state.acting()
         rows = choice.row_names(batch)
+        say_if_frozen(self, choice.names())
         if rows is None:
             name = choice.active
             return [Group((name,), None, None)] if name is not None and name in self.adapters else []

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapter.integrations.passes.choice import State
+from fastadapter.integrations.passes.frozen import say_if_frozen
 from fastadapter.integrations.passes.host import Host
 
 
@@ -26,7 +27,9 @@ class PromptHost(Host):
         return id(adapter)
 
     def acting(self) -> list[str]:
-        return [name for name in self.choice.names() if name in self.adapters]
+        names = self.choice.names()
+        say_if_frozen(self, names)
+        return [name for name in names if name in self.adapters]
 
     def check_length(self, name: str, q_len: int) -> None:
         length = len(self.adapter(name).prompt)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastadapter.integrations.parts import discovery
 from fastadapter.integrations.parts.heads import find_heads, named_modules, shared_parameters
+from fastadapter.integrations.parts.linear import fused_weights, linear_layers
 from fastadapter.integrations.parts.token_mixing import reason_to_join
 from fastadapter.integrations.passes import attention as hook
 from fastadapter.integrations.passes.bottleneck import POINTS, BottleneckHost, resolve
@@ -19,6 +20,13 @@ from fastadapter.integrations.passes.host import Placement, ReparamHost, host_of
 from fastadapter.integrations.passes.prefix import PrefixHost, PromptSlot
 from fastadapter.integrations.passes.soft_prompt_decoder import SoftPromptHost
 from fastadapter.integrations.passes.soft_prompt_encoder import ImagePromptHost, encoder_of
+from fastadapter.integrations.passes.training import (
+    Nothing,
+    WatchHost,
+    accept_in_trainer,
+    layers_without_backward,
+    linear_as_in_training,
+)
 from fastadapter.methods import (
     BottleneckConfig,
     LlamaAdapterConfig,
@@ -49,8 +57,12 @@ def plan(model: nn.Module, config: MethodConfig, tokenizer: Any) -> list[Placeme
     if method is None:
         known = ", ".join(each.__name__ for each in _PLANS)
         raise TypeError(f"config must be one of {known}, got {type(config).__name__}")
+    if getattr(model, "is_quantized", False):
+        accept_in_trainer()
     placements = method(model, config, tokenizer)
-    return [*placements, *_heads(model, config, placements)]
+    placements += _heads(model, config, placements)
+    taken = {placement.path for placement in placements if placement.host is ScaleHost}
+    return [*placements, *(each for each in _watches(model) if each.path not in taken)]
 
 
 def _llama_adapter(model: nn.Module, config: LlamaAdapterConfig, tokenizer: Any) -> list[Placement]:
@@ -71,6 +83,7 @@ def _llama_adapter(model: nn.Module, config: LlamaAdapterConfig, tokenizer: Any)
 
 def _llama_adapter_v2(model: nn.Module, config: LlamaAdapterV2Config, tokenizer: Any) -> list[Placement]:
     placements = _llama_adapter(model, config, tokenizer)
+    linear, fused, unscaled = linear_layers(model), fused_weights(model), set()
     everywhere = discovery.attentions(model, None)
     blocks = list(dict.fromkeys(discovery.block_path(path) for path, _ in everywhere))
     for path, module in model.named_modules():
@@ -83,11 +96,18 @@ def _llama_adapter_v2(model: nn.Module, config: LlamaAdapterV2Config, tokenizer:
         }
         if (inside or beside) and _is_norm(module):
             placements.append(Placement(path, CopyHost, ModuleCopy(module), CopyHost))
-        elif inside and (sizes := _linear_sizes(module)):
-            device = next(module.parameters()).device
-            placements.append(
-                Placement(path, ScaleHost, ChannelScale(*sizes, config.scale, device=device), ScaleHost)
-            )
+        elif inside and path in linear:
+            device = next((each.device for each in (*module.parameters(), *module.buffers())), None)
+            scale = ChannelScale(*linear[path], config.scale, device=device)
+            placements.append(Placement(path, ScaleHost, scale, ScaleHost))
+        elif inside and path in fused:
+            unscaled.add(fused[path])
+    if unscaled:
+        warnings.warn(
+            f"{type(model).__name__}: {'; '.join(sorted(unscaled))} are no linear layers, so they get no scale and no "
+            "bias; LlamaAdapterV2Config scales linear layers only",
+            stacklevel=4,
+        )
     return placements
 
 
@@ -257,6 +277,11 @@ def _inside(path: str, others: Iterable[str]) -> bool:
     return any(f"{path}.".startswith(f"{other}.") for other in others)
 
 
+def _watches(model: nn.Module) -> list[Placement]:
+    """What tells of linear layers that lose the gradient; scales tell by themselves."""
+    return [Placement(path, WatchHost, Nothing(), WatchHost) for path in layers_without_backward(model)]
+
+
 def _require_room(prompt_len: int, context: int | None) -> None:
     if context is not None and prompt_len >= context:
         raise ValueError(f"prompt_len must be less than the model's context {context}, got {prompt_len}")
@@ -297,14 +322,6 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Norm") and any(True for _ in module.parameters(recurse=False))
 
 
-def _linear_sizes(module: Any) -> tuple[int, int] | None:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's, with the weight transposed
-        return module.nx, module.nf
-    return None
-
-
 def _try_projection(
     model: nn.Module, path: str, module: nn.Module, prefix_len: int
 ) -> tuple[Tensor, Tensor, Callable[[State], PrefixHost]]:
@@ -324,7 +341,7 @@ def _try_projection(
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1, prefix_len, size, generator=generator).to(device, discovery.floating_dtype(module))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), linear_as_in_training(module):
             query, key, value = hook.project_by_forward(module, rows, rotary_dim)
             fast = host is None and hook.can_project_by_modules(module, rows, key, value)
     except (RuntimeError, TypeError, AttributeError) as error:

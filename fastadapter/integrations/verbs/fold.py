@@ -13,6 +13,7 @@ from fastadapter.integrations.verbs.folding import (
     fold_weights,
     foldable,
     require_foldable,
+    require_restorable,
     restore_weights,
 )
 from fastadapter.integrations.verbs.record import (
@@ -137,6 +138,7 @@ def put_into_weights(model: nn.Module, record: Attachments, name: str, undo: Und
 
 def take_out_of_weights(model: nn.Module, record: Attachments, undo: Undo) -> None:
     assert record.folded is not None
+    require_restorable(model, record.folded)
     folded, record.folded = record.folded, None
     places = foldable(record.places[folded.name])
     undo.add(lambda: _put_back(model, folded, places))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastadapter.integrations.parts.linear import layers_of
 from fastadapter.integrations.passes.channel_scale import CopyHost, ScaleHost
 from fastadapter.integrations.passes.host import Place, child_name, host_of
 
@@ -47,12 +48,13 @@ def require_foldable(
     for place in places:
         path, kind = place
         module = model.get_submodule(path)
+        _require_unwrapped(path, module)
         if kind is ScaleHost and not _is_plain_linear(module):
             raise TypeError(
                 f"{path} is a {type(module).__module__}.{type(module).__name__}: scales fold only into torch.nn.Linear "
                 "and transformers' Conv1D themselves, not into quantised or otherwise derived layers"
             )
-        if "forward" in module.__dict__ or path.rpartition(".")[2] == "base_layer":
+        if "forward" in module.__dict__:
             raise TypeError(f"{path} is wrapped by another library: remove its wrapper before folding")
         if kind is CopyHost and (kept := host_of(module, kind).adapter(name).statistics()):
             raise ValueError(
@@ -100,6 +102,22 @@ def restore_weights(model: nn.Module, folded: Folded) -> None:
             _put(model, key, value)
     for key in folded.trained:
         model.get_parameter(key).requires_grad_(True)
+
+
+def require_restorable(model: nn.Module, folded: Folded) -> None:
+    """Raises: TypeError: a layer was wrapped since its weights were folded into."""
+    for key in folded.originals:
+        path = key.rpartition(".")[0]
+        _require_unwrapped(path, model.get_submodule(path))
+
+
+def _require_unwrapped(path: str, module: nn.Module) -> None:
+    """Weights under a wrapper are not all of the layer's effect, and LoRA may be merged into them."""
+    if len(layers_of(module)) > 1:
+        raise TypeError(
+            f"{path} is wrapped in a {type(module).__module__}.{type(module).__name__}: unload it first "
+            "(merge_and_unload, unload)"
+        )
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
