@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastadapter.integrations.parts.blocks import Block, blocks_of
+
 _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
-_NUMBERED = re.compile(r"(.*?)\.?(\d+)(?:\.|$)")
 _LOOKUP = "ALL_ATTENTION_FUNCTIONS"
 # Architectures that the tests hold to every promise; any other that uses the attention interface may work.
 TESTED = (
@@ -38,8 +39,10 @@ def self_attentions(model: nn.Module) -> dict[str, nn.Module]:
 def attentions(model: nn.Module, layers: int | None) -> list[tuple[str, nn.Module]]:
     """The self-attention modules of the top ``layers`` blocks of each stack, in the model's order.
 
+    A self-attention that is in no block, such as that of a pooling head, is not among them.
+
     Raises:
-        TypeError: the model has none that goes through the attention interface.
+        TypeError: the model has none that goes through the attention interface, or no blocks.
         ValueError: ``layers`` is more than a stack has.
     """
     found = self_attentions(model)
@@ -48,42 +51,33 @@ def attentions(model: nn.Module, layers: int | None) -> list[tuple[str, nn.Modul
             f"{type(model).__name__} has no self-attention that goes through transformers' attention interface, "
             f"so it cannot be hooked; tested architectures: {', '.join(TESTED)}"
         )
-    stacks: dict[str, dict[int, list[str]]] = {}
-    for path in found:
-        stack, index = numbered(path)
-        stacks.setdefault(stack, {}).setdefault(index, []).append(path)
+    stacks: dict[str, dict[str, list[str]]] = {}
+    for path, block in blocks(model).items():
+        stacks.setdefault(block.stack, {}).setdefault(block.path, []).append(path)
     chosen = []
-    for stack, blocks in stacks.items():
-        if layers is not None and layers > len(blocks):
+    for stack, members in stacks.items():
+        if layers is not None and layers > len(members):
             raise ValueError(
-                f"layers must be at most {len(blocks)}, the attention blocks of {stack}, got {layers}"
+                f"layers must be at most {len(members)}, the attention blocks of {stack}, got {layers}"
             )
-        top = sorted(blocks)[-layers if layers else 0 :]
-        chosen += [path for index in top for path in blocks[index]]
+        top = list(members)[-layers if layers else 0 :]
+        chosen += [path for block in top for path in members[block]]
     return [(path, found[path]) for path in chosen]
 
 
-def numbered(path: str) -> tuple[str, int]:
-    """The list of blocks that a path leads through, and the number of the block.
+def blocks(model: nn.Module) -> dict[str, Block]:
+    """The block around each self-attention, by the attention's path; one that is in no list of blocks has none.
 
-    Raises: TypeError: it leads through none.
+    Raises: TypeError: no self-attention is in a list of blocks.
     """
-    match = _NUMBERED.match(path)
-    if match is None:
-        raise TypeError(f"{path} is not in a numbered block, so the top layers of the model are not defined")
-    return match[1], int(match[2])
-
-
-def block_path(path: str) -> str:
-    stack, index = numbered(path)
-    return f"{stack}.{index}"
-
-
-def hidden_size(module: nn.Module, path: str) -> int:
-    size = getattr(module.config, "hidden_size", None)
-    if size is None:
-        raise TypeError(f"{path}: its config names no hidden_size")
-    return size
+    paths = list(self_attentions(model))
+    found = blocks_of(model, paths)
+    if not found:
+        raise TypeError(
+            f"{type(model).__name__} has no list of blocks: {', '.join(paths)} in no ModuleList, so the top layers "
+            "of the model are not defined"
+        )
+    return found
 
 
 def floating_dtype(module: nn.Module) -> torch.dtype:
@@ -96,7 +90,8 @@ def single_stack(model: nn.Module, paths: list[str]) -> str:
 
     Raises: TypeError: there are several.
     """
-    stacks = {numbered(path)[0] for path in paths}
+    around = blocks(model)
+    stacks = {around[path].stack for path in paths}
     if len(stacks) > 1 or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise TypeError(
             f"{type(model).__name__} has more than one stack of blocks ({', '.join(sorted(stacks))}): a soft prompt is "

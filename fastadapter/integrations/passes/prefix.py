@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastadapter.integrations.parts.projection import Projection, projection_modules
 from fastadapter.integrations.passes import attention as hook
 from fastadapter.integrations.passes.host import Group, Host, State, may_keep, stamp
 from fastadapter.integrations.passes.shared_softmax import attend_shared
@@ -46,10 +47,9 @@ class PrefixHost(Host):
 
     CHILD: ClassVar[str] = hook.CHILD
 
-    def __init__(self, state: State, rotary_dim: int | None, fast_projection: bool):
+    def __init__(self, state: State, projection: Projection):
         super().__init__(state)
-        self.rotary_dim = rotary_dim
-        self.fast_projection = fast_projection
+        self.projection = projection
         self._ready: dict[str, _Ready] = {}
         self._banks: dict[tuple[str, ...], tuple[Any, ...]] = {}
         hook.keep_hook_for(self)
@@ -260,10 +260,11 @@ class PrefixHost(Host):
         the same modules. ``None`` where versions are not counted, in tensors made under inference mode.
         """
         ready = self._ready.get(name)
-        if ready is not None and ready.is_current(attention, dtype):
+        owner = self.projection.owner(attention)
+        if ready is not None and ready.is_current(owner, dtype):
             return ready
         adapter = self.adapter(name)
-        modules = hook.projection_modules(attention)
+        modules = projection_modules(owner)
         sources: tuple[Tensor, ...] = (adapter.prompt, adapter.gate, *_tensors_of(modules.values()))
         if any(tensor.is_inference() for tensor in sources):
             return None
@@ -279,10 +280,7 @@ class PrefixHost(Host):
         rows = self.adapter(name).prompt.to(dtype)[None]
         # whatever acts on the rows of the batch, in the projections its own adapter acts on a prompt
         with self.state.only(name):
-            if self.fast_projection:
-                return hook.project_by_modules(attention, rows)
-            _, key, value = hook.project_by_forward(attention, rows, self.rotary_dim)
-            return key, value
+            return self.projection(attention, rows)
 
     def forget(self) -> None:
         super().forget()
@@ -306,8 +304,8 @@ class _Ready(NamedTuple):
     sources: tuple[Tensor, ...]
     stamp: list[tuple[int, int]]
 
-    def is_current(self, attention: nn.Module, dtype: torch.dtype) -> bool:
-        children = attention._modules
+    def is_current(self, owner: nn.Module, dtype: torch.dtype) -> bool:
+        children = owner._modules
         return (
             self.dtype == dtype
             and self.stamp == stamp(self.sources)

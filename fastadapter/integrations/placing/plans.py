@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastadapter.integrations.parts import discovery
-from fastadapter.integrations.passes import attention as hook
+from fastadapter.integrations.parts.blocks import ancestors
+from fastadapter.integrations.parts.projection import find_projection, input_size
 from fastadapter.integrations.passes.bottleneck import POINTS, BottleneckHost, resolve
 from fastadapter.integrations.passes.channel_scale import CopyHost, ScaleHost
-from fastadapter.integrations.passes.host import Placement, ReparamHost, State, host_of
+from fastadapter.integrations.passes.host import Placement, ReparamHost, State
 from fastadapter.integrations.passes.prefix import PrefixHost, PromptSlot
 from fastadapter.integrations.passes.soft_prompt import SoftPromptHost
 from fastadapter.integrations.passes.soft_prompt_encoder import ImagePromptHost, encoder_of
@@ -56,7 +57,7 @@ def _llama_adapter(model: nn.Module, config: LlamaAdapterConfig, tokenizer: Any)
     for path, module in discovery.attentions(model, config.layers):
         query, _, make = _try_projection(model, path, module, config.prefix_len)
         adapter = GatedPrefix(
-            discovery.hidden_size(module, path),
+            input_size(module, path),
             query.shape[1],
             config.prefix_len,
             gate_fn=config.gate,
@@ -69,16 +70,14 @@ def _llama_adapter(model: nn.Module, config: LlamaAdapterConfig, tokenizer: Any)
 
 def _llama_adapter_v2(model: nn.Module, config: LlamaAdapterV2Config, tokenizer: Any) -> list[Placement]:
     placements = _llama_adapter(model, config, tokenizer)
-    everywhere = discovery.attentions(model, None)
-    blocks = list(dict.fromkeys(discovery.block_path(path) for path, _ in everywhere))
+    blocks = discovery.blocks(model).values()
+    above = {holder for block in blocks for holder in ancestors(block.stack)}
     for path, module in model.named_modules():
         if ".fa_" in path:
             continue
-        inside = any(path.startswith(f"{block}.") for block in blocks)
-        # the norm behind a stack is a child of what holds the stack
-        beside = path.rpartition(".")[0] in {
-            block.rsplit(".", 2)[0] for block in blocks if block.count(".") > 1
-        }
+        inside = any(path.startswith(f"{block.path}.") for block in blocks)
+        # the norm behind a stack is a child of what is around the stack: of the encoder, or of the model around that
+        beside = path.rpartition(".")[0] in above
         if (inside or beside) and _is_norm(module):
             placements.append(Placement(path, CopyHost, ModuleCopy(module), CopyHost))
         elif inside and (sizes := _linear_sizes(module)):
@@ -95,9 +94,9 @@ def _prefix_tuning(model: nn.Module, config: PrefixTuningConfig, tokenizer: Any)
     for path, module in discovery.attentions(model, config.layers):
         _, key, make = _try_projection(model, path, module, config.prefix_len)
         if config.reparam_size is not None and reparam is None:
-            size = discovery.hidden_size(module, path)
+            size = input_size(module, path)
             reparam = PrefixReparam(config.prefix_len, size, config.reparam_size, device=key.device)
-            holder = discovery.numbered(path)[0].rpartition(".")[0]
+            holder = discovery.blocks(model)[path].stack.rpartition(".")[0]
             placements.append(Placement(holder, ReparamHost, reparam, ReparamHost))
         adapter = PrefixTuning(
             key.shape[1],
@@ -141,10 +140,11 @@ def _soft_prompt(model: nn.Module, config: SoftPromptConfig, tokenizer: Any) -> 
 def _bottleneck(model: nn.Module, config: BottleneckConfig, tokenizer: Any) -> list[Placement]:
     placements = []
     blocks: dict[str, nn.Module] = {}
+    around = discovery.blocks(model)
     for path, module in discovery.attentions(model, config.layers):
-        blocks.setdefault(discovery.block_path(path), module)
+        blocks.setdefault(around[path].path, module)
     for path, attention in blocks.items():
-        size = discovery.hidden_size(attention, path)
+        size = input_size(attention, path)
         device = next(attention.parameters()).device
         for point, source in _points(model.get_submodule(path), path, attention, config):
             adapter = Bottleneck(
@@ -269,27 +269,16 @@ def _try_projection(
             f"{path}: reorder_and_upcast_attn=True makes GPT-2 bypass the attention interface; set it to False"
         )
     device = next(module.parameters()).device
-    host = host_of(module, PrefixHost)
-    rotary_dim = host.rotary_dim if host is not None else discovery.rotary_dim(model, path)
-    size = discovery.hidden_size(module, path)
+    size = input_size(module, path)
     # Drawn, not zeros: with equal rows a wrong projection could pass for the right one.
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1, prefix_len, size, generator=generator).to(device, discovery.floating_dtype(module))
     try:
         with torch.no_grad():
-            query, key, value = hook.project_by_forward(module, rows, rotary_dim)
-            fast = host is None and hook.can_project_by_modules(module, rows, key, value)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise TypeError(
-            f"{path} ({type(module).__name__}) cannot project a prompt: {error}; tested architectures: "
-            f"{', '.join(discovery.TESTED)}"
-        ) from error
-    if key.shape != value.shape or query.shape[1] % key.shape[1] or query.shape[3] != key.shape[3]:
-        raise TypeError(
-            f"{path} ({type(module).__name__}): query {tuple(query.shape)}, key {tuple(key.shape)} and value "
-            f"{tuple(value.shape)} of its heads do not fit gated prefix attention"
-        )
-    return query, key, functools.partial(PrefixHost, rotary_dim=rotary_dim, fast_projection=fast)
+            projection, (query, key, _) = find_projection(model, path, rows)
+    except TypeError as error:
+        raise TypeError(f"{path} ({type(module).__name__}) cannot project a prompt: {error}") from error
+    return query, key, functools.partial(PrefixHost, projection=projection)
 
 
 _PLANS: dict[type, Callable[..., list[Placement]]] = {
