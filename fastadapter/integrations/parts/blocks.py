@@ -41,20 +41,18 @@ def blocks_of(model: nn.Module, attentions: Iterable[str]) -> dict[str, Block]:
     outside = {above for name in inner.values() if name is not None for above in ancestors(name)}
     found = {}
     for path, names in around.items():
-        left = [name for name in names if name not in outside]
-        name = (
-            inner[path]
-            if inner[path] is not None
-            else max(left, key=lambda name: len(holding[name]), default=None)
-        )
-        if name is None:
+        holder = inner[path]
+        if holder is None:
+            left = [name for name in names if name not in outside]
+            holder = max(left, key=lambda name: len(holding[name]), default=None)
+        if holder is None:
             continue
-        stack = name
-        for above in names[names.index(name) + 1 :]:
+        stack = holder
+        for above in names[names.index(holder) + 1 :]:
             if above not in whole:
                 break
             stack = above
-        found[path] = Block(_member(path, name), stack)
+        found[path] = Block(_member(path, holder), stack)
     return found
 
 
