@@ -1,5 +1,7 @@
 """Parameters of one layer's prefix in prefix tuning, and of the network behind it."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -42,12 +44,13 @@ class PrefixTuning(Masters):
     what the attention sees: no rotary embedding, norm or projection is applied to them. fp32 whatever the dtype of the
     model.
 
-    Parameters: ``2 * num_kv_heads * prefix_len * head_dim``; with ``reparam`` instead
-    ``2 * num_kv_heads * head_dim * (reparam_size + 1)`` of ``up_proj``.
+    Parameters: ``num_kv_heads * prefix_len * (head_dim + value_dim)``; with ``reparam`` instead
+    ``num_kv_heads * (head_dim + value_dim) * (reparam_size + 1)`` of ``up_proj``.
 
     Args:
         num_kv_heads, head_dim: of the layer's attention.
         prefix_len: learned positions.
+        value_dim: width of a value where it is not that of a key (latent attention).
         init: ``"normal"``: N(0, ``init_std``); ``"zero"``: zeros (with ``reparam``: of ``up_proj``).
         init_std: standard deviation of the first keys and values; with ``reparam`` of ``up_proj``'s weight.
         reparam: the network that keys and values come from while training; owned by the caller.
@@ -63,6 +66,7 @@ class PrefixTuning(Masters):
         head_dim: int,
         prefix_len: int = 20,
         *,
+        value_dim: int | None = None,
         init: str = "normal",
         init_std: float = 0.02,
         reparam: PrefixReparam | None = None,
@@ -72,15 +76,17 @@ class PrefixTuning(Masters):
         if init not in INITS:
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
         self.num_kv_heads, self.head_dim, self.prefix_len = num_kv_heads, head_dim, prefix_len
+        self.value_dim = head_dim if value_dim is None else value_dim
         std = init_std if init == "normal" else 0.0
         # in a list: the network belongs to the model as a whole, not to each of its layers
         self._reparam = [] if reparam is None else [reparam]
         if reparam is None:
-            shape = (1, num_kv_heads, prefix_len, head_dim)
-            self.key = nn.Parameter(torch.randn(shape, dtype=torch.float32, device=device) * std)
-            self.value = nn.Parameter(torch.randn(shape, dtype=torch.float32, device=device) * std)
+            shape = (1, num_kv_heads, prefix_len)
+            draw = functools.partial(torch.randn, dtype=torch.float32, device=device)
+            self.key = nn.Parameter(draw(*shape, head_dim) * std)
+            self.value = nn.Parameter(draw(*shape, self.value_dim) * std)
         else:
-            width = 2 * num_kv_heads * head_dim
+            width = num_kv_heads * (head_dim + self.value_dim)
             self.up_proj = nn.Linear(
                 reparam.down_proj.out_features, width, dtype=torch.float32, device=device
             )
@@ -88,12 +94,13 @@ class PrefixTuning(Masters):
             nn.init.zeros_(self.up_proj.bias)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, each ``(1, num_kv_heads, prefix_len, head_dim)``, fp32."""
+        """Keys ``(1, num_kv_heads, prefix_len, head_dim)`` and values ``(..., value_dim)``, fp32."""
         if not self._reparam:
             return self.key, self.value
         rows = self.up_proj(self._reparam[0]())
-        key, value = rows.view(self.prefix_len, 2, self.num_kv_heads, self.head_dim).permute(1, 2, 0, 3)
-        return key[None], value[None]
+        widths = [self.num_kv_heads * dim for dim in (self.head_dim, self.value_dim)]
+        key, value = (part.unflatten(-1, (self.num_kv_heads, -1)) for part in rows.split(widths, dim=-1))
+        return key.transpose(0, 1)[None], value.transpose(0, 1)[None]
 
     def sources(self) -> list[Tensor]:
         """The parameters that keys and values come from."""

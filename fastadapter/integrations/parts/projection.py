@@ -31,6 +31,19 @@ class _Turn(NamedTuple):
         return rows.new_full(shape, self.value, dtype=self.dtype or rows.dtype)
 
 
+class Projected(NamedTuple):
+    """What reaches the attention function when a layer is given rows of a prompt.
+
+    ``query (1, num_heads, prefix_len, head_dim)``, ``key`` and ``value`` with their own heads; values may have another
+    width than keys (latent attention). ``options`` are the keyword arguments behind them.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    options: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Projection:
     """How one attention makes keys and values of prompt rows: through what, and with which arguments.
@@ -49,14 +62,14 @@ class Projection:
         """Key and value of prompt ``rows (1, prefix_len, hidden_size)``, each ``(1, heads, prefix_len, head_dim)``."""
         if self.by_modules:
             return project_by_modules(attention, rows)
-        _, key, value = self.by_forward(attention, rows)
-        return key, value
+        found = self.by_forward(attention, rows)
+        return found.key, found.value
 
     def owner(self, attention: nn.Module) -> nn.Module:
         """The module whose children :func:`projection_modules` gives."""
         return attention if self.source is None else self.source
 
-    def by_forward(self, attention: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def by_forward(self, attention: nn.Module, rows: Tensor) -> Projected:
         """Query, key and value of prompt rows as the layer itself computes them.
 
         Runs the layer's own forward with a rotary embedding that turns nothing (cos 1, sin 0, so a scaling such as
@@ -70,10 +83,8 @@ class Projection:
             self._capture(self.source, rows, shared)
         return self._capture(attention, rows, shared)
 
-    def _capture(
-        self, attention: nn.Module, rows: Tensor, shared: dict[Any, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        captured: list[tuple[Tensor, Tensor, Tensor]] = []
+    def _capture(self, attention: nn.Module, rows: Tensor, shared: dict[Any, Any]) -> Projected:
+        captured: list[tuple[Tensor, Tensor, Tensor, dict[str, Any]]] = []
         arguments: dict[str, Any] = {CAPTURE: captured}
         for name, parameter in _parameters(attention):
             if name == "position_embeddings" and self.turns is not None:
@@ -90,13 +101,11 @@ class Projection:
             raise TypeError(
                 f"{type(attention).__name__} did not call its attention function when it was given a prompt"
             )
-        return captured[0]
+        return Projected(*captured[0])
 
 
-def find_projection(
-    model: nn.Module, path: str, rows: Tensor
-) -> tuple[Projection, tuple[Tensor, Tensor, Tensor]]:
-    """How the attention at ``path`` projects a prompt, and query, key and value of ``rows``.
+def find_projection(model: nn.Module, path: str, rows: Tensor) -> tuple[Projection, Projected]:
+    """How the attention at ``path`` projects a prompt, and what it makes of ``rows``.
 
     Tried are the forms that the rotary embeddings around the layer have at position 0. All that a layer accepts give
     the same: a form that turns nothing leaves every width as it is.
@@ -115,7 +124,7 @@ def find_projection(
             continue
         _require_heads(found, rows)
         _require_rows_apart(projection, attention, rows, found)
-        by_modules = source is None and _can_project_by_modules(attention, rows, *found[1:])
+        by_modules = source is None and _can_project_by_modules(attention, rows, found.key, found.value)
         return Projection(turns, source, by_modules), found
     raise TypeError(_reason(attention, failure)) from failure
 
@@ -132,8 +141,8 @@ def _reason(attention: nn.Module, failure: Exception | None) -> str:
     return f"{type(failure).__name__}: {failure}"
 
 
-def _require_heads(found: tuple[Tensor, Tensor, Tensor], rows: Tensor) -> None:
-    query, key, value = found
+def _require_heads(found: Projected, rows: Tensor) -> None:
+    query, key, value, _ = found
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}"
     if not query.dim() == key.dim() == value.dim() == 4:
         raise TypeError(f"{shapes} of a prompt are not (batch, heads, seq, head_dim)")
@@ -144,14 +153,12 @@ def _require_heads(found: tuple[Tensor, Tensor, Tensor], rows: Tensor) -> None:
         raise TypeError(f"{shapes} of its heads do not fit together")
 
 
-def _require_rows_apart(
-    projection: Projection, attention: nn.Module, rows: Tensor, found: tuple[Tensor, Tensor, Tensor]
-) -> None:
+def _require_rows_apart(projection: Projection, attention: nn.Module, rows: Tensor, found: Projected) -> None:
     """A convolution over keys, or a recurrence, would make of a prompt something else than rows."""
     if rows.is_meta or rows.shape[1] < 2:
         return
-    _, key, value = projection.by_forward(attention, rows.flip(1))
-    for ours, theirs in zip((key, value), found[1:], strict=True):
+    turned = projection.by_forward(attention, rows.flip(1))
+    for ours, theirs in ((turned.key, found.key), (turned.value, found.value)):
         if not torch.allclose(ours.flip(2).float(), theirs.float(), rtol=2e-2, atol=1e-3):
             raise TypeError(
                 "the key and value of a row depend on the rows around it, so a prompt has none of its own"

@@ -28,8 +28,9 @@ def _dispatch(attention, module, query, key, value, attention_mask, *args, **kwa
     """Run ``attention`` as the model would, with what the adapters in ``module`` make of it."""
     captured = kwargs.pop(CAPTURE, None)
     if captured is not None:
-        captured.append((query, key, value))
-        return query.transpose(1, 2), None
+        captured.append((query, key, value, kwargs))
+        batch, num_heads, q_len, _ = query.shape
+        return query.new_zeros(batch, q_len, num_heads, value.shape[-1]), None
     prompts = kwargs.pop(PROMPTS, None)
     host = module._modules.get(CHILD)
     if host is None:

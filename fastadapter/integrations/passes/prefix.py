@@ -10,6 +10,7 @@ from fastadapter.integrations.parts.projection import Projection, projection_mod
 from fastadapter.integrations.passes import attention as hook
 from fastadapter.integrations.passes.host import Group, Host, State, may_keep, stamp
 from fastadapter.integrations.passes.shared_softmax import attend_shared
+from fastadapter.integrations.passes.widths import widened
 from fastadapter.nn import GatedPrefix, PrefixTuning
 from fastadapter.ops import gated_prefix
 from fastadapter.ops.attention import Options
@@ -160,12 +161,23 @@ class PrefixHost(Host):
     ) -> Tensor:
         """Add the terms of gated prompts to ``output (batch, q_len, num_heads, head_dim)``."""
         batch, num_heads, q_len, head_dim = query.shape
-        if output.shape != (batch, q_len, num_heads, head_dim):
+        if output.dim() != 4 or output.shape[:3] != (batch, q_len, num_heads):
             raise ValueError(
                 f"the base attention {attention.config._attn_implementation!r} returned shape "
                 f"{tuple(output.shape)} for a query of shape {tuple(query.shape)}; expected "
                 "(batch, q_len, num_heads, head_dim): it is not supported under an adapter"
             )
+        value_dim = output.shape[3]
+        if value_dim != head_dim:
+            width = max(value_dim, head_dim)
+            wide = self._add_gated(
+                group,
+                attention,
+                widened(output, width),
+                widened(query, width),
+                softmax_scale or head_dim**-0.5,
+            )
+            return wide[..., :value_dim]
         base = output.transpose(1, 2)
         if query.dtype != output.dtype:  # under autocast
             query = query.to(output.dtype)
@@ -203,6 +215,8 @@ class PrefixHost(Host):
         dropout = (options.get("dropout") or 0.0) if attention.training else 0.0
         altered = mask is not None or dropout or options.get("position_bias") is not None
         if altered or attention.config._attn_implementation != "sdpa" or options.get("softcap") is not None:
+            return None
+        if key.shape[3] != value.shape[3]:
             return None
         if {key.dtype, value.dtype} != {query.dtype} or torch.is_autocast_enabled(query.device.type):
             return None
@@ -280,7 +294,9 @@ class PrefixHost(Host):
         rows = self.adapter(name).prompt.to(dtype)[None]
         # whatever acts on the rows of the batch, in the projections its own adapter acts on a prompt
         with self.state.only(name):
-            return self.projection(attention, rows)
+            key, value = self.projection(attention, rows)
+        width = max(key.shape[3], value.shape[3])
+        return widened(key, width), widened(value, width)
 
     def forget(self) -> None:
         super().forget()

@@ -5,10 +5,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastadapter.integrations.passes.widths import widened
 from fastadapter.ops import prefix_attention
 from fastadapter.ops.composed import joined_keys
 
 BASES = ("sdpa", "eager")
+# Keyword arguments that change what a softmax over prefix and keys would mean.
+_UNKNOWN = {
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "indices": "choices of keys for each query",
+    "block_indices": "choices of keys for each query",
+}
+
+
+def require_known(options: dict[str, Any]) -> None:
+    """Refuse what the model asks of its attention and a softmax that is shared with a prefix does not do.
+
+    Args:
+        options: the keyword arguments of the model's attention.
+    Raises: ValueError: naming the argument.
+    """
+    for name, meaning in _UNKNOWN.items():
+        if options.get(name) is not None:
+            raise ValueError(f"{meaning} ({name}) do not go with a prefix or soft prompt")
 
 
 def attend_shared(
@@ -29,14 +49,19 @@ def attend_shared(
 
     Raises: ValueError: an attention implementation or an option whose meaning is not known here.
     """
+    if key.shape[3] != value.shape[3]:
+        width = max(key.shape[3], value.shape[3])
+        wide = [widened(each, width) for each in (query, key, value)]
+        prefix = [widened(each, width) for each in (prefix_key, prefix_value)]
+        options = {**options, "scaling": options.get("scaling") or key.shape[3] ** -0.5}
+        return attend_shared(attention, *wide, mask, *prefix, row_ids, options)[..., : value.shape[3]]
     base = attention.config._attn_implementation
     if base not in BASES:
         raise ValueError(
             f"attn_implementation must be {' or '.join(BASES)} under a prefix or soft prompt, got {base!r}: "
             "it takes the place of the model's attention"
         )
-    if options.get("s_aux") is not None:
-        raise ValueError("attention sinks (s_aux) do not go with a prefix or soft prompt")
+    require_known(options)
     if options.get("output_attentions"):
         raise ValueError("output_attentions: a prefix or soft prompt leaves no attention weights to return")
     dtype = value.dtype

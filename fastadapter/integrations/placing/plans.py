@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from fastadapter.integrations.parts import discovery
 from fastadapter.integrations.parts.blocks import ancestors
-from fastadapter.integrations.parts.projection import find_projection, input_size
+from fastadapter.integrations.parts.projection import Projected, find_projection, input_size
 from fastadapter.integrations.passes.bottleneck import POINTS, BottleneckHost, resolve
 from fastadapter.integrations.passes.channel_scale import CopyHost, ScaleHost
 from fastadapter.integrations.passes.host import Placement, ReparamHost, State
 from fastadapter.integrations.passes.prefix import PrefixHost, PromptSlot
+from fastadapter.integrations.passes.shared_softmax import require_known
 from fastadapter.integrations.passes.soft_prompt import SoftPromptHost
 from fastadapter.integrations.passes.soft_prompt_encoder import ImagePromptHost, encoder_of
 from fastadapter.methods import (
@@ -55,14 +56,14 @@ def plan(model: nn.Module, config: MethodConfig, tokenizer: Any) -> list[Placeme
 def _llama_adapter(model: nn.Module, config: LlamaAdapterConfig, tokenizer: Any) -> list[Placement]:
     placements = []
     for path, module in discovery.attentions(model, config.layers):
-        query, _, make = _try_projection(model, path, module, config.prefix_len)
+        found, make = _try_projection(model, path, module, config.prefix_len)
         adapter = GatedPrefix(
             input_size(module, path),
-            query.shape[1],
+            found.query.shape[1],
             config.prefix_len,
             gate_fn=config.gate,
             gate_per_head=config.gate_per_head,
-            device=query.device,
+            device=found.query.device,
         )
         placements.append(Placement(path, PrefixHost, adapter, make))
     return placements
@@ -92,7 +93,7 @@ def _prefix_tuning(model: nn.Module, config: PrefixTuningConfig, tokenizer: Any)
     placements = []
     reparam = None
     for path, module in discovery.attentions(model, config.layers):
-        _, key, make = _try_projection(model, path, module, config.prefix_len)
+        (_, key, value, _), make = _try_shared(model, path, module, config.prefix_len)
         if config.reparam_size is not None and reparam is None:
             size = input_size(module, path)
             reparam = PrefixReparam(config.prefix_len, size, config.reparam_size, device=key.device)
@@ -102,6 +103,7 @@ def _prefix_tuning(model: nn.Module, config: PrefixTuningConfig, tokenizer: Any)
             key.shape[1],
             key.shape[3],
             config.prefix_len,
+            value_dim=value.shape[3],
             init=config.init,
             init_std=config.init_std,
             reparam=reparam,
@@ -132,7 +134,7 @@ def _soft_prompt(model: nn.Module, config: SoftPromptConfig, tokenizer: Any) -> 
     prompt = SoftPrompt(_first_prompt(decoder.get_input_embeddings(), config, tokenizer))
     placements = [Placement(path, SoftPromptHost, prompt, make)]
     for each, module in found:
-        _, _, make_host = _try_projection(model, each, module, config.prompt_len)
+        _, make_host = _try_shared(model, each, module, config.prompt_len)
         placements.append(Placement(each, PrefixHost, PromptSlot(config.prompt_len), make_host))
     return placements
 
@@ -251,16 +253,27 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _linear_sizes(module: Any) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
+        return None if _returns_more(module) else (module.in_features, module.out_features)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's, with the weight transposed
         return module.nx, module.nf
     return None
 
 
+def _returns_more(linear: nn.Linear) -> bool:
+    """Whether a class made of a linear layer, such as a router, returns something else than its projection."""
+    if type(linear).forward is nn.Linear.forward:
+        return False
+    weight = linear.weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    with torch.no_grad():
+        output = linear(torch.zeros(1, linear.in_features, dtype=dtype, device=weight.device))
+    return not torch.is_tensor(output) or output.shape != (1, linear.out_features)
+
+
 def _try_projection(
     model: nn.Module, path: str, module: nn.Module, prefix_len: int
-) -> tuple[Tensor, Tensor, Callable[[State], PrefixHost]]:
-    """Query and key of a drawn prompt in one attention, and how to make its host.
+) -> tuple[Projected, Callable[[State], PrefixHost]]:
+    """What one attention makes of a drawn prompt, and how to make its host.
 
     Raises: TypeError: the attention cannot be hooked.
     """
@@ -269,16 +282,32 @@ def _try_projection(
             f"{path}: reorder_and_upcast_attn=True makes GPT-2 bypass the attention interface; set it to False"
         )
     device = next(module.parameters()).device
-    size = input_size(module, path)
-    # Drawn, not zeros: with equal rows a wrong projection could pass for the right one.
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(1, prefix_len, size, generator=generator).to(device, discovery.floating_dtype(module))
+    # Drawn, not zeros, and more than one: with equal rows a wrong projection could pass for the right one.
+    shape = (1, max(2, prefix_len), input_size(module, path))
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
-            projection, (query, key, _) = find_projection(model, path, rows)
+            projection, found = find_projection(
+                model, path, rows.to(device, discovery.floating_dtype(module))
+            )
     except TypeError as error:
         raise TypeError(f"{path} ({type(module).__name__}) cannot project a prompt: {error}") from error
-    return query, key, functools.partial(PrefixHost, projection=projection)
+    return found, functools.partial(PrefixHost, projection=projection)
+
+
+def _try_shared(
+    model: nn.Module, path: str, module: nn.Module, prefix_len: int
+) -> tuple[Projected, Callable[[State], PrefixHost]]:
+    """The same for what goes into the attention's own softmax.
+
+    Raises: TypeError: the attention cannot be hooked, or its softmax is more than one over its keys.
+    """
+    found, make = _try_projection(model, path, module, prefix_len)
+    try:
+        require_known(found.options)
+    except ValueError as error:
+        raise TypeError(f"{path} ({type(module).__name__}): {error}") from error
+    return found, make
 
 
 _PLANS: dict[type, Callable[..., list[Placement]]] = {
