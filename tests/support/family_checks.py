@@ -6,7 +6,7 @@ import torch
 
 import fastadapter as fa
 from fastadapter.integrations.parts import discovery
-from fastadapter.integrations.parts.projection import CAPTURE, find_projection, input_size
+from fastadapter.integrations.parts.projection import StandIn, find_projection, input_size
 from tests.support.budget import same_bits
 from tests.support.methods import train_a_little
 from tests.support.tiny_models import output_of
@@ -108,7 +108,7 @@ def keys_at_zero(model, inputs, attention, row):
         return None
     given = hidden.clone()
     given[:, 0] = row
-    kwargs = {**kwargs, CAPTURE: []}
+    kwargs, captured = dict(kwargs), []
     for name in ("cache", "past_key_values", "layer_past"):
         if name in kwargs:
             kwargs[name] = None
@@ -116,6 +116,6 @@ def keys_at_zero(model, inputs, attention, row):
         args = (given, *args[1:])
     else:
         kwargs["hidden_states"] = given
-    attention.forward(*args, **kwargs)
-    _, key, value, _ = kwargs[CAPTURE][0]
+    type(attention).forward(StandIn(attention, captured), *args, **kwargs)
+    _, key, value, _ = captured[0]
     return key[0, :, 0], value[0, :, 0]

@@ -63,7 +63,8 @@ def small_config(config_class, changes):
     given = {}
     # to_dict leaves out what the constructor calls by another name
     for name, value in {**default.to_dict(), **_own_fields(config_class, default)}.items():
-        if isinstance(getattr(config_class, name, None), property):  # computed from other fields
+        field = config_class.attribute_map.get(name, name)
+        if isinstance(getattr(config_class, field, None), property):  # computed from others
             continue
         sub = default.__dict__.get(name)
         if isinstance(sub, tf.PretrainedConfig):
@@ -136,10 +137,10 @@ def candidates(model):
     length = 2 * (getattr(config, "max_source_positions", None) or 16)
     features = torch.randn(2, mels, length, generator=generator)
     found = []
+    if "pixel_values" in names:
+        found += [{**text, **pixels}, pixels]
     if "input_ids" in names:
         found.append(text)
-    if "pixel_values" in names:
-        found += [pixels, {**text, **pixels}]
     if "input_values" in names:
         found.append(_audio(config))
     if "input_features" in names:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,19 @@ class Projected(NamedTuple):
     options: dict[str, Any]
 
 
+class StandIn:
+    """An attention to its own forward, and to the dispatcher what asks for query, key and value.
+
+    For layers that hand no keyword arguments down to their attention function.
+    """
+
+    def __init__(self, attention: nn.Module, captured: list[Any]):
+        self.fa_attention, self.fa_captured = attention, captured
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.fa_attention, name)
+
+
 @dataclass(frozen=True)
 class Projection:
     """How one attention makes keys and values of prompt rows: through what, and with which arguments.
@@ -52,11 +65,15 @@ class Projection:
         turns: what the layer gets as its rotary embedding, one tensor or several; ``None`` where it gets none.
         source: the attention whose keys and values this one uses, where it has none of its own.
         by_modules: whether the key and value modules alone give the same bits as the layer's forward.
+        masked: whether the layer asks for a mask (one that hides nothing).
+        keywords: whether the layer hands keyword arguments down to its attention function.
     """
 
     turns: tuple[_Turn, ...] | None = None
     source: nn.Module | None = None
     by_modules: bool = False
+    masked: bool = False
+    keywords: bool = True
 
     def __call__(self, attention: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Key and value of prompt ``rows (1, prefix_len, hidden_size)``, each ``(1, heads, prefix_len, head_dim)``."""
@@ -85,7 +102,7 @@ class Projection:
 
     def _capture(self, attention: nn.Module, rows: Tensor, shared: dict[Any, Any]) -> Projected:
         captured: list[tuple[Tensor, Tensor, Tensor, dict[str, Any]]] = []
-        arguments: dict[str, Any] = {CAPTURE: captured}
+        arguments: dict[str, Any] = {}
         for name, parameter in _parameters(attention):
             if name == "position_embeddings" and self.turns is not None:
                 tensors = tuple(turn.tensor(rows) for turn in self.turns)
@@ -94,12 +111,18 @@ class Projection:
                 arguments[name] = torch.zeros(1, rows.shape[1], dtype=torch.int64, device=rows.device)
             elif name == "shared_kv_states":
                 arguments[name] = shared
+            elif name == "attention_mask" and self.masked:
+                arguments[name] = rows.new_zeros(1, 1, rows.shape[1], rows.shape[1])
             elif parameter.default is inspect.Parameter.empty:
                 arguments[name] = None
-        attention.forward(rows, **arguments)
+        if self.keywords:
+            attention.forward(rows, **arguments, **{CAPTURE: captured})
+        else:
+            type(attention).forward(StandIn(attention, captured), rows, **arguments)
         if len(captured) != 1:
             raise TypeError(
-                f"{type(attention).__name__} did not call its attention function when it was given a prompt"
+                f"{type(attention).__name__} called its attention function {len(captured)} times for a prompt, "
+                "expected once"
             )
         return Projected(*captured[0])
 
@@ -113,10 +136,8 @@ def find_projection(model: nn.Module, path: str, rows: Tensor) -> tuple[Projecti
     Raises: TypeError: it accepts none, or its keys depend on more than the row that they are of; with the reason.
     """
     attention = model.get_submodule(path)
-    source = _source(model, path)
     failure: Exception | None = None
-    for turns in _forms(model, path, rows):
-        projection = Projection(turns, source)
+    for projection in _projections(model, path, rows):
         try:
             found = projection.by_forward(attention, rows)
         except _REFUSALS as error:
@@ -124,9 +145,20 @@ def find_projection(model: nn.Module, path: str, rows: Tensor) -> tuple[Projecti
             continue
         _require_heads(found, rows)
         _require_rows_apart(projection, attention, rows, found)
-        by_modules = source is None and _can_project_by_modules(attention, rows, found.key, found.value)
-        return Projection(turns, source, by_modules), found
+        alone = projection.source is None and _can_project_by_modules(attention, rows, found.key, found.value)
+        return replace(projection, by_modules=alone), found
     raise TypeError(_reason(attention, failure)) from failure
+
+
+def _projections(model: nn.Module, path: str, rows: Tensor) -> Iterator[Projection]:
+    """Ways to call a layer's forward, the likeliest first."""
+    attention = model.get_submodule(path)
+    source = _source(model, path)
+    mask = dict(_parameters(attention)).get("attention_mask")
+    for masked in (False, True) if mask is not None else (False,):
+        for turns in _forms(model, path, rows):
+            for keywords in (True, False):
+                yield Projection(turns, source, masked=masked, keywords=keywords)
 
 
 def _reason(attention: nn.Module, failure: Exception | None) -> str:

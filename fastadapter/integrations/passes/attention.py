@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from fastadapter.integrations.parts.projection import CAPTURE
+from fastadapter.integrations.parts.projection import CAPTURE, StandIn
 
 # Name of our child module in an attention module.
 CHILD = "fa_prefix"
@@ -26,7 +26,7 @@ _original_lookup: Any = None
 
 def _dispatch(attention, module, query, key, value, attention_mask, *args, **kwargs):
     """Run ``attention`` as the model would, with what the adapters in ``module`` make of it."""
-    captured = kwargs.pop(CAPTURE, None)
+    captured = module.fa_captured if isinstance(module, StandIn) else kwargs.pop(CAPTURE, None)
     if captured is not None:
         captured.append((query, key, value, kwargs))
         batch, num_heads, q_len, _ = query.shape

@@ -50,11 +50,20 @@ def attend_shared(
     Raises: ValueError: an attention implementation or an option whose meaning is not known here.
     """
     if key.shape[3] != value.shape[3]:
-        width = max(key.shape[3], value.shape[3])
-        wide = [widened(each, width) for each in (query, key, value)]
-        prefix = [widened(each, width) for each in (prefix_key, prefix_value)]
-        options = {**options, "scaling": options.get("scaling") or key.shape[3] ** -0.5}
-        return attend_shared(attention, *wide, mask, *prefix, row_ids, options)[..., : value.shape[3]]
+        width, scale = max(key.shape[3], value.shape[3]), options.get("scaling") or key.shape[3] ** -0.5
+        query, key, prefix_key = (widened(each, width) for each in (query, key, prefix_key))
+        out = attend_shared(
+            attention,
+            query,
+            key,
+            widened(value, width),
+            mask,
+            prefix_key,
+            widened(prefix_value, width),
+            row_ids,
+            {**options, "scaling": scale},
+        )
+        return out[..., : value.shape[3]]
     base = attention.config._attn_implementation
     if base not in BASES:
         raise ValueError(
