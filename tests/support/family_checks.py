@@ -90,7 +90,8 @@ def forget_scalings(model):
 def keys_at_zero(model, inputs, attention, row):
     """Key and value, each ``(heads, head_dim)``, that a layer gives a row as the first token of a text.
 
-    Needs an attached adapter. ``None``: the layer is not called, or not with ``(batch, seq, hidden_size)``.
+    Needs an attached adapter. ``None``: the layer is not called, or not with ``(batch, seq, hidden_size)`` whose first
+    position is 0.
     """
     calls = []
 
@@ -105,6 +106,13 @@ def keys_at_zero(model, inputs, attention, row):
     args, kwargs = calls[0]
     hidden = args[0] if args else kwargs["hidden_states"]
     if hidden.dim() != 3 or hidden.shape[2] != row.shape[0]:
+        return None
+    turns = kwargs.get("position_embeddings")
+    turns = (turns,) if torch.is_tensor(turns) else turns or ()
+    real = [turn[..., :1, :] for turn in turns if not turn.is_complex()]
+    if real and not any(
+        (turn == 0).all() for turn in real
+    ):  # its first token stands elsewhere, or is no text
         return None
     given = hidden.clone()
     given[:, 0] = row

@@ -1,6 +1,7 @@
 """A small random model of any family that transformers' auto classes know, by shrinking its configuration's fields."""
 
 import inspect
+import itertools
 import re
 
 import torch
@@ -106,15 +107,16 @@ def _own_fields(config_class, default):
     return found
 
 
-def model_class(model_type):
-    """The class of a family's model, that of a decoder where it is one; ``None``: none is known."""
+def model_classes(model_type):
+    """The classes of a family's models, that of a decoder first where it is one; none where none is known."""
     encoder = getattr(tf.CONFIG_MAPPING[model_type](), "is_decoder", True) is False
+    found = []
     for auto in _AUTO[1:] if encoder else _AUTO:
         name = getattr(modeling_auto, auto).get(model_type)
         name = name[0] if isinstance(name, tuple | list) else name
-        if name is not None:
-            return getattr(tf, name, None)
-    return None
+        if name is not None and hasattr(tf, name):
+            found.append(getattr(tf, name))
+    return found
 
 
 def _audio(config):
@@ -129,9 +131,10 @@ def candidates(model):
     names = inspect.signature(model.forward).parameters
     text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     text = {name: value for name, value in text.items() if name in names}
-    size = getattr(config, "image_size", None) or 16
+    parts = [config, *(each for each in vars(config).values() if isinstance(each, tf.PretrainedConfig))]
+    size = next((each.image_size for each in parts if getattr(each, "image_size", None)), 32)
     height, width = size if isinstance(size, tuple | list) else (size, size)
-    channels = getattr(config, "num_channels", None) or 3
+    channels = next((each.num_channels for each in parts if getattr(each, "num_channels", None)), 3)
     pixels = {"pixel_values": torch.randn(2, channels, height, width, generator=generator)}
     mels = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None) or 8
     length = 2 * (getattr(config, "max_source_positions", None) or 16)
@@ -151,13 +154,15 @@ def candidates(model):
 
 
 def output_of(model, inputs):
-    """The model's first floating-point output, of a forward without a cache where the model knows that."""
+    """The model's logits or last hidden states, or all that it returns in one row where it names neither."""
     output = model(**inputs)
     for name in ("logits", "last_hidden_state"):
         if torch.is_tensor(getattr(output, name, None)):
             return getattr(output, name)
     values = output.values() if hasattr(output, "values") else output
-    return next(each for each in values if torch.is_tensor(each) and each.is_floating_point())
+    return torch.cat(
+        [each.flatten() for each in values if torch.is_tensor(each) and each.is_floating_point()]
+    )
 
 
 def tiny_model(model_type):
@@ -165,14 +170,15 @@ def tiny_model(model_type):
 
     Raises: RuntimeError: no variant of the sizes gives a model that runs; with the first variant's reason.
     """
-    config_class, kind = tf.CONFIG_MAPPING[model_type], model_class(model_type)
-    if kind is None:
-        raise RuntimeError("no auto class knows its model")
+    config_class, kinds = tf.CONFIG_MAPPING[model_type], model_classes(model_type)
     first = None
-    for changes in VARIANTS:
+    for kind, changes in itertools.product(kinds, VARIANTS):
         try:
             torch.manual_seed(0)
             model = kind(small_config(config_class, changes)).eval()
+            for parameter in model.parameters():  # an output projection of zeros would hide every adapter
+                if parameter.dim() > 1 and not parameter.any():
+                    torch.nn.init.normal_(parameter, std=0.02)
             if sum(parameter.numel() for parameter in model.parameters()) > 3e7:
                 raise RuntimeError("its small model has more than 30 million parameters")
         except TimeoutError:
