@@ -3,10 +3,10 @@
     python scripts/family_table.py                     # writes docs/families.md
     python scripts/family_table.py llama gemma4_text   # prints these alone
 
-Small random models, one thread. A method is "ok" where a fresh adapter (with a neutral start) leaves the outputs bit for
-bit as they are, a moved one changes them, every parameter of it gets a finite gradient, ``fa.verify`` passes and
-``detach`` gives the base's bits back. For LLaMA-Adapter, the keys and values that a prompt gets must also be those that
-the layer itself gives the same row at position 0.
+Small random models, one thread. A method is "ok" where a fresh adapter (with a neutral start) leaves the outputs bit
+for bit as they are, a moved one changes them, every gradient is finite, ``fa.verify`` passes and ``detach`` gives the
+base's bits back. For LLaMA-Adapter, the keys and values that a prompt gets must also be those that the layer itself
+gives the same row at position 0.
 """
 
 import argparse
@@ -123,17 +123,17 @@ def page(found):
     lines = [
         "# Families of models",
         "",
-        "Made by `python scripts/family_table.py` (what is checked stands there) with small random models, transformers "
-        f"{tf.__version__}, torch {torch.__version__.partition('+')[0]}. Names are transformers' model types.",
+        "Made by `python scripts/family_table.py` (what is checked stands there) with small random models, "
+        f"transformers {tf.__version__}, torch {torch.__version__.partition('+')[0]}. Names are transformers' model types.",
         "",
-        f"Of {len(found)} families, {len(rows)} could be built and have a self-attention that goes through the attention "
-        "interface. Attached and working: "
+        f"Of {len(found)} families, {len(rows)} could be built and have a self-attention that goes through the "
+        "attention interface. Attached and working: "
         + ", ".join(f"{method} on {count}" for method, count in counts.items())
         + ".",
         "",
-        "**Blocks** are the members of a list that hold a self-attention; `layers=n` means the top `n` of them. Where a "
-        "list of blocks is in a list of stages (Swin) the blocks of all stages are counted as one stack. Lists inside a "
-        "block (experts, T5's parts) count for nothing, and neither does an attention outside the blocks (pooling "
+        "**Blocks** are the members of a list that hold a self-attention; `layers=n` means the top `n` of them. "
+        "Where a list of blocks is in a list of stages (Swin) the blocks of all stages are counted as one stack. Lists "
+        "inside a block (experts, T5's parts) count for nothing, and neither does an attention outside the blocks (pooling "
         "heads). A model with two stacks has `n` adapted blocks in each.",
         "",
         "**Refused** means that attach raises a TypeError or ValueError with the reason and changes nothing. "

@@ -1,6 +1,7 @@
-"""What one method must do on one family's model, whatever the family: used by the tests and by scripts/family_table.py."""
+"""What one method must do on one family's model, whatever the family; for tests and scripts/family_table.py."""
 
 import copy
+import inspect
 
 import torch
 
@@ -11,6 +12,7 @@ from tests.support.budget import same_bits
 from tests.support.methods import train_a_little
 from tests.support.tiny_models import output_of
 
+_OF_POSITIONS = ("position_embeddings", "position_ids", "attention_mask", "shared_kv_states")
 WITHOUT_NEUTRAL_START = (fa.PrefixTuningConfig, fa.SoftPromptConfig)
 
 
@@ -116,14 +118,14 @@ def keys_at_zero(model, inputs, attention, row):
         return None
     given = hidden.clone()
     given[:, 0] = row
-    kwargs, captured = dict(kwargs), []
-    for name in ("cache", "past_key_values", "layer_past"):
-        if name in kwargs:
-            kwargs[name] = None
+    captured: list = []
+    for name, parameter in inspect.signature(attention.forward).parameters.items():
+        if name in kwargs and parameter.default is None and name not in _OF_POSITIONS:
+            kwargs = {**kwargs, name: None}  # caches, and what is added for single tokens
     if args:
         args = (given, *args[1:])
     else:
-        kwargs["hidden_states"] = given
+        kwargs = {**kwargs, "hidden_states": given}
     type(attention).forward(StandIn(attention, captured), *args, **kwargs)
     _, key, value, _ = captured[0]
     return key[0, :, 0], value[0, :, 0]

@@ -158,7 +158,7 @@ def output_of(model, inputs):
     output = model(**inputs)
     for name in ("logits", "last_hidden_state"):
         if torch.is_tensor(getattr(output, name, None)):
-            return getattr(output, name)
+            return getattr(output, name).contiguous()
     values = output.values() if hasattr(output, "values") else output
     return torch.cat(
         [each.flatten() for each in values if torch.is_tensor(each) and each.is_floating_point()]
