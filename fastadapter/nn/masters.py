@@ -7,7 +7,7 @@ class Masters(nn.Module):
     """Base of every adapter's module.
 
     Its parameters follow the model to another device, but keep every bit when the model is cast: half types lose the
-    small steps of an optimiser.
+    small steps of an optimiser. Made on the meta device, they get their first values when the model gets memory.
     """
 
     def _apply(self, fn, recurse=True):
@@ -15,4 +15,17 @@ class Masters(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(move, recurse)
+        waiting = any(parameter.is_meta for parameter in self.parameters())
+        super()._apply(move, recurse)
+        if waiting and not any(parameter.is_meta for parameter in self.parameters()):
+            self.reset_parameters()  # to_empty leaves whatever was in the memory
+        return self
+
+    def reset_parameters(self) -> None:
+        """Draw the first values anew.
+
+        Raises: RuntimeError: they are a copy of somebody else's.
+        """
+        raise RuntimeError(
+            f"{type(self).__name__} starts from values that it was made with, and has none of its own"
+        )

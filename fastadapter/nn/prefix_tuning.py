@@ -32,6 +32,11 @@ class PrefixReparam(Masters):
         )
         self.down_proj = nn.Linear(hidden_size, reparam_size, dtype=torch.float32, device=device)
 
+    def reset_parameters(self) -> None:
+        """An embedding from N(0, 1), and the linear layer as torch draws it."""
+        nn.init.normal_(self.embedding)
+        self.down_proj.reset_parameters()
+
     def forward(self) -> Tensor:
         """``(prefix_len, reparam_size)``, fp32."""
         return torch.tanh(self.down_proj(self.embedding))
@@ -77,7 +82,7 @@ class PrefixTuning(Masters):
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
         self.num_kv_heads, self.head_dim, self.prefix_len = num_kv_heads, head_dim, prefix_len
         self.value_dim = head_dim if value_dim is None else value_dim
-        std = init_std if init == "normal" else 0.0
+        self.init_std = std = init_std if init == "normal" else 0.0
         # in a list: the network belongs to the model as a whole, not to each of its layers
         self._reparam = [] if reparam is None else [reparam]
         if reparam is None:
@@ -92,6 +97,15 @@ class PrefixTuning(Masters):
             )
             nn.init.normal_(self.up_proj.weight, std=std)
             nn.init.zeros_(self.up_proj.bias)
+
+    def reset_parameters(self) -> None:
+        """Keys and values, or what makes them, from N(0, ``init_std``)."""
+        if self._reparam:
+            nn.init.normal_(self.up_proj.weight, std=self.init_std)
+            nn.init.zeros_(self.up_proj.bias)
+        else:
+            nn.init.normal_(self.key, std=self.init_std)
+            nn.init.normal_(self.value, std=self.init_std)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Keys ``(1, num_kv_heads, prefix_len, head_dim)`` and values ``(..., value_dim)``, fp32."""

@@ -109,7 +109,7 @@ def _own_fields(config_class, default):
 
 def model_classes(model_type):
     """The classes of a family's models, that of a decoder first where it is one; none where none is known."""
-    encoder = getattr(tf.CONFIG_MAPPING[model_type](), "is_decoder", True) is False
+    encoder = getattr(tf.CONFIG_MAPPING[model_type], "is_decoder", True) is False
     found = []
     for auto in _AUTO[1:] if encoder else _AUTO:
         name = getattr(modeling_auto, auto).get(model_type)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastadapter.integrations.parts.blocks import Block, blocks_of
+from fastadapter.integrations.parts.blocks import Block, ancestors, blocks_of
 
 _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
 _LOOKUP = "ALL_ATTENTION_FUNCTIONS"
@@ -85,6 +85,17 @@ def floating_dtype(module: nn.Module) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: where its parameters are, or for offloaded ones (meta) where accelerate brings them."""
+    parameter = next(module.parameters())
+    if parameter.is_meta:
+        for each in module.modules():
+            device = getattr(getattr(each, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return parameter.device
+
+
 def single_stack(model: nn.Module, paths: list[str]) -> str:
     """The one list of blocks that holds the attentions at ``paths``.
 
@@ -127,12 +138,19 @@ def looks_back_only(model: nn.Module) -> bool:
 
 
 def checkpointed_block(model: nn.Module, path: str) -> nn.Module:
-    """The layer around the attention at ``path`` that activation checkpointing acts on, or the attention itself."""
-    parts = path.split(".")
-    for depth in range(len(parts) - 1, 0, -1):
-        ancestor = model.get_submodule(".".join(parts[:depth]))
-        if hasattr(type(ancestor), "gradient_checkpointing"):
-            return ancestor
+    """What activation checkpointing acts on around the attention at ``path``, or the attention itself.
+
+    Where a layer is checkpointed together with its hooks (transformers before 5.20), it is what calls the layer.
+    """
+    for above in ancestors(path):
+        layer = model.get_submodule(above)
+        if hasattr(type(layer), "gradient_checkpointing"):
+            if type(layer).__call__ is nn.Module.__call__:
+                return layer
+            around = next(
+                name for name in ancestors(above) if not isinstance(model.get_submodule(name), nn.ModuleList)
+            )
+            return model.get_submodule(around)
     return model.get_submodule(path)
 
 

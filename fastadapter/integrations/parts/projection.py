@@ -226,6 +226,7 @@ def _turns_of(rotary: nn.Module, attention: nn.Module, rows: Tensor) -> Iterator
     parameters = inspect.signature(rotary.forward).parameters
     if "position_ids" not in parameters:
         return
+    rotary = _with_values(rotary, attention.config)
     kinds: list[dict[str, Any]] = [{}]
     if "layer_type" in parameters:
         own = (getattr(attention, name, None) for name in ("layer_type", "attention_type", "rope_layer_type"))
@@ -243,9 +244,11 @@ def _turns_at_zero(
     rotary: Any, rows: Tensor, axes: tuple[int, ...], kind: dict[str, Any]
 ) -> tuple[_Turn, ...]:
     outputs = []
+    device = next((each.device for each in rotary.buffers()), rows.device)
     for length in _LENGTHS:
-        positions = torch.zeros(*axes, 1, length, dtype=torch.int64, device=rows.device)
-        output = rotary(rows.new_zeros(1, length, rows.shape[2]), position_ids=positions, **kind)
+        positions = torch.zeros(*axes, 1, length, dtype=torch.int64, device=device)
+        like = torch.zeros(1, length, rows.shape[2], dtype=rows.dtype, device=device)
+        output = rotary(like, position_ids=positions, **kind)
         outputs.append((output,) if torch.is_tensor(output) else tuple(output))
     turns = []
     for short, long in zip(*outputs, strict=True):
@@ -256,6 +259,14 @@ def _turns_at_zero(
             raise ValueError("neither a sine nor a cosine")
         turns.append(_Turn(shape, int(nonzero.all()), short.dtype if short.is_complex() else None))
     return tuple(turns)
+
+
+def _with_values(rotary: Any, config: Any) -> nn.Module:
+    """A rotary embedding whose tables are no more than shapes (meta), made anew; any other as it is."""
+    if not any(buffer.is_meta for buffer in rotary.buffers()):
+        return rotary
+    with torch.device("cpu"):
+        return type(rotary)(getattr(rotary, "config", config))
 
 
 def _source(model: nn.Module, path: str) -> nn.Module | None:

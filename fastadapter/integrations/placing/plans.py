@@ -50,7 +50,20 @@ def plan(model: nn.Module, config: MethodConfig, tokenizer: Any) -> list[Placeme
     if method is None:
         known = ", ".join(each.__name__ for each in _PLANS)
         raise TypeError(f"config must be one of {known}, got {type(config).__name__}")
-    return [*method(model, config, tokenizer), *_heads(model)]
+    placements = [*method(model, config, tokenizer), *_heads(model)]
+    for placement in placements:
+        if isinstance(placement.adapter, ModuleCopy | SoftPrompt):
+            _require_values(placement)
+    return placements
+
+
+def _require_values(placement: Placement) -> None:
+    """What starts from a copy of the model's own values needs them now."""
+    if any(parameter.is_meta for parameter in placement.adapter.parameters()):
+        raise TypeError(
+            f"{placement.path or 'the model'}: {type(placement.adapter).__name__} starts from the model's own values, "
+            "and those are on the meta device: offloaded, or not loaded yet; attach to a model that has them in memory"
+        )
 
 
 def _llama_adapter(model: nn.Module, config: LlamaAdapterConfig, tokenizer: Any) -> list[Placement]:
@@ -82,7 +95,7 @@ def _llama_adapter_v2(model: nn.Module, config: LlamaAdapterV2Config, tokenizer:
         if (inside or beside) and _is_norm(module):
             placements.append(Placement(path, CopyHost, ModuleCopy(module), CopyHost))
         elif inside and (sizes := _linear_sizes(module)):
-            device = next(module.parameters()).device
+            device = discovery.device_of(module)
             placements.append(
                 Placement(path, ScaleHost, ChannelScale(*sizes, config.scale, device=device), ScaleHost)
             )
@@ -147,7 +160,7 @@ def _bottleneck(model: nn.Module, config: BottleneckConfig, tokenizer: Any) -> l
         blocks.setdefault(around[path].path, module)
     for path, attention in blocks.items():
         size = input_size(attention, path)
-        device = next(attention.parameters()).device
+        device = discovery.device_of(attention)
         for point, source in _points(model.get_submodule(path), path, attention, config):
             adapter = Bottleneck(
                 size,
@@ -228,7 +241,7 @@ def _first_prompt(embeddings: nn.Module, config: SoftPromptConfig, tokenizer: An
     else:
         tokens = torch.randint(weight.shape[0], (config.prompt_len,))
     with torch.no_grad():
-        drawn = embeddings(tokens.to(weight.device)).float()
+        drawn = embeddings(tokens.to(discovery.device_of(embeddings))).float()
         if config.init_text is None and config.init == "random":
             # as wide as what the model's embeddings are, in a model that scales them too
             drawn = torch.randn(drawn.shape, device="cpu").to(drawn.device) * drawn.std()
@@ -281,7 +294,7 @@ def _try_projection(
         raise TypeError(
             f"{path}: reorder_and_upcast_attn=True makes GPT-2 bypass the attention interface; set it to False"
         )
-    device = next(module.parameters()).device
+    device = discovery.device_of(module)
     # Drawn, not zeros, and more than one: with equal rows a wrong projection could pass for the right one.
     shape = (1, max(2, prefix_len), input_size(module, path))
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(0))
