@@ -124,7 +124,8 @@ def page(found):
         "# Families of models",
         "",
         "Made by `python scripts/family_table.py` (what is checked stands there) with small random models, "
-        f"transformers {tf.__version__}, torch {torch.__version__.partition('+')[0]}. Names are transformers' model types.",
+        f"transformers {tf.__version__}, torch {torch.__version__.partition('+')[0]}. "
+        "Names are transformers' model types.",
         "",
         f"Of {len(found)} families, {len(rows)} could be built and have a self-attention that goes through the "
         "attention interface. Attached and working: "
@@ -133,8 +134,8 @@ def page(found):
         "",
         "**Blocks** are the members of a list that hold a self-attention; `layers=n` means the top `n` of them. "
         "Where a list of blocks is in a list of stages (Swin) the blocks of all stages are counted as one stack. Lists "
-        "inside a block (experts, T5's parts) count for nothing, and neither does an attention outside the blocks (pooling "
-        "heads). A model with two stacks has `n` adapted blocks in each.",
+        "inside a block (experts, T5's parts) count for nothing, and neither does an attention outside the blocks "
+        "(pooling heads). A model with two stacks has `n` adapted blocks in each.",
         "",
         "**Refused** means that attach raises a TypeError or ValueError with the reason and changes nothing. "
         "A bottleneck is placed by name in the families whose parts are known; in all others it goes where "

@@ -89,7 +89,7 @@ def _distilbert():
     )
 
 
-# Since transformers 5.18; before that it is refused.
+# It is in transformers 5.18 and not in 5.13, where T5 is refused.
 T5_IN_THE_INTERFACE = hasattr(sys.modules[tf.T5EncoderModel.__module__], "ALL_ATTENTION_FUNCTIONS")
 FAMILIES = [
     _decoder("llama", tf.LlamaForCausalLM, tf.LlamaConfig, **_GQA),

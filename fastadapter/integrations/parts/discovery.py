@@ -140,7 +140,7 @@ def looks_back_only(model: nn.Module) -> bool:
 def checkpointed_block(model: nn.Module, path: str) -> nn.Module:
     """What activation checkpointing acts on around the attention at ``path``, or the attention itself.
 
-    Where a layer is checkpointed together with its hooks (transformers before 5.20), it is what calls the layer.
+    Where a layer is checkpointed together with its hooks (transformers 5.18 and older), it is what calls the layer.
     """
     for above in ancestors(path):
         layer = model.get_submodule(above)
