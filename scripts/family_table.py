@@ -11,6 +11,7 @@ gives the same row at position 0.
 
 import argparse
 import collections
+import json
 import os
 import re
 import signal
@@ -45,6 +46,8 @@ METHODS = {
 
 def outcomes(model_type):
     """What each method comes to, by its name: "ok", or a word and the reason; or one reason for the family."""
+    if not may_use_the_interface(model_type):
+        return "none"
     try:
         model, inputs = tiny_model(model_type)
     except TimeoutError:
@@ -73,6 +76,14 @@ def outcomes(model_type):
             found[method] = f"wrong: attach raises {type(error).__name__}: {short(error)}"
             model, inputs = tiny_model(model_type)
     return found
+
+
+def may_use_the_interface(model_type):
+    """Whether the family's file names transformers' attention functions, or its parts come from other families."""
+    if tf.CONFIG_MAPPING[model_type].sub_configs:
+        return True
+    files = {sys.modules[kind.__module__] for kind in model_classes(model_type)}
+    return any(hasattr(file, discovery.LOOKUP) for file in files)
 
 
 def short(error):
@@ -160,14 +171,25 @@ def page(found):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", help="model types; all, and the page is written, unless given")
+    parser.add_argument(
+        "--results", type=Path, help="a file of results, one per line: those in it are not run again"
+    )
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     found = {}
+    if args.results and args.results.exists():
+        for line in args.results.read_text(encoding="utf-8").splitlines():
+            found |= json.loads(line)
     for model_type in args.families or sorted(each for each in tf.CONFIG_MAPPING if model_classes(each)):
+        if model_type in found:
+            continue
         started = time.monotonic()
         found[model_type] = limited(model_type)
         print(f"{model_type} ({time.monotonic() - started:.1f} s): {found[model_type]}", flush=True)
+        if args.results:
+            with args.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({model_type: found[model_type]}) + "\n")
     if not args.families:
         TABLE.write_text(page(found), encoding="utf-8")
     return 0

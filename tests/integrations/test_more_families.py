@@ -14,14 +14,12 @@ from tests.support.methods import train_a_little
 from tests.support.tiny_models import output_of, tiny_model
 
 # half-width cosines and sinks, complex rotary, sine before cosine, positions asked for, layers with heads of their own
-# and keys of others, latent keys and values, three axes of positions, windows of an image
-FAMILIES = [
-    name
-    for name in (
-        "gpt_oss llama4_text gptj codegen ministral3 gemma3n_text gemma4_text deepseek_v2 deepseek_v3 qwen2_vl_text"
-    ).split()
-    if name in tf.CONFIG_MAPPING
-]
+# and keys of others, latent keys and values, three axes of positions, a mask asked for, no keywords handed down
+NAMES = (
+    "gpt_oss llama4_text gptj codegen ministral3 gemma3n_text gemma4_text deepseek_v2 deepseek_v3 qwen2_vl_text "
+    "deepseek_v32 idefics3_vision"
+).split()
+FAMILIES = [name for name in NAMES if name in tf.CONFIG_MAPPING]
 CONFIG = fa.LlamaAdapterConfig(prefix_len=3)
 
 

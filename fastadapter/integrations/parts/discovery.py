@@ -10,7 +10,8 @@ from torch import nn
 from fastadapter.integrations.parts.blocks import Block, ancestors, blocks_of
 
 _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
-_LOOKUP = "ALL_ATTENTION_FUNCTIONS"
+# What the file of a model calls transformers' attention functions.
+LOOKUP = "ALL_ATTENTION_FUNCTIONS"
 # Architectures that the tests hold to every promise; any other that uses the attention interface may work.
 TESTED = (
     "bert, distilbert, gemma3, gpt2, gpt_neox, llama, mistral, phi3, qwen3, roberta, t5 (encoder), vit, whisper"
@@ -19,7 +20,7 @@ TESTED = (
 
 def _uses_interface(module: nn.Module) -> bool:
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and _LOOKUP in code.co_names
+    return code is not None and LOOKUP in code.co_names
 
 
 def self_attentions(model: nn.Module) -> dict[str, nn.Module]:
