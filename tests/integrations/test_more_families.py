@@ -127,6 +127,18 @@ def test_a_layer_that_needs_more_than_rows_is_refused_with_what_it_needs():
         find_projection(torch.nn.Sequential(Asking()), "0", torch.randn(1, 3, 4))
 
 
+def test_positions_of_an_unknown_form_are_named():
+    """Distances between tokens, say: the error of the last try alone said nothing about them."""
+    from fastadapter.integrations.parts.projection import find_projection
+
+    class Distant(torch.nn.Module):
+        def forward(self, hidden_states, position_embeddings, **kwargs):
+            return hidden_states @ position_embeddings.distances
+
+    with pytest.raises(TypeError, match="none of the known forms of position_embeddings goes with it"):
+        find_projection(torch.nn.Sequential(Distant()), "0", torch.randn(1, 3, 4))
+
+
 def test_keys_that_mix_rows_are_refused():
     """A convolution over keys: a prompt's rows have no keys of their own then."""
     from fastadapter.integrations.parts.projection import Projected, _require_rows_apart

@@ -170,6 +170,9 @@ def _reason(attention: nn.Module, failure: Exception | None) -> str:
     ]
     if required:
         return f"its forward asks for {', '.join(required)}, which rows of a prompt do not have"
+    asked = dict(_parameters(attention)).get("position_embeddings")
+    if asked is not None and asked.default is inspect.Parameter.empty:
+        return f"none of the known forms of position_embeddings goes with it ({type(failure).__name__}: {failure})"
     return f"{type(failure).__name__}: {failure}"
 
 
