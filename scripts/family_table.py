@@ -109,6 +109,7 @@ def without_names(reason):
     """A reason without what differs from family to family: paths, class names in brackets, sizes."""
     reason = re.sub(r"^[\w.]*\.[\w.]* \((\w+)\) ", "", reason)
     reason = re.sub(r"^[\w.]*\.\d[\w.]*: ", "", reason)
+    reason = re.sub(r"no bottleneck points are known for .*", "no bottleneck points are known for it", reason)
     return re.sub(r"\b[A-Z]\w*(Attention|Model|LM|Generation|Decoder|Encoder|MLA)\w*\b", "the model", reason)
 
 
@@ -150,7 +151,7 @@ def page(found):
         "",
         "**Refused** means that attach raises a TypeError or ValueError with the reason and changes nothing. "
         "A bottleneck is placed by name in the families whose parts are known; in all others it goes where "
-        "`BottleneckConfig(modules=(...))` says.",
+        "`BottleneckConfig(modules=(...))` says. **Wrong** means that it attaches and then one of the checks fails.",
         "",
         f"| family | {' | '.join(METHODS)} |",
         f"| --- |{' --- |' * len(METHODS)}",
