@@ -84,7 +84,7 @@ def explain(model: nn.Module) -> Explanation:
                     backend, reason = "weights", "folded into the module's own"
                 projection = ""
                 if isinstance(adapter, GatedPrefix):
-                    projection = "key/value modules" if host.fast_projection else "layer forward"
+                    projection = "key/value modules" if host.projection.by_modules else "layer forward"
                 elif isinstance(adapter, PromptSlot):
                     projection = "decoder forward"
                 rows.append(

@@ -42,6 +42,11 @@ class ChannelScale(Masters):
         self.scale = nn.Parameter(torch.ones(size, dtype=torch.float32, device=device))
         self.bias = nn.Parameter(torch.full((out_features,), -0.0, dtype=torch.float32, device=device))
 
+    def reset_parameters(self) -> None:
+        """A scale of one and a bias of -0.0, which leaves every bit as it is."""
+        nn.init.ones_(self.scale)
+        nn.init.constant_(self.bias, -0.0)
+
     def before(self, x: Tensor) -> Tensor:
         """What the linear layer gets, ``(..., in_features)``, in the dtype of ``x``."""
         return x * self.scale.to(x.dtype) if self.convention == "input" else x

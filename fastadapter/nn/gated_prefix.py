@@ -52,6 +52,11 @@ class GatedPrefix(Masters):
         gates = num_heads if gate_per_head else 1
         self.gate = nn.Parameter(torch.zeros(gates, dtype=torch.float32, device=device))
 
+    def reset_parameters(self) -> None:
+        """A prompt from N(0, 1) and gates of zero."""
+        nn.init.normal_(self.prompt)
+        nn.init.zeros_(self.gate)
+
     def forward(
         self,
         base: Tensor,

@@ -16,7 +16,8 @@ class Masters(nn.Module):
     """Base of every adapter's module.
 
     Its parameters follow the model to another device, but keep every bit when the model is cast: half types lose the
-    small steps of an optimiser. The modules in it can be told from the model's (:func:`is_own`).
+    small steps of an optimiser. Made on the meta device, they get their first values when the model gets memory. The
+    modules in it can be told from the model's (:func:`is_own`).
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -30,7 +31,20 @@ class Masters(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(move, recurse)
+        waiting = any(parameter.is_meta for parameter in self.parameters())
+        super()._apply(move, recurse)
+        if waiting and not any(parameter.is_meta for parameter in self.parameters()):
+            self.reset_parameters()  # to_empty leaves whatever was in the memory
+        return self
+
+    def reset_parameters(self) -> None:
+        """Draw the first values anew.
+
+        Raises: RuntimeError: they are a copy of somebody else's.
+        """
+        raise RuntimeError(
+            f"{type(self).__name__} starts from values that it was made with, and has none of its own"
+        )
 
 
 def is_own(module: nn.Module) -> bool:

@@ -1,5 +1,7 @@
 """Parameters of one layer's prefix in prefix tuning, and of the network behind it."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,11 @@ class PrefixReparam(Masters):
         )
         self.down_proj = MasterLinear(hidden_size, reparam_size, dtype=torch.float32, device=device)
 
+    def reset_parameters(self) -> None:
+        """An embedding from N(0, 1), and the linear layer as torch draws it."""
+        nn.init.normal_(self.embedding)
+        self.down_proj.reset_parameters()
+
     def forward(self) -> Tensor:
         """``(prefix_len, reparam_size)``, fp32."""
         return torch.tanh(self.down_proj(self.embedding))
@@ -42,12 +49,13 @@ class PrefixTuning(Masters):
     what the attention sees: no rotary embedding, norm or projection is applied to them. fp32 whatever the dtype of the
     model.
 
-    Parameters: ``2 * num_kv_heads * prefix_len * head_dim``; with ``reparam`` instead
-    ``2 * num_kv_heads * head_dim * (reparam_size + 1)`` of ``up_proj``.
+    Parameters: ``num_kv_heads * prefix_len * (head_dim + value_dim)``; with ``reparam`` instead
+    ``num_kv_heads * (head_dim + value_dim) * (reparam_size + 1)`` of ``up_proj``.
 
     Args:
         num_kv_heads, head_dim: of the layer's attention.
         prefix_len: learned positions.
+        value_dim: width of a value where it is not that of a key (latent attention).
         init: ``"normal"``: N(0, ``init_std``); ``"zero"``: zeros (with ``reparam``: of ``up_proj``).
         init_std: standard deviation of the first keys and values; with ``reparam`` of ``up_proj``'s weight.
         reparam: the network that keys and values come from while training; owned by the caller.
@@ -63,6 +71,7 @@ class PrefixTuning(Masters):
         head_dim: int,
         prefix_len: int = 20,
         *,
+        value_dim: int | None = None,
         init: str = "normal",
         init_std: float = 0.02,
         reparam: PrefixReparam | None = None,
@@ -72,28 +81,40 @@ class PrefixTuning(Masters):
         if init not in INITS:
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
         self.num_kv_heads, self.head_dim, self.prefix_len = num_kv_heads, head_dim, prefix_len
-        std = init_std if init == "normal" else 0.0
+        self.value_dim = head_dim if value_dim is None else value_dim
+        self.init_std = std = init_std if init == "normal" else 0.0
         # in a list: the network belongs to the model as a whole, not to each of its layers
         self._reparam = [] if reparam is None else [reparam]
         if reparam is None:
-            shape = (1, num_kv_heads, prefix_len, head_dim)
-            self.key = nn.Parameter(torch.randn(shape, dtype=torch.float32, device=device) * std)
-            self.value = nn.Parameter(torch.randn(shape, dtype=torch.float32, device=device) * std)
+            shape = (1, num_kv_heads, prefix_len)
+            draw = functools.partial(torch.randn, dtype=torch.float32, device=device)
+            self.key = nn.Parameter(draw(*shape, head_dim) * std)
+            self.value = nn.Parameter(draw(*shape, self.value_dim) * std)
         else:
-            width = 2 * num_kv_heads * head_dim
+            width = num_kv_heads * (head_dim + self.value_dim)
             self.up_proj = MasterLinear(
                 reparam.down_proj.out_features, width, dtype=torch.float32, device=device
             )
             nn.init.normal_(self.up_proj.weight, std=std)
             nn.init.zeros_(self.up_proj.bias)
 
+    def reset_parameters(self) -> None:
+        """Keys and values, or what makes them, from N(0, ``init_std``)."""
+        if self._reparam:
+            nn.init.normal_(self.up_proj.weight, std=self.init_std)
+            nn.init.zeros_(self.up_proj.bias)
+        else:
+            nn.init.normal_(self.key, std=self.init_std)
+            nn.init.normal_(self.value, std=self.init_std)
+
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, each ``(1, num_kv_heads, prefix_len, head_dim)``, fp32."""
+        """Keys ``(1, num_kv_heads, prefix_len, head_dim)`` and values ``(..., value_dim)``, fp32."""
         if not self._reparam:
             return self.key, self.value
         rows = self.up_proj(self._reparam[0]())
-        key, value = rows.view(self.prefix_len, 2, self.num_kv_heads, self.head_dim).permute(1, 2, 0, 3)
-        return key[None], value[None]
+        widths = [self.num_kv_heads * dim for dim in (self.head_dim, self.value_dim)]
+        key, value = (part.unflatten(-1, (self.num_kv_heads, -1)) for part in rows.split(widths, dim=-1))
+        return key.transpose(0, 1)[None], value.transpose(0, 1)[None]
 
     def sources(self) -> list[nn.Module]:
         """The modules that keys and values come from."""

@@ -322,7 +322,7 @@ def test_olmo2_whose_key_norm_spans_all_heads():
     model = tf.Olmo2ForCausalLM(config).eval()
     fa.attach(model, fa.LlamaAdapterConfig(prefix_len=3))
     [host] = hosts(model)["model.layers.0.self_attn"]
-    assert not host.fast_projection
+    assert not host.projection.by_modules
     attention, prompt = model.model.layers[0].self_attn, host.adapters["default"].prompt
     key, value = host._project("default", attention, torch.float32)
     expected = attention.k_norm(attention.k_proj(prompt)).view(3, 2, 8).transpose(0, 1)

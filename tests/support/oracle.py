@@ -19,16 +19,19 @@ def _heads(x, head_dim):
     )  # (prefix_len, width) -> (heads, prefix_len, head_dim)
 
 
-def _separate(key_name, value_name):
-    def recipe(attention, prompt, head_dim):
-        modules = attention._modules[key_name], attention._modules[value_name]
-        key, value = (linear(prompt, module.weight, module.bias) for module in modules)
-        key = _heads(key, head_dim)
-        if "k_norm" in attention._modules:
-            key = attention.k_norm(key)
-        return key, _heads(value, head_dim)
+_NAMES = (("k_proj", "v_proj"), ("key", "value"), ("k_lin", "v_lin"), ("k", "v"))
 
-    return recipe
+
+def _separate(attention, prompt, head_dim):
+    """By the names that the family has in the installed transformers."""
+    names = next(names for names in _NAMES if names[0] in attention._modules)
+    key, value = (
+        linear(prompt, module.weight, module.bias) for module in map(attention.get_submodule, names)
+    )
+    key = _heads(key, head_dim)
+    if "k_norm" in attention._modules:
+        key = attention.k_norm(key)
+    return key, _heads(value, head_dim)
 
 
 def _phi3(attention, prompt, head_dim):
@@ -50,10 +53,6 @@ def _gpt_neox(attention, prompt, head_dim):
 
 
 RECIPES = {
-    "bert": _separate("key", "value"),
-    "roberta": _separate("key", "value"),
-    "distilbert": _separate("k_lin", "v_lin"),
-    "t5-encoder": _separate("k", "v"),
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
     "phi3": _phi3,
@@ -64,7 +63,7 @@ RECIPES = {
 def plain_llama_adapter(model, family_name, prompts, gates):
     """Run ``model`` with the adapters ``prompts`` and ``gates``, both by dotted path of the attention module."""
     modules = {model.get_submodule(path): path for path in prompts}
-    recipe = RECIPES.get(family_name, _separate("k_proj", "v_proj"))
+    recipe = RECIPES.get(family_name, _separate)
     file = sys.modules[type(next(iter(modules))).__module__]
     original = file.eager_attention_forward
 
@@ -76,7 +75,7 @@ def plain_llama_adapter(model, family_name, prompts, gates):
             prefix_key, prefix_value = recipe(module, prompts[path], query.shape[-1])
             groups = query.shape[1] // prefix_key.shape[0]
             prefix_key, prefix_value = (x.repeat_interleave(groups, 0) for x in (prefix_key, prefix_value))
-            scale = kwargs.get("scaling")
+            scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
             probs = torch.softmax(scale * query @ prefix_key.mT, dim=-1)
             term = gates[path].tanh()[:, None, None] * (probs @ prefix_value)
             out = out + term.transpose(1, 2)

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastadapter.integrations.parts.blocks import Block, blocks_of
+
 _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
-_NUMBERED = re.compile(r"(.*?)\.?(\d+)(?:\.|$)")
-_LOOKUP = "ALL_ATTENTION_FUNCTIONS"
+# What the file of a model calls transformers' attention functions.
+LOOKUP = "ALL_ATTENTION_FUNCTIONS"
 # Architectures that the tests hold to every promise; any other that uses the attention interface may work.
 TESTED = (
     "bert, distilbert, gemma3, gpt2, gpt_neox, llama, mistral, phi3, qwen3, roberta, t5 (encoder), vit, whisper"
@@ -18,7 +20,7 @@ TESTED = (
 
 def uses_interface(module: nn.Module) -> bool:
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and _LOOKUP in code.co_names
+    return code is not None and LOOKUP in code.co_names
 
 
 def self_attentions(model: nn.Module) -> dict[str, nn.Module]:
@@ -38,8 +40,10 @@ def self_attentions(model: nn.Module) -> dict[str, nn.Module]:
 def attentions(model: nn.Module, layers: int | None) -> list[tuple[str, nn.Module]]:
     """The self-attention modules of the top ``layers`` blocks of each stack, in the model's order.
 
+    A self-attention that is in no block, such as that of a pooling head, is not among them.
+
     Raises:
-        TypeError: the model has none that goes through the attention interface.
+        TypeError: the model has none that goes through the attention interface, or no blocks.
         ValueError: ``layers`` is more than a stack has.
     """
     found = self_attentions(model)
@@ -48,42 +52,33 @@ def attentions(model: nn.Module, layers: int | None) -> list[tuple[str, nn.Modul
             f"{type(model).__name__} has no self-attention that goes through transformers' attention interface, "
             f"so it cannot be hooked; tested architectures: {', '.join(TESTED)}"
         )
-    stacks: dict[str, dict[int, list[str]]] = {}
-    for path in found:
-        stack, index = numbered(path)
-        stacks.setdefault(stack, {}).setdefault(index, []).append(path)
+    stacks: dict[str, dict[str, list[str]]] = {}
+    for path, block in blocks(model).items():
+        stacks.setdefault(block.stack, {}).setdefault(block.path, []).append(path)
     chosen = []
-    for stack, blocks in stacks.items():
-        if layers is not None and layers > len(blocks):
+    for stack, members in stacks.items():
+        if layers is not None and layers > len(members):
             raise ValueError(
-                f"layers must be at most {len(blocks)}, the attention blocks of {stack}, got {layers}"
+                f"layers must be at most {len(members)}, the attention blocks of {stack}, got {layers}"
             )
-        top = sorted(blocks)[-layers if layers else 0 :]
-        chosen += [path for index in top for path in blocks[index]]
+        top = list(members)[-layers if layers else 0 :]
+        chosen += [path for block in top for path in members[block]]
     return [(path, found[path]) for path in chosen]
 
 
-def numbered(path: str) -> tuple[str, int]:
-    """The list of blocks that a path leads through, and the number of the block.
+def blocks(model: nn.Module) -> dict[str, Block]:
+    """The block around each self-attention, by the attention's path; one that is in no list of blocks has none.
 
-    Raises: TypeError: it leads through none.
+    Raises: TypeError: no self-attention is in a list of blocks.
     """
-    match = _NUMBERED.match(path)
-    if match is None:
-        raise TypeError(f"{path} is not in a numbered block, so the top layers of the model are not defined")
-    return match[1], int(match[2])
-
-
-def block_path(path: str) -> str:
-    stack, index = numbered(path)
-    return f"{stack}.{index}"
-
-
-def hidden_size(module: nn.Module, path: str) -> int:
-    size = getattr(module.config, "hidden_size", None)
-    if size is None:
-        raise TypeError(f"{path}: its config names no hidden_size")
-    return size
+    paths = list(self_attentions(model))
+    found = blocks_of(model, paths)
+    if not found:
+        raise TypeError(
+            f"{type(model).__name__} has no list of blocks: {', '.join(paths)} in no ModuleList, so the top layers "
+            "of the model are not defined"
+        )
+    return found
 
 
 def floating_dtype(module: nn.Module) -> torch.dtype:
@@ -91,12 +86,24 @@ def floating_dtype(module: nn.Module) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: where its parameters are, or for offloaded ones (meta) where accelerate brings them."""
+    parameter = next(module.parameters())
+    if parameter.is_meta:
+        for each in module.modules():
+            device = getattr(getattr(each, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return parameter.device
+
+
 def single_stack(model: nn.Module, paths: list[str]) -> str:
     """The one list of blocks that holds the attentions at ``paths``.
 
     Raises: TypeError: there are several.
     """
-    stacks = {numbered(path)[0] for path in paths}
+    around = blocks(model)
+    stacks = {around[path].stack for path in paths}
     if len(stacks) > 1 or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise TypeError(
             f"{type(model).__name__} has more than one stack of blocks ({', '.join(sorted(stacks))}): a soft prompt is "
@@ -129,32 +136,6 @@ def looks_back_only(model: nn.Module) -> bool:
     paths = list(self_attentions(model))
     one_stack = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return bool(paths) and one_stack and is_causal(model, paths)
-
-
-def checkpointed_block(model: nn.Module, path: str) -> nn.Module:
-    """The layer around the attention at ``path`` that activation checkpointing acts on, or the attention itself."""
-    parts = path.split(".")
-    for depth in range(len(parts) - 1, 0, -1):
-        ancestor = model.get_submodule(".".join(parts[:depth]))
-        if hasattr(type(ancestor), "gradient_checkpointing"):
-            return ancestor
-    return model.get_submodule(path)
-
-
-def let_gradients_in(block: nn.Module, args: tuple):
-    """Re-entrant checkpointing drops every gradient of a block none of whose inputs needs one.
-
-    In a frozen model that is the lowest adapted block, so its input is made to need one.
-    """
-    checkpointing = getattr(block, "gradient_checkpointing", False) and block.training
-    if not (checkpointing and torch.is_grad_enabled()) or torch.compiler.is_compiling() or not args:
-        return None
-    hidden_states = args[0]
-    if not torch.is_tensor(hidden_states) or hidden_states.requires_grad:
-        return None
-    if not hidden_states.is_floating_point():  # token ids, of a whole model
-        return None
-    return (hidden_states.detach().requires_grad_(), *args[1:])
 
 
 def rotary_dim(model: nn.Module, path: str) -> int | None:

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastadapter.integrations.parts.projection import Projection, projection_modules
 from fastadapter.integrations.passes import attention as hook
 from fastadapter.integrations.passes.choice import Choice, State, under_way
 from fastadapter.integrations.passes.host import Group, Host
 from fastadapter.integrations.passes.kept import Kept, Part
 from fastadapter.integrations.passes.shared_softmax import attend_shared
+from fastadapter.integrations.passes.widths import widened
 from fastadapter.nn import GatedPrefix, PrefixTuning
 from fastadapter.ops import gated_prefix
 from fastadapter.ops.attention import Options
@@ -70,10 +72,9 @@ class PrefixHost(Host):
 
     CHILD: ClassVar[str] = hook.CHILD
 
-    def __init__(self, state: State, rotary_dim: int | None, fast_projection: bool):
+    def __init__(self, state: State, projection: Projection):
         super().__init__(state)
-        self.rotary_dim = rotary_dim
-        self.fast_projection = fast_projection
+        self.projection = projection
         self._plan: Plan | None = None
 
     def hooks(self, module: nn.Module) -> list[RemovableHandle]:
@@ -240,12 +241,23 @@ class PrefixHost(Host):
     ) -> Tensor:
         """Add the terms of gated prompts to ``output (batch, q_len, num_heads, head_dim)``."""
         batch, num_heads, q_len, head_dim = query.shape
-        if output.shape != (batch, q_len, num_heads, head_dim):
+        if output.dim() != 4 or output.shape[:3] != (batch, q_len, num_heads):
             raise ValueError(
                 f"the base attention {attention.config._attn_implementation!r} returned shape "
                 f"{tuple(output.shape)} for a query of shape {tuple(query.shape)}; expected "
                 "(batch, q_len, num_heads, head_dim): it is not supported under an adapter"
             )
+        value_dim = output.shape[3]
+        if value_dim != head_dim:
+            width = max(value_dim, head_dim)
+            wide = self._add_gated(
+                group,
+                attention,
+                widened(output, width),
+                widened(query, width),
+                softmax_scale or head_dim**-0.5,
+            )
+            return wide[..., :value_dim]
         base = output.transpose(1, 2)
         if query.dtype != output.dtype:  # under autocast
             query = query.to(output.dtype)
@@ -282,6 +294,8 @@ class PrefixHost(Host):
         altered = mask is not None or dropout or options.get("position_bias") is not None
         if altered or attention.config._attn_implementation != "sdpa" or options.get("softcap") is not None:
             return None
+        if key.shape[3] != value.shape[3]:
+            return None
         if {key.dtype, value.dtype} != {query.dtype} or torch.is_autocast_enabled(query.device.type):
             return None
         scale = float(options.get("scaling") or query.shape[3] ** -0.5)
@@ -314,8 +328,9 @@ class PrefixHost(Host):
             return Bank(key, value, gate, self.adapter(names[0]).gate_fn, backend)
 
         def parts() -> list[Part]:
-            through = hook.projection_modules(attention)
-            return [*(self.adapters[name] for name in names), *((attention, name) for name in through)]
+            owner = self.projection.owner(attention)
+            through = projection_modules(owner)
+            return [*(self.adapters[name] for name in names), *((owner, name) for name in through)]
 
         return self.keep((names, dtype), parts, join)
 
@@ -329,10 +344,9 @@ class PrefixHost(Host):
         rows = self.adapter(name).prompt.to(dtype)[None]
         # whatever acts on the rows of the batch, in the projections its own adapter acts on a prompt
         with self.state.only(name):
-            if self.fast_projection:
-                return hook.project_by_modules(attention, rows)
-            _, key, value = hook.project_by_forward(attention, rows, self.rotary_dim)
-            return key, value
+            key, value = self.projection(attention, rows)
+        width = max(key.shape[3], value.shape[3])
+        return widened(key, width), widened(value, width)
 
 
 def _joined(pairs: list[KeyValue], dtype: torch.dtype) -> KeyValue:

@@ -6,10 +6,30 @@ import torch
 from torch import Tensor, nn
 
 from fastadapter.integrations.passes.dtypes import attention_dtype, prefix_in
+from fastadapter.integrations.passes.widths import widened
 from fastadapter.ops import prefix_attention
 from fastadapter.ops.composed import joined_keys
 
 BASES = ("sdpa", "eager")
+# Keyword arguments that change what a softmax over prefix and keys would mean.
+_UNKNOWN = {
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "indices": "choices of keys for each query",
+    "block_indices": "choices of keys for each query",
+}
+
+
+def require_known(options: dict[str, Any]) -> None:
+    """Refuse what the model asks of its attention and a softmax that is shared with a prefix does not do.
+
+    Args:
+        options: the keyword arguments of the model's attention.
+    Raises: ValueError: naming the argument.
+    """
+    for name, meaning in _UNKNOWN.items():
+        if options.get(name) is not None:
+            raise ValueError(f"{meaning} ({name}) do not go with a prefix or soft prompt")
 
 
 def attend_shared(
@@ -30,14 +50,28 @@ def attend_shared(
 
     Raises: ValueError: an attention implementation or an option whose meaning is not known here.
     """
+    if key.shape[3] != value.shape[3]:
+        width, scale = max(key.shape[3], value.shape[3]), options.get("scaling") or key.shape[3] ** -0.5
+        query, key, prefix_key = (widened(each, width) for each in (query, key, prefix_key))
+        out = attend_shared(
+            attention,
+            query,
+            key,
+            widened(value, width),
+            mask,
+            prefix_key,
+            widened(prefix_value, width),
+            row_ids,
+            {**options, "scaling": scale},
+        )
+        return out[..., : value.shape[3]]
     base = attention.config._attn_implementation
     if base not in BASES:
         raise ValueError(
             f"attn_implementation must be {' or '.join(BASES)} under a prefix or soft prompt, got {base!r}: "
             "it takes the place of the model's attention"
         )
-    if options.get("s_aux") is not None:
-        raise ValueError("attention sinks (s_aux) do not go with a prefix or soft prompt")
+    require_known(options)
     if options.get("output_attentions"):
         raise ValueError("output_attentions: a prefix or soft prompt leaves no attention weights to return")
     dtype = attention_dtype(value)

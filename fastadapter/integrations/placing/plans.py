@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from fastadapter.integrations.parts import discovery
+from fastadapter.integrations.parts.blocks import ancestors
 from fastadapter.integrations.parts.heads import find_heads, named_modules, shared_parameters
-from fastadapter.integrations.parts.linear import fused_weights, linear_layers
+from fastadapter.integrations.parts.linear import fused_weights, layers_of, linear_layers
+from fastadapter.integrations.parts.projection import Projected, find_projection, input_size
 from fastadapter.integrations.parts.token_mixing import reason_to_join
-from fastadapter.integrations.passes import attention as hook
 from fastadapter.integrations.passes.bottleneck import POINTS, BottleneckHost, resolve
 from fastadapter.integrations.passes.channel_scale import CopyHost, ScaleHost
 from fastadapter.integrations.passes.choice import State
-from fastadapter.integrations.passes.host import Placement, ReparamHost, host_of
+from fastadapter.integrations.passes.host import Placement, ReparamHost
 from fastadapter.integrations.passes.prefix import PrefixHost, PromptSlot
+from fastadapter.integrations.passes.shared_softmax import require_known
 from fastadapter.integrations.passes.soft_prompt_decoder import SoftPromptHost
 from fastadapter.integrations.passes.soft_prompt_encoder import ImagePromptHost, encoder_of
 from fastadapter.integrations.passes.training import (
@@ -61,21 +63,33 @@ def plan(model: nn.Module, config: MethodConfig, tokenizer: Any) -> list[Placeme
         accept_in_trainer()
     placements = method(model, config, tokenizer)
     placements += _heads(model, config, placements)
+    for placement in placements:
+        if isinstance(placement.adapter, ModuleCopy | SoftPrompt):
+            _require_values(placement)
     taken = {placement.path for placement in placements if placement.host is ScaleHost}
     return [*placements, *(each for each in _watches(model) if each.path not in taken)]
+
+
+def _require_values(placement: Placement) -> None:
+    """What starts from a copy of the model's own values needs them now."""
+    if any(parameter.is_meta for parameter in placement.adapter.parameters()):
+        raise TypeError(
+            f"{placement.path or 'the model'}: {type(placement.adapter).__name__} starts from the model's own values, "
+            "and those are on the meta device: offloaded, or not loaded yet; attach to a model that has them in memory"
+        )
 
 
 def _llama_adapter(model: nn.Module, config: LlamaAdapterConfig, tokenizer: Any) -> list[Placement]:
     placements = []
     for path, module in discovery.attentions(model, config.layers):
-        query, _, make = _try_projection(model, path, module, config.prefix_len)
+        found, make = _try_projection(model, path, module, config.prefix_len)
         adapter = GatedPrefix(
-            discovery.hidden_size(module, path),
-            query.shape[1],
+            input_size(module, path),
+            found.query.shape[1],
             config.prefix_len,
             gate_fn=config.gate,
             gate_per_head=config.gate_per_head,
-            device=query.device,
+            device=found.query.device,
         )
         placements.append(Placement(path, PrefixHost, adapter, make))
     return placements
@@ -84,20 +98,18 @@ def _llama_adapter(model: nn.Module, config: LlamaAdapterConfig, tokenizer: Any)
 def _llama_adapter_v2(model: nn.Module, config: LlamaAdapterV2Config, tokenizer: Any) -> list[Placement]:
     placements = _llama_adapter(model, config, tokenizer)
     linear, fused, unscaled = linear_layers(model), fused_weights(model), set()
-    everywhere = discovery.attentions(model, None)
-    blocks = list(dict.fromkeys(discovery.block_path(path) for path, _ in everywhere))
+    blocks = discovery.blocks(model).values()
+    above = {holder for block in blocks for holder in ancestors(block.stack)}
     for path, module in model.named_modules():
         if ".fa_" in path:
             continue
-        inside = any(path.startswith(f"{block}.") for block in blocks)
-        # the norm behind a stack is a child of what holds the stack
-        beside = path.rpartition(".")[0] in {
-            block.rsplit(".", 2)[0] for block in blocks if block.count(".") > 1
-        }
+        inside = any(path.startswith(f"{block.path}.") for block in blocks)
+        # the norm behind a stack is a child of what is around the stack: of the encoder, or of the model around that
+        beside = path.rpartition(".")[0] in above
         if (inside or beside) and _is_norm(module):
             placements.append(Placement(path, CopyHost, ModuleCopy(module), CopyHost))
-        elif inside and path in linear:
-            device = next((each.device for each in (*module.parameters(), *module.buffers())), None)
+        elif inside and path in linear and not _returns_more(layers_of(module)[-1]):
+            device = discovery.device_of(module)
             scale = ChannelScale(*linear[path], config.scale, device=device)
             placements.append(Placement(path, ScaleHost, scale, ScaleHost))
         elif inside and path in fused:
@@ -115,16 +127,17 @@ def _prefix_tuning(model: nn.Module, config: PrefixTuningConfig, tokenizer: Any)
     placements = []
     reparam = None
     for path, module in discovery.attentions(model, config.layers):
-        _, key, make = _try_projection(model, path, module, config.prefix_len)
+        (_, key, value, _), make = _try_shared(model, path, module, config.prefix_len)
         if config.reparam_size is not None and reparam is None:
-            size = discovery.hidden_size(module, path)
+            size = input_size(module, path)
             reparam = PrefixReparam(config.prefix_len, size, config.reparam_size, device=key.device)
-            holder = discovery.numbered(path)[0].rpartition(".")[0]
+            holder = discovery.blocks(model)[path].stack.rpartition(".")[0]
             placements.append(Placement(holder, ReparamHost, reparam, ReparamHost))
         adapter = PrefixTuning(
             key.shape[1],
             key.shape[3],
             config.prefix_len,
+            value_dim=value.shape[3],
             init=config.init,
             init_std=config.init_std,
             reparam=reparam,
@@ -163,7 +176,7 @@ def _soft_prompt(model: nn.Module, config: SoftPromptConfig, tokenizer: Any) -> 
     if not apart:
         return placements
     for each, module in found:
-        _, _, make_host = _try_projection(model, each, module, config.prompt_len)
+        _, make_host = _try_shared(model, each, module, config.prompt_len)
         placements.append(Placement(each, PrefixHost, PromptSlot(config.prompt_len), make_host))
     return placements
 
@@ -171,11 +184,12 @@ def _soft_prompt(model: nn.Module, config: SoftPromptConfig, tokenizer: Any) -> 
 def _bottleneck(model: nn.Module, config: BottleneckConfig, tokenizer: Any) -> list[Placement]:
     placements = []
     blocks: dict[str, nn.Module] = {}
+    around = discovery.blocks(model)
     for path, module in discovery.attentions(model, config.layers):
-        blocks.setdefault(discovery.block_path(path), module)
+        blocks.setdefault(around[path].path, module)
     for path, attention in blocks.items():
-        size = discovery.hidden_size(attention, path)
-        device = next(attention.parameters()).device
+        size = input_size(attention, path)
+        device = discovery.device_of(attention)
         for point, source in _points(model.get_submodule(path), path, attention, config):
             adapter = Bottleneck(
                 size,
@@ -299,7 +313,7 @@ def _first_prompt(embeddings: nn.Module, config: SoftPromptConfig, tokenizer: An
     else:
         tokens = torch.randint(weight.shape[0], (config.prompt_len,))
     with torch.no_grad():
-        drawn = embeddings(tokens.to(weight.device)).float()
+        drawn = embeddings(tokens.to(discovery.device_of(embeddings))).float()
         if config.init_text is None and config.init == "random":
             # as wide as what the model's embeddings are, in a model that scales them too
             drawn = torch.randn(drawn.shape, device="cpu").to(drawn.device) * drawn.std()
@@ -322,10 +336,21 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Norm") and any(True for _ in module.parameters(recurse=False))
 
 
+def _returns_more(linear: nn.Module) -> bool:
+    """Whether a class made of a linear layer, such as a router, returns something else than its projection."""
+    if not isinstance(linear, nn.Linear) or type(linear).forward is nn.Linear.forward:
+        return False
+    weight = linear.weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    with torch.no_grad():
+        output = linear(torch.zeros(1, linear.in_features, dtype=dtype, device=weight.device))
+    return not torch.is_tensor(output) or output.shape != (1, linear.out_features)
+
+
 def _try_projection(
     model: nn.Module, path: str, module: nn.Module, prefix_len: int
-) -> tuple[Tensor, Tensor, Callable[[State], PrefixHost]]:
-    """Query and key of a drawn prompt in one attention, and how to make its host.
+) -> tuple[Projected, Callable[[State], PrefixHost]]:
+    """What one attention makes of a drawn prompt, and how to make its host.
 
     Raises: TypeError: the attention cannot be hooked.
     """
@@ -333,28 +358,33 @@ def _try_projection(
         raise TypeError(
             f"{path}: reorder_and_upcast_attn=True makes GPT-2 bypass the attention interface; set it to False"
         )
-    device = next(module.parameters()).device
-    host = host_of(module, PrefixHost)
-    rotary_dim = host.rotary_dim if host is not None else discovery.rotary_dim(model, path)
-    size = discovery.hidden_size(module, path)
-    # Drawn, not zeros: with equal rows a wrong projection could pass for the right one.
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(1, prefix_len, size, generator=generator).to(device, discovery.floating_dtype(module))
+    device = discovery.device_of(module)
+    # Drawn, not zeros, and more than one: with equal rows a wrong projection could pass for the right one.
+    shape = (1, max(2, prefix_len), input_size(module, path))
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad(), linear_as_in_training(module):
-            query, key, value = hook.project_by_forward(module, rows, rotary_dim)
-            fast = host is None and hook.can_project_by_modules(module, rows, key, value)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise TypeError(
-            f"{path} ({type(module).__name__}) cannot project a prompt: {error}; tested architectures: "
-            f"{', '.join(discovery.TESTED)}"
-        ) from error
-    if key.shape != value.shape or query.shape[1] % key.shape[1] or query.shape[3] != key.shape[3]:
-        raise TypeError(
-            f"{path} ({type(module).__name__}): query {tuple(query.shape)}, key {tuple(key.shape)} and value "
-            f"{tuple(value.shape)} of its heads do not fit gated prefix attention"
-        )
-    return query, key, functools.partial(PrefixHost, rotary_dim=rotary_dim, fast_projection=fast)
+            projection, found = find_projection(
+                model, path, rows.to(device, discovery.floating_dtype(module))
+            )
+    except TypeError as error:
+        raise TypeError(f"{path} ({type(module).__name__}) cannot project a prompt: {error}") from error
+    return found, functools.partial(PrefixHost, projection=projection)
+
+
+def _try_shared(
+    model: nn.Module, path: str, module: nn.Module, prefix_len: int
+) -> tuple[Projected, Callable[[State], PrefixHost]]:
+    """The same for what goes into the attention's own softmax.
+
+    Raises: TypeError: the attention cannot be hooked, or its softmax is more than one over its keys.
+    """
+    found, make = _try_projection(model, path, module, prefix_len)
+    try:
+        require_known(found.options)
+    except ValueError as error:
+        raise TypeError(f"{path} ({type(module).__name__}): {error}") from error
+    return found, make
 
 
 _PLANS: dict[type, Callable[..., list[Placement]]] = {
