@@ -70,7 +70,9 @@ def test_a_sibling_is_warned_about(saved, sibling):
 
 
 @pytest.mark.parametrize(
-    "cast", [lambda m: m, lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.double()], ids=str
+    "cast",
+    [lambda m: m, lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.double()],
+    ids=["as it is", "bf16", "fp16", "fp64"],
 )
 @pytest.mark.parametrize("first", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_same_base_in_another_dtype_is_the_same(tmp_path, first, cast):

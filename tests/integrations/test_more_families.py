@@ -8,7 +8,7 @@ import transformers as tf
 
 import fastadapter as fa
 from fastadapter.integrations.parts.projection import Projection
-from fastadapter.integrations.verbs.attach import adapter_modules, hosts
+from fastadapter.integrations.verbs.record import adapter_modules, hosts
 from tests.support.family_checks import check_method, forget_scalings, keys_at_zero
 from tests.support.methods import train_a_little
 from tests.support.tiny_models import output_of, tiny_model
