@@ -1,6 +1,6 @@
 """A training step of each method, and decoding with a different adapter in every row, on the SmolLM2-135M shape.
 
-python -m benchmarks.run --only method-step mixed-decode
+python -m benchmarks.run --only method-step mixed-decode generate
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -189,6 +189,68 @@ def mixed_decode(settings: Settings, meter: Meter | None = None) -> Iterator[lis
                 dtype=str(dtype).removeprefix("torch."),
                 unit="tokens/s",
                 tokens=ROWS * new_tokens,
+                warmup=1,
+            ),
+            settings,
+            meter,
+        )
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    return fa.fold(_ours(fa.LlamaAdapterV2Config(models.PREFIX_LEN))(model).eval())
+
+
+def _idle(model: nn.Module) -> nn.Module:
+    model = _ours(fa.LlamaAdapterConfig(models.PREFIX_LEN))(model)
+    fa.set_active(model, None)
+    return model
+
+
+def generate(settings: Settings, meter: Meter | None = None) -> Iterator[list[Row]]:
+    """``model.generate`` with each method against the bare model, all in one interleaved run; greedy, dynamic cache."""
+    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
+    prompt_len, new_tokens = (8, 4) if settings.quick else (32, 32)
+    model = models.build(small=settings.quick, dtype=dtype, device=settings.device)
+    makers: dict[str, Callable[[nn.Module], nn.Module]] = {
+        "bare model": models.share,
+        "idle adapter": _idle,
+        "LLaMA-Adapter": _ours(fa.LlamaAdapterConfig(models.PREFIX_LEN)),
+        "version 2": _ours(fa.LlamaAdapterV2Config(models.PREFIX_LEN)),
+        "version 2, folded": _folded,
+        "prefix tuning": _ours(fa.PrefixTuningConfig(LENGTH)),
+        "soft prompt": _ours(fa.SoftPromptConfig(prompt_len=LENGTH)),
+        "houlsby": _ours(fa.BottleneckConfig(bottleneck_size=RANK, init="houlsby")),
+    }
+    built = {name: make(model).eval() for name, make in makers.items()}
+    for each in built.values():
+        with torch.no_grad():
+            for key, parameter in each.named_parameters():
+                if key.endswith("gate"):
+                    parameter.fill_(models.GATE)
+    for batch in (1, ROWS):
+        ids = models.tokens(model, batch, prompt_len)
+
+        def run(_, each, ids=ids):
+            options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+            return each.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+        def bare(_, run=run):
+            with models.without_hook():
+                return run(_, built["bare model"])
+
+        variants = [
+            Variant(name, bare if name == "bare model" else lambda _, each=each, run=run: run(_, each))
+            for name, each in built.items()
+        ]
+        yield runner.measure(
+            Case(
+                "generate",
+                f"batch {batch}, {prompt_len} + {new_tokens} tokens",
+                floor="bare model",
+                variants=variants,
+                dtype=str(dtype).removeprefix("torch."),
+                unit="tokens/s",
+                tokens=batch * new_tokens,
                 warmup=1,
             ),
             settings,

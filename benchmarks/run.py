@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         "decode": bench_llama_adapter.decode,
         "method-step": bench_methods.method_step,
         "mixed-decode": bench_methods.mixed_decode,
+        "generate": bench_methods.generate,
         "peak-memory": bench_llama_adapter.peak_memory,
     }
     chosen = args.only or list(entries)

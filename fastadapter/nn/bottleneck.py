@@ -136,7 +136,7 @@ def operands(
         return None if found[0] is None else joined(cast("list[Tensor]", found))
 
     up, up_bias, scale = of("up_proj", "weight"), of("up_proj", "bias"), first.scale
-    if isinstance(scale, nn.Parameter):
+    if torch.is_tensor(scale):  # a parameter, or what functional_call puts in its place
         factors = joined([cast(Tensor, each.scale) for each in bank])
         up = up * factors[..., None]
         up_bias = None if up_bias is None else up_bias * factors

@@ -110,7 +110,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     Returns: a new table for ``torch.export.ExportedProgram.run_decompositions``.
 
     >>> from fastadapter.nn import Bottleneck
-    >>> program = torch.export.export(Bottleneck(8, 2), (torch.randn(3, 8),))
+    >>> with torch.no_grad():
+    ...     program = torch.export.export(Bottleneck(8, 2), (torch.randn(3, 8),))
     >>> program = program.run_decompositions(decompositions())
     >>> [node.target for node in program.graph.nodes if "fastadapter" in str(node.target)]
     []

@@ -95,7 +95,7 @@ def training_only(model: nn.Module, patterns: Sequence[str]) -> Iterator[list[st
     ...     names
     ['classifier.weight', 'classifier.bias']
     """
-    model = unwrap(model)
+    model = getattr(model, "_orig_mod", model)  # names are those that the caller sees
     parameters = dict(model.named_parameters())
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in parameters):

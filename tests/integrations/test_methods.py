@@ -136,7 +136,11 @@ def test_every_way_to_generate_is_the_full_forward(name, family):
         expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(ids, **options), expected)
-    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+    if name == "soft-prompt" and family.name in ("gemma3", "mistral"):  # windows: the prompt is in the cache
+        with pytest.raises(ValueError, match=r"attention_mask must be|do not fit into a static cache"):
+            model.generate(ids, cache_implementation="static", **options)
+    else:
+        assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
     assert torch.equal(model.generate(ids, num_beams=1, use_cache=False, **options), expected)
     padded = torch.cat([torch.zeros(2, 2, dtype=torch.int64), ids], dim=1)
     mask = (torch.arange(padded.shape[1]) >= 2).long().expand(2, -1)

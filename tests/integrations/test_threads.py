@@ -127,6 +127,7 @@ def test_generate_in_threads():
     assert "_expand_inputs_for_generation" not in model.__dict__
 
 
+@pytest.mark.filterwarnings("ignore:a thread that chose no adapter")
 def test_adapters_come_and_go_beside_passes_that_do_not_use_them(tmp_path):
     """Load, replace and detach: a thread with another adapter sees nothing of it, chosen by itself or the default."""
     model = adapted("llama", ["llama-adapter", "parallel"])
@@ -252,6 +253,22 @@ def test_a_choice_that_was_detached_elsewhere_is_an_error():
     model(ids)
 
 
+def test_a_thread_that_chose_nothing_is_told_which_it_uses():
+    """Such as one that streams what ``generate`` gives."""
+    model, ids = adapted("llama", ["houlsby", "prefix"]), token_ids(length=4)
+    expected = answers(model, ["prefix", "houlsby"], {"input_ids": ids})
+    fa.attach(model, CONFIGS["parallel"], "third")
+    found = []
+    with pytest.warns(
+        UserWarning, match="uses 'houlsby', the model's default; 'third' was attached or loaded"
+    ):
+        together(lambda: found.append(model(ids).logits))
+    assert same_bits(found[0], expected["houlsby"])
+    fa.set_active(model, "prefix")
+    together(lambda: found.append(model(ids).logits))
+    assert same_bits(found[1], expected["prefix"])
+
+
 def test_tasks_choose_for_themselves():
     """Two tasks of one thread, each in ``rows`` across an ``await``."""
     names = ["houlsby", "prefix"]
@@ -320,6 +337,10 @@ def test_a_copy_is_a_model_of_its_own():
         with torch.no_grad():
             assert same_bits(model(ids).logits, expected["prefix"])
             assert same_bits(twin(ids).logits, expected["houlsby"])  # the default
+    fa.attach(model, CONFIGS["pfeiffer"], "newest")
+    with torch.no_grad():
+        assert same_bits(copy.deepcopy(model)(ids).logits, model(ids).logits)  # what acts here
+    fa.set_active(model, "houlsby")
     fa.set_active(twin, "prefix")
     with torch.no_grad():
         assert same_bits(model(ids).logits, expected["houlsby"])

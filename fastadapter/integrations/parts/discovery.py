@@ -88,7 +88,10 @@ def floating_dtype(module: nn.Module) -> torch.dtype:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes: where its parameters are, or for offloaded ones (meta) where accelerate brings them."""
-    parameter = next(module.parameters())
+    tensors = (*module.parameters(), *module.buffers())
+    if not tensors:
+        return torch.device("cpu")
+    parameter = tensors[0]
     if parameter.is_meta:
         for each in module.modules():
             device = getattr(getattr(each, "_hf_hook", None), "execution_device", None)

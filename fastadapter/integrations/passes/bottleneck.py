@@ -72,7 +72,7 @@ class BottleneckHost(Host):
     def kind(self, adapter: nn.Module) -> Any:
         assert isinstance(adapter, Bottleneck)
         name = next(key for key, each in self.adapters.items() if each is adapter)
-        scale = "learned" if isinstance(adapter.scale, nn.Parameter) else adapter.scale
+        scale = "learned" if torch.is_tensor(adapter.scale) else adapter.scale
         shapes = tuple(tuple(parameter.shape) for parameter in adapter.parameters())
         norm = type(adapter.norm), adapter.norm_eps
         return shapes, adapter.activation, scale, norm, adapter.down_proj.bias is None, self.inputs[name]

@@ -7,6 +7,7 @@ A model holds adapters and a default; nothing in it says what a call under way u
 import contextlib
 import itertools
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -144,6 +145,7 @@ class State:
 
     Attributes:
         default: the adapter that acts where a context chose none.
+        newest: one that a thread attached beside it, for itself alone, if nobody chose since.
         serials: the attached adapters, each with a number of its own.
         traffic: passes under way, and verbs that have to wait for them.
         store: what is kept between passes.
@@ -152,6 +154,7 @@ class State:
 
     def __init__(self) -> None:
         self.default: str | None = None
+        self.newest: str | None = None
         self.serials: dict[str, int] = {}
         self._begin_anew()
 
@@ -163,8 +166,10 @@ class State:
         self._tensors: dict[Any, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copied or unpickled model is one of its own: nobody has chosen anything for it yet."""
-        return {"default": self.default, "serials": self.serials}
+        """A copied or unpickled model is one of its own: what acts here is its default."""
+        chosen = self.chosen()
+        default = self.default if chosen is None or chosen.rows is not None else chosen.active
+        return {"default": default, "newest": None, "serials": self.serials}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -172,10 +177,10 @@ class State:
 
     def remember(self) -> Callable[[], None]:
         """How to go back to the adapters, the default and this context's choice of now."""
-        default, serials, chosen = self.default, dict(self.serials), self.chosen()
+        default, newest, serials, chosen = self.default, self.newest, dict(self.serials), self.chosen()
 
         def go_back() -> None:
-            self.default, self.serials = default, serials
+            self.default, self.newest, self.serials = default, newest, serials
             self.choose(chosen)
 
         return go_back
@@ -203,6 +208,8 @@ class State:
         """
         chosen = self.chosen()
         if chosen is None:
+            if self.newest is not None and not torch.compiler.is_compiling():
+                self._say_which()
             return Choice(self.default)
         for name in chosen.names():
             if name not in self.serials:
@@ -210,6 +217,15 @@ class State:
                     f"adapter {name!r}, which this thread or task chose, was detached: call set_active with another"
                 )
         return chosen
+
+    def _say_which(self) -> None:
+        """Once: a thread that chose nothing may expect what another one attached last."""
+        newest, self.newest = self.newest, None
+        warnings.warn(
+            f"a thread that chose no adapter uses {self.default!r}, the model's default; {newest!r} was attached or "
+            "loaded by another thread and acts in that one alone: set_active makes it everybody's",
+            stacklevel=2,
+        )
 
     def acting(self) -> Choice:
         """Who acts in the pass under way, or on a part of the model that is called by itself."""

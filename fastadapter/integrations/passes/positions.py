@@ -83,7 +83,8 @@ def _moves(model: nn.Module, state: State, batch: int, device: torch.device) -> 
 
 def _any(gates: list[Tensor], device: torch.device) -> Tensor:
     sizes = torch._foreach_norm([gate.detach() for gate in gates], float("inf"))
-    return torch.stack([size.to(device) for size in sizes]).ne(0).any()
+    here = [size if size.device == device else size.to(device) for size in sizes]
+    return torch.stack(here).ne(0).any()
 
 
 def _gates(model: nn.Module, state: State, name: str) -> list[Tensor] | None:

@@ -336,7 +336,8 @@ class PrefixHost(Host):
 
     def _operands(self, name: str, attention: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         adapter = self.adapter(name)
-        key, value = self._project(name, attention, dtype)
+        # under autocast a norm or a rotary embedding leaves keys in another dtype than values
+        key, value = (each.to(dtype) for each in self._project(name, attention, dtype))
         gate = adapter.gate.expand(1, adapter.num_heads)
         return key, value, gate.double() if dtype == torch.float64 else gate
 

@@ -42,10 +42,17 @@ class PlaceHost(Host):
             hooks = handle.hooks_dict_ref()
             if hooks is None or handle.id not in hooks:
                 continue  # folded: they wait to be registered again
-            place = new._forward_pre_hooks if hooks is old._forward_pre_hooks else new._forward_hooks
+            before = hooks is old._forward_pre_hooks
+            place = new._forward_pre_hooks if before else new._forward_hooks
             place[handle.id] = hooks.pop(handle.id)
             # so that whoever removes the adapter removes them where they are now
+            marks = (
+                (new._forward_pre_hooks_with_kwargs,)
+                if before
+                else (new._forward_hooks_with_kwargs, new._forward_hooks_always_called)
+            )
             handle.hooks_dict_ref = weakref.ref(place)
+            handle.extra_dict_ref = tuple(weakref.ref(each) for each in marks)
         del old._modules[self.CHILD]
         new._modules[self.CHILD] = self  # add_module asks some wrappers, which answer for what they wrap
 

@@ -107,7 +107,8 @@ def layers_without_backward(model: nn.Module) -> list[str]:
 
 def _loses_gradient(layer: nn.Module, width: int) -> bool:
     device = next((each.device for each in (*layer.parameters(), *layer.buffers())), None)
-    if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and "forward" not in layer.__dict__:
+    replaced = "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook")
+    if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not replaced:
         return False
     with torch.enable_grad():
         x = torch.zeros(1, width, dtype=floating_dtype(layer), device=device, requires_grad=True)

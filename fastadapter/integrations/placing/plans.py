@@ -109,7 +109,7 @@ def _llama_adapter_v2(model: nn.Module, config: LlamaAdapterV2Config, tokenizer:
         if (inside or beside) and _is_norm(module):
             placements.append(Placement(path, CopyHost, ModuleCopy(module), CopyHost))
         elif inside and path in linear and not _returns_more(layers_of(module)[-1]):
-            device = discovery.device_of(module)
+            device = discovery.device_of(layers_of(module)[-1])
             scale = ChannelScale(*linear[path], config.scale, device=device)
             placements.append(Placement(path, ScaleHost, scale, ScaleHost))
         elif inside and path in fused:

@@ -13,7 +13,8 @@ from fastadapter.integrations.passes import attention as hook
 from fastadapter.integrations.passes import entry
 from fastadapter.integrations.passes.bottleneck import Watch
 from fastadapter.integrations.passes.choice import Choice
-from fastadapter.integrations.passes.host import Placement, host_of
+from fastadapter.integrations.passes.host import Place, Placement, host_of
+from fastadapter.integrations.passes.prefix import PromptSlot
 from fastadapter.integrations.passes.soft_prompt_decoder import SoftPromptHost, difference
 from fastadapter.integrations.placing.plans import plan
 from fastadapter.integrations.verbs import base_parameters
@@ -68,7 +69,7 @@ def attach(
     >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
     ...                                      num_attention_heads=4, num_key_value_heads=2, vocab_size=64))
     >>> model = attach(model, LlamaAdapterConfig(prefix_len=4))
-    >>> sum(parameter.numel() for _, parameter in trainable_parameters(model))
+    >>> sum(each.numel() for each in model.parameters() if each.requires_grad)
     264
     """
     install(model, config, name, tokenizer=tokenizer)
@@ -131,6 +132,7 @@ def install(
             record.state.default = name
             record.state.choose(None)
         elif activate:  # other threads may be using another one
+            record.state.newest = name
             record.state.choose(Choice(name))
 
 
@@ -174,9 +176,17 @@ def _prove_prompts(model: nn.Module, record: Attachments, name: str) -> None:
         if host.apart and _is_joined(decoder, name)[0]:
             continue
         host.apart = False
+        slots = [place for place in record.places[name] if _is_slot(model, place, name)]
+        _remove_from(model, record, name, slots)
+        record.places[name] = [place for place in record.places[name] if place not in slots]
         same, why = _is_joined(decoder, name)
         if not same:
             raise TypeError(f"{type(decoder).__name__} does not run a soft prompt with its text: {why}")
+
+
+def _is_slot(model: nn.Module, place: Place, name: str) -> bool:
+    path, kind = place
+    return isinstance(host_of(model.get_submodule(path), kind).adapter(name), PromptSlot)
 
 
 def _is_joined(decoder: nn.Module, name: str) -> tuple[bool, str]:
@@ -227,7 +237,20 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 
 
 def _remove(model: nn.Module, record: Attachments, name: str) -> None:
-    for place in record.places[name]:
+    _remove_from(model, record, name, record.places[name])
+    del record.configs[name], record.places[name], record.state.serials[name]
+    record.state.known = {}
+    if record.state.default == name:
+        record.state.default = None
+    if record.state.newest == name:
+        record.state.newest = None
+    chosen = record.state.chosen()
+    if chosen is not None and name in chosen.names():
+        record.state.choose(Choice(None))
+
+
+def _remove_from(model: nn.Module, record: Attachments, name: str, places: list[Place]) -> None:
+    for place in places:
         path, kind = place
         module = model.get_submodule(path)
         host = host_of(module, kind)
@@ -243,10 +266,3 @@ def _remove(model: nn.Module, record: Attachments, name: str) -> None:
             del module._modules[kind.CHILD]
             for handle in record.handles.pop(place):
                 handle.remove()
-    del record.configs[name], record.places[name], record.state.serials[name]
-    record.state.known = {}
-    if record.state.default == name:
-        record.state.default = None
-    chosen = record.state.chosen()
-    if chosen is not None and name in chosen.names():
-        record.state.choose(Choice(None))

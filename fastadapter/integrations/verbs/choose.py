@@ -49,7 +49,7 @@ def set_active(model: nn.Module, name: str | None) -> None:
     if name is not None:
         require_name(record, name)
     require_unfolded(record, unless=name)
-    record.state.default = name
+    record.state.default, record.state.newest = name, None
     record.state.choose(Choice(name))
 
 

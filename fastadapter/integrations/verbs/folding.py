@@ -80,7 +80,7 @@ def fold_weights(model: nn.Module, folded: Folded, places: Sequence[Place]) -> N
     One layer at a time, so that no second model is needed on its device. The adapter's own parameters stay, frozen.
     ``folded`` says what was done so far, at every moment.
     """
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():  # the first allows gradients again
         for place in places:
             for key, value in list(_values(model, folded.name, place)):
                 before = _parameter(model, key)
@@ -97,7 +97,7 @@ def fold_weights(model: nn.Module, folded: Folded, places: Sequence[Place]) -> N
 @torch.no_grad()
 def restore_weights(model: nn.Module, folded: Folded) -> None:
     """Put the weights back, bit for bit; in a model that was cast since, what casting them gives."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():  # the first allows gradients again
         for key, value in folded.originals.items():
             _put(model, key, value)
     for key in folded.trained:
