@@ -50,7 +50,11 @@ def releases():
         if process.returncode != 0:
             last = (process.stderr.strip() or "it said nothing").splitlines()[-1]
             pytest.skip(f"the oldest releases are not in the cache and pip cannot fetch them: {last}")
-        Path(fresh, "whole").rename(kept)
+        try:
+            Path(fresh, "whole").rename(kept)
+        except OSError:  # another process was first
+            if not kept.exists():
+                raise
     return kept
 
 
