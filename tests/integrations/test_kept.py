@@ -144,3 +144,17 @@ def test_it_is_kept_at_all(monkeypatch):
     for _ in range(3):
         model(ids)
     assert len(calls) == 2  # its two layers
+
+
+@torch.no_grad()
+def test_a_soft_prompt_is_run_once_for_all_passes(monkeypatch):
+    from fastadapter.integrations.passes.soft_prompt_decoder import SoftPromptHost
+
+    model, ids = adapted("soft-prompt"), token_ids()
+    calls, run = [], SoftPromptHost._run_apart
+    monkeypatch.setattr(
+        SoftPromptHost, "_run_apart", lambda self, *args: calls.append(self) or run(self, *args)
+    )
+    for _ in range(3):
+        model(ids)
+    assert len(calls) == 1

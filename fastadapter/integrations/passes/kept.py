@@ -5,6 +5,7 @@ That is looked up where it hangs in the model, so a parameter that was exchanged
 ``functional_call``), a swapped module or another choice in PEFT is noticed as well as a value that was written.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -91,7 +92,8 @@ def _settings(module: nn.Module) -> list[tuple[nn.Module, str, Any]] | None:
     ):  # its parameters are gathered without counting versions
         return None
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-        if not str(getattr(hook, "__module__", "")).startswith("fastadapter."):
+        function = hook.func if isinstance(hook, functools.partial) else hook
+        if not str(getattr(function, "__module__", "")).startswith("fastadapter."):
             return None
     library = type(module).__module__.partition(".")[0]
     if library == "peft":
