@@ -169,9 +169,20 @@ def _soft_prompt(model: nn.Module, config: SoftPromptConfig, tokenizer: Any) -> 
             f"{type(decoder).__name__} embeds token ids anew in every layer, and a soft prompt has no ids: it is not "
             "defined for this model"
         )
+    if "llama_4_scaling_beta" in (getattr(text_config, "rope_parameters", None) or {}):
+        raise TypeError(
+            f"{type(decoder).__name__} scales queries by their position, which is not defined before the text, where a "
+            "soft prompt stands"
+        )
+    try:
+        embeddings = decoder.get_input_embeddings()
+    except NotImplementedError as error:
+        raise TypeError(
+            f"{type(decoder).__name__} has no embeddings of tokens to put a prompt among"
+        ) from error
     apart = reason_to_join(decoder) is None
     make = functools.partial(SoftPromptHost, learned_positions=learned, context=context, apart=apart)
-    prompt = SoftPrompt(_first_prompt(decoder.get_input_embeddings(), config, tokenizer))
+    prompt = SoftPrompt(_first_prompt(embeddings, config, tokenizer))
     placements = [Placement(path, SoftPromptHost, prompt, make)]
     if not apart:
         return placements

@@ -176,6 +176,11 @@ def _prove_prompts(model: nn.Module, record: Attachments, name: str) -> None:
         if host.apart and _is_joined(decoder, name)[0]:
             continue
         host.apart = False
+        if getattr(getattr(model, "config", None), "text_config", None) is not None:
+            raise TypeError(
+                f"{type(model).__name__} makes the masks of its {type(decoder).__name__} itself, in which a soft "
+                "prompt that has to run with its text has no place"
+            )
         slots = [place for place in record.places[name] if _is_slot(model, place, name)]
         _remove_from(model, record, name, slots)
         record.places[name] = [place for place in record.places[name] if place not in slots]
