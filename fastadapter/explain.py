@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastadapter.integrations.parts.discovery import device_of
 from fastadapter.integrations.parts.wrappers import unwrap
 from fastadapter.integrations.passes.prefix import PromptSlot
+from fastadapter.integrations.passes.soft_prompt_decoder import SoftPromptHost
 from fastadapter.integrations.verbs.record import attachments, hosts
 from fastadapter.nn import Bottleneck, ChannelScale, GatedPrefix, ModuleCopy, PrefixTuning
 from fastadapter.ops.backends import automatic_backend
@@ -55,7 +57,8 @@ def explain(model: nn.Module) -> Explanation:
     """Describe what is attached to ``model`` and how it runs.
 
     ``*`` marks the active adapter. ``projection`` says how the prompt becomes keys and values: by the layer's key
-    and value projections alone, or, where these do not give the same bits, by the layer's own forward. Backend
+    and value projections alone, or, where these do not give the same bits, by the layer's own forward; of a decoder's
+    soft prompt, whether it runs apart from the text or with it. Backend
     ``weights``: the adapter is folded, nothing of it runs there.
 
     >>> import torch
@@ -71,7 +74,7 @@ def explain(model: nn.Module) -> Explanation:
         module = model.get_submodule(path)
         for host in found:
             for name, adapter in host.adapters.items():
-                device = next(module.parameters()).device.type
+                device = device_of(module).type
                 # The op runs in the activations' dtype; the masters are fp32 whatever that is.
                 op = _OPS.get(type(adapter))
                 backend, reason = "torch", "no op of its own"
@@ -87,6 +90,8 @@ def explain(model: nn.Module) -> Explanation:
                     projection = "key/value modules" if host.projection.by_modules else "layer forward"
                 elif isinstance(adapter, PromptSlot):
                     projection = "decoder forward"
+                elif isinstance(host, SoftPromptHost):
+                    projection = "apart from the text" if host.apart else "with the text"
                 rows.append(
                     {
                         "module": path,

@@ -71,9 +71,6 @@ class ModuleCopy(Masters):
         saved = self.own.state_dict(keep_vars=True)
         return {key: value for key, value in self.own.named_buffers() if key in saved}
 
-    def fold(self) -> None:
-        """Nothing: unlike a prefix with a network behind it, no part of a copy is for training alone."""
-
     def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What ``module`` gives with these parameters in place of its own."""
         with contextlib.nullcontext() if torch.compiler.is_compiling() else _EXCHANGING:

@@ -8,7 +8,9 @@ from tests.support.methods import CONFIGS, train_a_little
 from tests.support.models import FAMILIES, build, output_of
 
 QUICK = ("llama", "qwen3", "gemma3", "gpt2", "bert", "t5-encoder", "vit")
-REFUSED = {("soft-prompt", "t5-encoder"), ("soft-prompt", "whisper")}
+REFUSED = {("soft-prompt", "t5-encoder"), ("soft-prompt", "whisper")} | {
+    (name, "whisper") for name in ("houlsby", "pfeiffer", "parallel", "parallel-residual")
+}
 HALVES = [torch.bfloat16, torch.float16]
 
 every_method = pytest.mark.parametrize("name", CONFIGS)
@@ -23,10 +25,7 @@ def adapted(family, name, dtype=torch.float32):
     if (name, family.name) in REFUSED:
         pytest.skip("not defined for this model")
     model = build(family).to(dtype)  # in eval mode: dropout would hide what rounding does
-    try:
-        fa.attach(model, CONFIGS[name])
-    except TypeError as error:
-        pytest.skip(str(error))
+    fa.attach(model, CONFIGS[name])
     train_a_little(model)
     return model
 
@@ -73,11 +72,12 @@ def test_a_half_precision_base(family, name, half, autocast):
     }
     assert all(p.dtype == torch.float32 for _, p in fa.trainable_parameters(model))
     with torch.autocast("cpu", half, enabled=autocast):
+        fa.set_active(model, None)
         try:
             with torch.no_grad():
-                fa.set_active(model, None)
                 output_of(model, inputs)
         except RuntimeError as error:
+            assert autocast  # torch has no norm of these dtypes on a CPU
             pytest.skip(f"the base itself: {error}")
         fa.set_active(model, "default")
         step(model, inputs)

@@ -7,6 +7,7 @@ import fastadapter as fa
 from tests.support.budget import same_bits
 from tests.support.methods import CONFIGS, train_a_little
 from tests.support.models import FAMILIES, build, token_ids
+from tests.support.tiny_models import tiny_model
 
 NAMED = {family.name: family for family in FAMILIES}
 PADDED = 4
@@ -28,6 +29,18 @@ def test_padding_on_the_left_moves_nothing(family, name):
     alone = model(ids).logits
     with_padding = model(**padded(ids)).logits[:, PADDED:]
     torch.testing.assert_close(with_padding, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gptj", "codegen"])
+@torch.no_grad()
+def test_a_rotation_inside_the_attentions_is_one_too(kind):
+    model, _ = tiny_model(kind)
+    model = model.eval()
+    ids = token_ids(length=6) % model.config.vocab_size
+    fa.attach(model, CONFIGS["llama-adapter"])
+    train_a_little(model)
+    alone, moved = model(ids)[0], model(**padded(ids))[0]
+    torch.testing.assert_close(moved[:, PADDED:], alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -191,6 +191,8 @@ def test_a_packed_row_is_not_one_long_text():
     torch.testing.assert_close(together, torch.cat(apart, dim=1), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="more than the model's context of 12"):
         model(ids)
+    with pytest.raises(ValueError, match="reach 18, the model has positions below 12"):  # as generate asks
+        model(ids, position_ids=torch.arange(14)[None])
 
 
 def test_a_way_that_is_wrong_is_not_taken(monkeypatch):
@@ -202,8 +204,15 @@ def test_a_way_that_is_wrong_is_not_taken(monkeypatch):
     )
     model, prompt = prompted("llama")
     assert not host_in(model).apart
+    assert fa.explain(model).rows[0]["projection"] == "with the text"
     ids = token_ids()
     torch.testing.assert_close(model(ids).logits, joined(model, prompt, ids), rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(way, "cut_off", lambda output, run: 1 / 0)
-    with pytest.raises((TypeError, ZeroDivisionError)):
-        fa.attach(made("mistral"), fa.SoftPromptConfig(prompt_len=PROMPT))
+    for wrong in (
+        lambda *_: (float("nan"), 1.0),
+        lambda *_: (2.0, 1.0),
+    ):  # and neither is one that nothing proves
+        monkeypatch.setattr("fastadapter.integrations.verbs.attach.difference", wrong)
+        refused = made("mistral")
+        with pytest.raises(TypeError, match="does not run a soft prompt with its text"):
+            fa.attach(refused, fa.SoftPromptConfig(prompt_len=PROMPT))
+        assert not any("fa_" in name for name, _ in refused.named_modules())

@@ -55,8 +55,6 @@ class Choice(NamedTuple):
         raise ValueError(f"rows: {len(self.rows)} adapters were named for a batch of {batch} rows")
 
 
-BASE = Choice()
-
 # By the key of the model's state. A compiler cannot read a context variable, so every thread has a copy for it.
 _chosen: ContextVar[dict[int, Choice] | None] = ContextVar("fastadapter_choices", default=None)
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastadapter.integrations.parts.sharding import require_open
@@ -197,6 +198,8 @@ def _is_slot(model: nn.Module, place: Place, name: str) -> bool:
 def _is_joined(decoder: nn.Module, name: str) -> tuple[bool, str]:
     try:
         found, allowed = difference(decoder, name)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError) as error:
         return False, f"{type(error).__name__}: {error}"
     return (

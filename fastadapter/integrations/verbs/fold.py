@@ -25,6 +25,7 @@ from fastadapter.integrations.verbs.record import (
 )
 from fastadapter.integrations.verbs.undo import Undo, all_or_nothing
 from fastadapter.methods import LlamaAdapterV2Config, PrefixTuningConfig
+from fastadapter.nn import PrefixTuning
 
 
 def fold(model: nn.Module, name: str = "default") -> nn.Module:
@@ -80,10 +81,11 @@ def fold(model: nn.Module, name: str = "default") -> nn.Module:
                 if not len(host.adapters):
                     del inner.get_submodule(path)._modules[kind.CHILD]
                     record.handles.pop((path, kind))
-            else:
-                host.adapter(name).fold()
+                continue
+            kept.append((path, kind))
+            if isinstance(adapter := host.adapter(name), PrefixTuning):
+                adapter.fold()
                 host.forget()
-                kept.append((path, kind))
         record.places[name] = kept
         record.configs[name] = replace(config, reparam_size=None)
     return model
