@@ -24,18 +24,11 @@ _NEEDED = {"attention_mask", "position_ids", "inputs_embeds"}
 def hooks(model: nn.Module, state: State) -> list[RemovableHandle]:
     """What counts the positions of a model that has rotary embeddings; none for others."""
     names = tuple(inspect.signature(model.forward).parameters)
-    if not _is_rotary(model) or not names or not _NEEDED <= set(names):
+    rotary = any("RotaryEmbedding" in type(child).__name__ for child in model.children())
+    if not rotary or not names or not _NEEDED <= set(names):
         return []
     hook = functools.partial(_count, state, names)
     return [model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)]
-
-
-def _is_rotary(model: nn.Module) -> bool:
-    """Whether the model around some blocks turns by positions: in an embedding of its own, or in its attentions."""
-    if any("RotaryEmbedding" in type(child).__name__ for child in model.children()):
-        return True
-    lists = (child for child in model.children() if isinstance(child, nn.ModuleList))
-    return any(hasattr(part, "rotary_dim") for blocks in lists for part in blocks.modules())
 
 
 def _count(
