@@ -17,6 +17,8 @@ from torch import Tensor, nn
 _KNOWN = {"torch", "transformers", "fastadapter", "bitsandbytes", "torchao"}
 # What PEFT's layers compute depends on these too.
 _PEFT_SETTINGS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+# Choices of adapters that have a stamp; serving switches between few mixes of rows.
+_STAMPS = 64
 
 
 # A module, or one that may be exchanged: the module it is a child of, and its name there.
@@ -128,7 +130,17 @@ class Store:
 
     def __init__(self) -> None:
         self._entries: list[Kept] = []
+        self._stamps: dict[Any, object] = {}
         self._lock = threading.Lock()
+
+    def stamp(self, choice: Any) -> object:
+        """One object for all passes of a choice, until something that was kept is out of date."""
+        found = self._stamps.get(choice)
+        if found is None:
+            if len(self._stamps) >= _STAMPS:
+                self._stamps = {}
+            found = self._stamps.setdefault(choice, object())
+        return found
 
     def check(self) -> None:
         """Mark what is out of date."""
@@ -138,6 +150,7 @@ class Store:
                 entry.is_valid = False
                 stale = True
         if stale:
+            self._stamps = {}
             with self._lock:
                 self._entries = [entry for entry in self._entries if entry.is_valid]
 
