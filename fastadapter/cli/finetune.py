@@ -25,8 +25,9 @@ from fastadapter.training import (
 )
 from fastadapter.training.classification import LABELS_FILE, TEXT_TEMPLATE
 from fastadapter.training.data import COMPLETION_TEMPLATE, TEMPLATE
-from fastadapter.training.loop import TASKS, require_fresh_or_resume
+from fastadapter.training.loop import TASKS
 from fastadapter.training.report import require_writable
+from fastadapter.training.run import require_fresh_or_resume
 
 _DEFAULTS = TrainingConfig()
 

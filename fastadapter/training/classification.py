@@ -5,7 +5,8 @@ The classes are the labels of the training data in the order of their names: cla
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastadapter.checkpoints import CheckpointError
+from fastadapter.training import metrics
 from fastadapter.training.batching import to_device
 from fastadapter.training.config import TrainingConfig, UserError
 from fastadapter.training.data import Example
-from fastadapter.training.evaluation import Tick
+from fastadapter.training.held_out import Tick
 from fastadapter.training.report import write_json
-from fastadapter.training.tasks import Sums, require_max_length
+from fastadapter.training.tasks import require_max_length
 
 TEXT_TEMPLATE = "{text}"
 LABELS_FILE = "labels.json"
@@ -28,10 +30,45 @@ LABELS_FILE = "labels.json"
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens of a text and the number of its class."""
+    """Tokens of a text and the number of its class, or the number that it is rated with."""
 
     input_ids: tuple[int, ...]
-    label: int
+    label: float
+
+
+@dataclass(frozen=True)
+class HeldOutTexts:
+    """Held-out texts, the numbers of their classes, and what the classes are called."""
+
+    texts: list[Row]
+    labels: list[str]
+    pad_token_id: int
+
+    by_accuracy = True
+
+    @property
+    def rows(self) -> int:
+        return len(self.texts)
+
+    @property
+    def width(self) -> int:
+        return len(self.labels)
+
+    def predict(self, model: nn.Module, rows: Sequence[int], batch_size: int, tick: Tick | None) -> Tensor:
+        """Log-probabilities of the classes."""
+        ids = [self.texts[row].input_ids for row in rows]
+        return class_scores(model, ids, len(self.labels), self.pad_token_id, batch_size, tick)
+
+    def measure(self, table: Tensor) -> dict[str, Any]:
+        """``loss``, the mean cross-entropy, and the metrics of classes."""
+        truth = torch.tensor([row.label for row in self.texts])
+        loss = float(F.nll_loss(table, truth, reduction="sum")) / self.rows
+        if not math.isfinite(loss):  # the caller says so; there is nothing to measure
+            return {"loss": loss}
+        return {
+            "loss": loss,
+            **metrics.classification_metrics(table.numpy(), truth.numpy(), self.labels),
+        }
 
 
 class ClassificationTask:
@@ -39,10 +76,9 @@ class ClassificationTask:
 
     Raises: UserError: records without labels; one class only in training; a held-out class that training
         lacks; more classes than the head has; a text without tokens, or too long without
-        ``truncate_prompt``; a model without a classification head.
+        ``truncate_prompt``; a model without a classification head; a weight for a class that there is not, or
+        none for one that there is.
     """
-
-    by_accuracy = True
 
     def __init__(
         self,
@@ -54,39 +90,30 @@ class ClassificationTask:
     ):
         self.labels = class_names(train, held_out or ())
         require_head(model, self.labels)
-        if config.append_eos:
-            raise UserError(
-                "append_eos is for completions; a text to classify is given as the tokenizer makes it"
-            )
-        limit = text_limit(model, tokenizer, config)
-        encoding: dict[str, Any] = {
-            "max_length": config.max_length or limit,
-            "truncate": config.truncate_prompt,
-        }
         numbers = {label: number for number, label in enumerate(self.labels)}
-        self.train = encode_texts(tokenizer, train, numbers, **encoding)
-        self.held_out = encode_texts(tokenizer, held_out or (), numbers, **encoding)
+        self.train = encode_for(model, tokenizer, train, numbers, config)
         self.pad_token_id = pad_token(model, tokenizer)
+        self.held_out: HeldOutTexts | None = None
+        if held_out:
+            texts = encode_for(model, tokenizer, held_out, numbers, config)
+            self.held_out = HeldOutTexts(texts, self.labels, self.pad_token_id)
         self.lengths = [len(row.input_ids) for row in self.train]
-        self.held_out_rows = len(self.held_out)
+        self.weights = class_weights(self.labels, [int(row.label) for row in self.train], config)
+        self.smoothing = config.label_smoothing_factor
 
-    def weight(self, row: int) -> int:
-        return 1
+    def weight(self, row: int) -> float:
+        return 1 if self.weights is None else self.weights[int(self.train[row].label)]
 
     def loss(self, model: nn.Module, rows: Sequence[int], device: torch.device) -> Tensor:
         chosen = [self.train[row] for row in rows]
         (truth,) = to_device([torch.tensor([row.label for row in chosen])], device)
-        return F.cross_entropy(self._logits(model, chosen, device), truth, reduction="sum")
-
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, rows: Sequence[int], batch_size: int, tick: Tick | None) -> Sums:
-        chosen = [self.held_out[row] for row in rows]
-        scores = class_scores(
-            model, [row.input_ids for row in chosen], len(self.labels), self.pad_token_id, batch_size, tick
+        logits = class_logits(
+            model, [row.input_ids for row in chosen], len(self.labels), self.pad_token_id, device
         )
-        truth = torch.tensor([row.label for row in chosen], dtype=torch.int64)
-        loss = F.nll_loss(scores, truth, reduction="sum") if chosen else torch.zeros(())
-        return float(loss), len(chosen), int((scores.argmax(1) == truth).sum()), len(chosen)
+        weight = None
+        if self.weights is not None:
+            (weight,) = to_device([torch.tensor(self.weights, dtype=logits.dtype)], device)
+        return F.cross_entropy(logits, truth, weight=weight, reduction="sum", label_smoothing=self.smoothing)
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -95,21 +122,31 @@ class ClassificationTask:
                 "labels": list(self.labels),
                 "pad_token_id": self.pad_token_id,
             },
-            "data": {
-                "train_rows": len(self.train),
-                "train": _digest(self.train),
-                "eval_rows": len(self.held_out),
-                "eval": _digest(self.held_out) if self.held_out else "",
-            },
+            "data": identify_rows(self.train, self.held_out.texts if self.held_out else []),
         }
 
     def write(self, folder: Path) -> None:
         write_json(folder / LABELS_FILE, {"task": "classification", "labels": list(self.labels)})
 
-    def _logits(self, model: nn.Module, rows: Sequence[Row], device: torch.device) -> Tensor:
-        return class_logits(
-            model, [row.input_ids for row in rows], len(self.labels), self.pad_token_id, device
-        )
+
+def class_weights(labels: Sequence[str], truth: Sequence[int], config: TrainingConfig) -> list[float] | None:
+    """What an error on a text of each class counts; ``None``: all the same."""
+    asked = config.class_weights
+    if asked is None:
+        return None
+    if isinstance(asked, str):  # "balanced"
+        counts = [truth.count(number) for number in range(len(labels))]
+        return [len(truth) / (len(labels) * count) for count in counts]
+    for label in asked:
+        if label not in labels:
+            raise UserError(
+                f"class_weights: the training data has no label {label!r}, only "
+                f"{', '.join(map(repr, labels))}"
+            )
+    for label in labels:
+        if label not in asked:
+            raise UserError(f"class_weights: there is none for the label {label!r}")
+    return [float(asked[label]) for label in labels]
 
 
 def class_names(train: Sequence[Example], held_out: Sequence[Example] = ()) -> list[str]:
@@ -141,10 +178,7 @@ def class_names(train: Sequence[Example], held_out: Sequence[Example] = ()) -> l
 
 def require_head(model: Any, labels: Sequence[str]) -> None:
     """Raise UserError unless ``model`` has a classification head with a class for every label."""
-    if not type(model).__name__.endswith("ForSequenceClassification"):
-        raise UserError(
-            f"{type(model).__name__} has no classification head; load it with AutoModelForSequenceClassification"
-        )
+    require_classifier(model)
     if len(labels) > model.config.num_labels:
         raise UserError(
             f"the data has {len(labels)} classes, but the model's head has {model.config.num_labels}; "
@@ -152,10 +186,40 @@ def require_head(model: Any, labels: Sequence[str]) -> None:
         )
 
 
+def require_classifier(model: Any) -> None:
+    """Raise UserError unless ``model`` has a classification head."""
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        raise UserError(
+            f"{type(model).__name__} has no classification head; load it with AutoModelForSequenceClassification"
+        )
+
+
+def encode_for(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    numbers: Mapping[str, float],
+    config: TrainingConfig,
+) -> list[Row]:
+    """:func:`encode_texts` as a run asks for it."""
+    if config.append_eos:
+        raise UserError(
+            "append_eos is for completions; a text to classify is given as the tokenizer makes it"
+        )
+    limit = text_limit(model, tokenizer, config)
+    return encode_texts(
+        tokenizer,
+        examples,
+        numbers,
+        max_length=config.max_length or limit,
+        truncate=config.truncate_prompt,
+    )
+
+
 def encode_texts(
     tokenizer: Any,
     examples: Sequence[Example],
-    numbers: dict[str, int],
+    numbers: Mapping[str, float],
     *,
     max_length: int | None = None,
     truncate: bool = False,
@@ -219,7 +283,6 @@ def class_logits(
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-@torch.no_grad()
 def class_scores(
     model: nn.Module,
     texts: Sequence[Sequence[int]],
@@ -228,8 +291,21 @@ def class_scores(
     batch_size: int,
     tick: Tick | None = None,
 ) -> Tensor:
-    """Log-probabilities, fp64 ``(texts, classes)`` on the CPU, computed in eval mode, short texts first."""
-    scores = torch.zeros(len(texts), classes, dtype=torch.float64)
+    """Log-probabilities, fp64 ``(texts, classes)`` on the CPU, computed in eval mode."""
+    return text_outputs(model, texts, classes, pad_token_id, batch_size, tick).log_softmax(-1)
+
+
+@torch.no_grad()
+def text_outputs(
+    model: nn.Module,
+    texts: Sequence[Sequence[int]],
+    outputs: int,
+    pad_token_id: int,
+    batch_size: int,
+    tick: Tick | None = None,
+) -> Tensor:
+    """What the head says, fp64 ``(texts, outputs)`` on the CPU, computed in eval mode, short texts first."""
+    found = torch.zeros(len(texts), outputs, dtype=torch.float64)
     device = next(model.parameters()).device
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     training = model.training
@@ -237,13 +313,13 @@ def class_scores(
     try:
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
-            logits = class_logits(model, [texts[index] for index in chunk], classes, pad_token_id, device)
-            scores[chunk] = logits.double().log_softmax(-1).cpu()
+            logits = class_logits(model, [texts[index] for index in chunk], outputs, pad_token_id, device)
+            found[chunk] = logits.double().cpu()
             if tick is not None:
                 tick((start + len(chunk)) / len(order))
     finally:
         model.train(training)
-    return scores
+    return found
 
 
 def classify(
@@ -298,6 +374,16 @@ def read_labels(folder: str | Path) -> list[str]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not the labels of a run: {error}") from error
     return labels
+
+
+def identify_rows(train: Sequence[Row], held_out: Sequence[Row]) -> dict[str, Any]:
+    """What tells the rows of one run from another's."""
+    return {
+        "train_rows": len(train),
+        "train": _digest(train),
+        "eval_rows": len(held_out),
+        "eval": _digest(held_out) if held_out else "",
+    }
 
 
 def _digest(rows: Sequence[Row]) -> str:

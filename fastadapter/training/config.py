@@ -2,8 +2,20 @@
 
 import math
 import signal
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+# After the warm-up, the share of the learning rate as a function of the progress from 0 to 1: the schedules of
+# transformers by their names there.
+SCHEDULES = {
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "constant": lambda progress: 1.0,
+}
+EVAL_STRATEGIES = ("no", "epoch", "steps")
+# What a finished run may be continued with; everything else must be what it was.
+LENGTH_FIELDS = ("num_train_epochs", "max_steps", "early_stopping_patience")
 
 
 class UserError(ValueError):
@@ -15,14 +27,17 @@ class NonFiniteError(UserError):
 
 
 class TrainingInterrupted(Exception):
-    """SIGINT or SIGTERM arrived; the state was saved after the last complete step."""
+    """SIGINT, SIGTERM or SIGHUP arrived; the state was saved after the last complete step."""
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)
         self.exit_code = 128 + signum
 
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Windows has no SIGHUP.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 
 
 @dataclass(frozen=True)
@@ -34,13 +49,27 @@ class TrainingConfig:
     and while the gate opens its gradient grows by orders of magnitude, which 0.999 would follow too slowly.
 
     Args:
-        learning_rate: of AdamW, at the end of the warm-up; falls to 0 along a cosine.
-        weight_decay, betas, eps: of AdamW.
-        warmup_ratio: share of all steps over which the learning rate rises from 0.
+        learning_rate: of AdamW, at the end of the warm-up.
+        head_learning_rate: that of the heads and of what ``modules_to_save`` names; ``None``: the same.
+        weight_decay, betas, eps: of AdamW; the decay is of all that is trained.
+        lr_scheduler_type: what the learning rate does after the warm-up: falls to 0 along a ``"cosine"`` or a
+            straight line (``"linear"``), or stays (``"constant"``).
+        warmup_ratio: share of all steps over which the learning rate rises.
+        warmup_steps: their number, in place of ``warmup_ratio``.
         num_train_epochs: passes over the training data.
+        max_steps: optimiser steps of the run, in place of ``num_train_epochs``.
         batch_size: rows per optimiser step, over all processes and accumulation steps.
         gradient_accumulation_steps: forward passes per process that share one step; the gradient is the same.
+        eval_strategy: when held-out data is evaluated, besides before the first step and after the last:
+            ``"epoch"``, after each; ``"steps"``, every ``eval_steps``; ``"no"``.
+        eval_steps: steps between two evaluations, for ``eval_strategy="steps"``.
         eval_batch_size: rows per forward pass and process in an evaluation.
+        early_stopping_patience: end the run after so many evaluations in a row that were not better than the
+            best one before; ``None``: never.
+        label_smoothing_factor: share of each target that is spread over all classes, or all tokens.
+        class_weights: of a classification, what an error on a text of each class counts: ``"balanced"``,
+            inversely to how often the class occurs in the training data (scikit-learn's formula), or a weight
+            for each label by name. The loss of held-out data is not weighted.
         max_grad_norm: the gradient's norm is clipped to this; 0: not clipped.
         seed: of the data order and of everything random in the model.
         max_length: longest prompt and completion in tokens; ``None``: the model's context.
@@ -67,20 +96,39 @@ class TrainingConfig:
     max_length: int | None = None
     truncate_prompt: bool = False
     append_eos: bool | None = None
+    head_learning_rate: float | None = None
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: int | None = None
+    max_steps: int | None = None
+    eval_strategy: str = "epoch"
+    eval_steps: int | None = None
+    early_stopping_patience: int | None = None
+    label_smoothing_factor: float = 0.0
+    class_weights: str | Mapping[str, float] | None = None
 
     def __post_init__(self):
         for name in ("num_train_epochs", "batch_size", "gradient_accumulation_steps", "eval_batch_size"):
             _require_int(name, getattr(self, name), 1)
         _require_int("seed", self.seed, 0, 2**32 - 2**16)  # numpy takes 32 bits; each process adds its index
-        if self.max_length is not None:
-            _require_int("max_length", self.max_length, 2)
+        for name, low in (
+            ("max_length", 2),
+            ("warmup_steps", 0),
+            ("max_steps", 1),
+            ("eval_steps", 1),
+            ("early_stopping_patience", 1),
+        ):
+            if getattr(self, name) is not None:
+                _require_int(name, getattr(self, name), low)
         if not isinstance(self.betas, tuple) or len(self.betas) != 2:
             raise TypeError(f"betas must be two numbers, got {self.betas!r}")
         _require_number("learning_rate", self.learning_rate, 0.0, above=True)
+        if self.head_learning_rate is not None:
+            _require_number("head_learning_rate", self.head_learning_rate, 0.0, above=True)
         _require_number("eps", self.eps, 0.0, above=True)
         _require_number("weight_decay", self.weight_decay, 0.0)
         _require_number("max_grad_norm", self.max_grad_norm, 0.0)
         _require_number("warmup_ratio", self.warmup_ratio, 0.0, 1.0)
+        _require_number("label_smoothing_factor", self.label_smoothing_factor, 0.0, 1.0)
         for beta in self.betas:
             _require_number("betas", beta, 0.0, 1.0)
             if beta == 1:
@@ -90,18 +138,79 @@ class TrainingConfig:
                 f"gradient_accumulation_steps must be at most batch_size {self.batch_size}, "
                 f"got {self.gradient_accumulation_steps}"
             )
+        _require_one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
+        _require_one_of("eval_strategy", self.eval_strategy, EVAL_STRATEGIES)
+        if (self.eval_strategy == "steps") != (self.eval_steps is not None):
+            raise UserError(
+                f'eval_steps goes with eval_strategy "steps", and that needs it; got eval_strategy '
+                f"{self.eval_strategy!r} and eval_steps {self.eval_steps}"
+            )
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise UserError('early_stopping_patience needs evaluations: eval_strategy is "no"')
+        self._check_class_weights()
+
+    def _check_class_weights(self) -> None:
+        weights = self.class_weights
+        if weights is None:
+            return
+        if isinstance(weights, str):
+            if weights != "balanced":
+                raise UserError(
+                    f'class_weights must be "balanced" or a weight for each label, got {weights!r}'
+                )
+            return
+        if not isinstance(weights, Mapping) or not weights:
+            raise TypeError(f'class_weights must be "balanced" or a weight for each label, got {weights!r}')
+        for label, weight in weights.items():
+            _require_number(f"class_weights of {label!r}", weight, 0.0)
+        if not any(weights.values()):
+            raise UserError("class_weights must not all be 0")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-ready dict."""
-        return {**asdict(self), "betas": list(self.betas)}
+        weights = dict(self.class_weights) if isinstance(self.class_weights, Mapping) else self.class_weights
+        return {**asdict(self), "betas": list(self.betas), "class_weights": weights}
 
-    def learning_rate_at(self, step: int, total_steps: int) -> float:
-        """Learning rate of step ``step`` (from 0): linear warm-up, then half a cosine."""
-        warmup = math.ceil(self.warmup_ratio * total_steps)
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "TrainingConfig":
+        """The configuration that :meth:`to_dict` gave, in this version or an earlier one.
+
+        Raises: TypeError, UserError: a field that this version does not know, or a value that makes no sense.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(record) - known):
+            raise UserError(f"the training settings hold {unknown[0]}, which this version does not know")
+        given = dict(record)
+        if isinstance(given.get("betas"), list):
+            given["betas"] = tuple(given["betas"])
+        return cls(**given)
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimiser steps of a run whose epochs have ``steps_per_epoch``."""
+        return self.max_steps if self.max_steps is not None else self.num_train_epochs * steps_per_epoch
+
+    def num_warmup_steps(self, total_steps: int) -> int:
+        """Steps over which the learning rate rises, of ``total_steps``."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return math.ceil(self.warmup_ratio * total_steps)
+
+    def learning_rate_at(self, step: int, total_steps: int, peak: float | None = None) -> float:
+        """Learning rate of step ``step`` (from 0), of a parameter whose highest rate is ``peak``.
+
+        As in transformers, but for the warm-up, in which step ``i`` has the share ``i + 1`` of the warm-up
+        instead of ``i``: no step at rate 0.
+        """
+        peak = self.learning_rate if peak is None else peak
+        warmup = self.num_warmup_steps(total_steps)
         if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        progress = (step - warmup) / max(1, total_steps - warmup)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+            return peak * (step + 1) / warmup
+        return peak * SCHEDULES[self.lr_scheduler_type]((step - warmup) / max(1, total_steps - warmup))
+
+
+def _require_one_of(name: str, value: Any, names: Any) -> None:
+    if not isinstance(value, str) or value not in names:
+        raise UserError(f"{name} must be one of {', '.join(names)}, got {value!r}")
 
 
 def _require_int(name: str, value: Any, low: int, high: int | None = None) -> None:

@@ -1,7 +1,8 @@
-"""Held-out loss and accuracy, and label prediction."""
+"""Held-out completions: how likely the model finds them, and which label it would give."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastadapter.integrations.parts.discovery import looks_back_only
+from fastadapter.training import metrics
 from fastadapter.training.batching import collate
 from fastadapter.training.config import UserError
 from fastadapter.training.data import Encoded, Example, encode_examples
+from fastadapter.training.held_out import Tick
 from fastadapter.training.loss import supervised_logits
-
-Tick = Callable[[float], None]  # told after each forward pass which share of the work is done
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,45 @@ class EvalData:
         candidates: for each example what it could be answered: every label's completion, or its one
             completion.
         truth: for each example the number of the right candidate.
-        labelled: whether the candidates are labels.
+        labels: names of the candidates where they are labels; empty: they are free completions.
     """
 
     candidates: list[list[Encoded]]
     truth: list[int]
-    labelled: bool
+    labels: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return len(self.truth)
+
+    @property
+    def width(self) -> int:
+        return len(self.labels) or 2
+
+    @property
+    def by_accuracy(self) -> bool:
+        return bool(self.labels)
+
+    def predict(self, model: nn.Module, rows: Sequence[int], batch_size: int, tick: Tick | None) -> Tensor:
+        """Log-likelihoods of the candidates; of free completions also whether greedy decoding would give them."""
+        scores, greedy = score_candidates(model, [self.candidates[row] for row in rows], batch_size, tick)
+        return scores if self.labels else torch.cat([scores, greedy.double()[:, None]], 1)
+
+    def measure(self, table: Tensor) -> dict[str, Any]:
+        """``loss`` per token of the right answers and ``accuracy``: a labelled row is correct if the right label is
+        the most likely one, any other if each of its completion's tokens is the most likely one given those before.
+        Of labels also the metrics of classes, each as probable as its completion is among those of all labels.
+        """
+        truth = torch.tensor(self.truth)
+        right = zip(self.candidates, self.truth, strict=True)
+        tokens = sum(row[index].num_supervised for row, index in right)
+        if not self.labels:
+            return {"loss": -float(table[:, 0].sum()) / tokens, "accuracy": float(table[:, 1].mean())}
+        loss = -float(table.gather(1, truth[:, None]).sum()) / tokens
+        if not math.isfinite(loss):  # the caller says so; there is nothing to measure
+            return {"loss": loss}
+        likely = table.log_softmax(-1).numpy()
+        return {"loss": loss, **metrics.classification_metrics(likely, truth.numpy(), self.labels)}
 
 
 def prepare(
@@ -47,7 +81,7 @@ def prepare(
     """
     if not completions:
         return EvalData(
-            [[each] for each in encode_examples(tokenizer, examples, **encoding)], [0] * len(examples), False
+            [[each] for each in encode_examples(tokenizer, examples, **encoding)], [0] * len(examples)
         )
     names = list(completions)
     for example in examples:
@@ -57,7 +91,7 @@ def prepare(
                 f"{', '.join(map(repr, names))}"
             )
     candidates = _candidates(tokenizer, examples, completions, encoding)
-    return EvalData(candidates, [names.index(str(example.label)) for example in examples], True)
+    return EvalData(candidates, [names.index(str(example.label)) for example in examples], tuple(names))
 
 
 def predict_labels(
@@ -94,25 +128,6 @@ def predict_labels(
     scores, _ = score_candidates(model, candidates, batch_size, tick)
     names = list(labels)
     return [names[index] for index in scores.argmax(1).tolist()] if examples else []
-
-
-def evaluate(
-    model: nn.Module, data: EvalData, rows: Sequence[int], batch_size: int, tick: Tick | None = None
-) -> tuple[float, int, int, int]:
-    """Over some rows: sum of the loss of the right answers, their tokens, correct rows, rows.
-
-    A labelled row is correct if the right label is the most likely one, any other if each of its completion's
-    tokens is the most likely one given those before.
-    """
-    if not rows:
-        return 0.0, 0, 0, 0
-    candidates = [data.candidates[row] for row in rows]
-    truth = torch.tensor([data.truth[row] for row in rows])
-    scores, greedy = score_candidates(model, candidates, batch_size, tick)
-    right = scores.gather(1, truth[:, None]).sum()
-    tokens = sum(row[index].num_supervised for row, index in zip(candidates, truth.tolist(), strict=True))
-    correct = (scores.argmax(1) == truth).sum() if data.labelled else greedy.sum()
-    return -float(right), tokens, int(correct), len(rows)
 
 
 @torch.no_grad()

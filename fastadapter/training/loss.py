@@ -62,10 +62,11 @@ def supervised_logits(model: nn.Module, batch: Batch) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def supervised_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Sum of the cross-entropy over the supervised tokens, a scalar.
+def supervised_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+    """Sum of the cross-entropy over the supervised tokens, a scalar; ``label_smoothing`` as of torch's.
 
     A sum, because the mean is over all supervised tokens of a step: the caller divides by their number in all
     micro-batches and processes. A mean of means would weigh tokens by the company they keep.
     """
-    return F.cross_entropy(supervised_logits(model, batch), batch.targets, reduction="sum")
+    logits = supervised_logits(model, batch)
+    return F.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=label_smoothing)

@@ -22,7 +22,7 @@ from fastadapter.checkpoints import CheckpointError
 from fastadapter.checkpoints.files import read_tensors, write_tensors
 from fastadapter.checkpoints.fingerprint import configuration, differences, sample
 from fastadapter.ops.backends import GPU_TYPES
-from fastadapter.training.config import UserError
+from fastadapter.training.config import TrainingConfig, UserError
 from fastadapter.training.data import Encoded
 
 STATE_FILE = Path("last", "training_state.safetensors")
@@ -32,17 +32,30 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class Progress:
-    """How far a run is. ``epoch_*`` are sums over the steps of the epoch under way."""
+    """How far a run is. ``epoch_*`` are sums over the steps of the epoch under way.
+
+    Attributes:
+        evaluations: ``step`` and the metrics that are one number, of each evaluation after the first step.
+        metrics: all metrics of the last one.
+        schedule_start: the step at which the schedule of the learning rate began: 0, unless it was begun anew.
+        skipped: steps whose gradient was not finite in half precision and that changed nothing.
+        scaler: state of the loss scaler of a run in half precision.
+    """
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
     epoch_loss: float = 0.0
-    epoch_supervised: int = 0
+    epoch_supervised: float = 0
     epoch_tokens: int = 0
     epoch_seconds: float = 0.0
     epochs: list[dict[str, Any]] = field(default_factory=list)
     before: dict[str, Any] | None = None
     best: dict[str, Any] | None = None
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, Any] | None = None
+    schedule_start: int = 0
+    skipped: int = 0
+    scaler: dict[str, Any] | None = None
 
 
 def digest_examples(rows: Iterable[Sequence[Encoded]]) -> str:
@@ -106,7 +119,7 @@ def _write(
 ) -> None:
     for name, parameter in parameters:
         tensors[f"adapter.{name}"] = parameter.detach().cpu()
-        for moment in _MOMENTS if progress.step else ():
+        for moment in _MOMENTS if progress.step > progress.skipped else ():
             tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu()
     tensors["losses"] = torch.tensor(progress.losses, dtype=torch.float64)
     record = asdict(progress)
@@ -142,6 +155,8 @@ def load_state(
         if not isinstance(progress.step, int) or not isinstance(progress.epochs, list):
             raise ValueError("its position is no number")
         saved = json.loads(metadata["identity"])
+        # What a version before did not know yet was then what is the default now.
+        saved["training"] = {**TrainingConfig().to_dict(), **saved["training"]}
         different = differences(saved, json.loads(json.dumps(identity)))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its record of the run is damaged: {error!r}") from error
@@ -150,7 +165,7 @@ def load_state(
     expected = {
         f"{kind}.{name}": p
         for name, p in parameters
-        for kind in ("adapter", *_MOMENTS[: 2 * (progress.step > 0)])
+        for kind in ("adapter", *_MOMENTS[: 2 * (progress.step > progress.skipped)])
     }
     generators = _generators(accelerator.device)
     names = set(expected) | set(generators) | {"losses"}
@@ -180,9 +195,12 @@ def load_state(
     for name, parameter in parameters:
         with torch.no_grad():
             parameter.copy_(tensors[f"adapter.{name}"])
-        if progress.step:
+        if progress.step > progress.skipped:
             moments = {key: tensors[f"{key}.{name}"].to(parameter.device, copy=True) for key in _MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(float(progress.step)), **moments}
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(progress.step - progress.skipped)),
+                **moments,
+            }
     return progress
 
 

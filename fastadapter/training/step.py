@@ -1,4 +1,4 @@
-"""The pieces of one optimiser step: the gradient buffer and the signals that end a run after it."""
+"""The pieces of one optimiser step: optimiser, gradient buffer, and the signals that end a run after it."""
 
 import signal
 import threading
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadapter.training.config import STOP_SIGNALS, UserError
+from fastadapter.training.config import STOP_SIGNALS, TrainingConfig, UserError
+from fastadapter.training.targets import Target
 
 
 class GradientBuffer:
@@ -60,11 +61,46 @@ class GradientBuffer:
             parameter.grad = None
 
 
-class StopSignals:
-    """Notes SIGINT and SIGTERM instead of dying of them, while the context lasts; a second SIGINT interrupts
-    at once.
+def make_optimizer(target: Target, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW over what is trained; the heads are a group of their own where they have a learning rate of their own.
 
-    Signals reach the main thread only: elsewhere this changes nothing, and ``received`` stays ``None``.
+    Raises: UserError: they have, and there are none.
+    """
+    heads = [each for name, each in target.parameters if name in target.heads]
+    others = [each for name, each in target.parameters if name not in target.heads]
+    groups = [{"params": [each for _, each in target.parameters], "peak": config.learning_rate}]
+    if config.head_learning_rate is not None:
+        if not heads:
+            raise UserError("head_learning_rate: no head is trained")
+        groups = [
+            {"params": others, "peak": config.learning_rate},
+            {"params": heads, "peak": config.head_learning_rate},
+        ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def make_scaler(model: nn.Module, accelerator: Any) -> torch.amp.GradScaler | None:
+    """A scaler of the loss where gradients pass through half precision of five exponent bits; ``None`` elsewhere."""
+    half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+    return (
+        torch.amp.GradScaler(accelerator.device.type)
+        if half or accelerator.mixed_precision == "fp16"
+        else None
+    )
+
+
+class StopSignals:
+    """Notes SIGINT, SIGTERM and SIGHUP instead of dying of them, while the context lasts; a second SIGINT
+    interrupts at once.
+
+    Signals reach the main thread only: elsewhere this changes nothing, and ``received`` stays ``None``. A SIGHUP that
+    is ignored, as under nohup, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -73,7 +109,12 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+            hangup = getattr(signal, "SIGHUP", None)
+            self._previous = {
+                number: signal.signal(number, self._note)
+                for number in STOP_SIGNALS
+                if number != hangup or signal.getsignal(number) is not signal.SIG_IGN
+            }
         return self
 
     def __exit__(self, *_: object) -> None:

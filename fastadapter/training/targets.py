@@ -14,7 +14,9 @@ from fastadapter.checkpoints import CheckpointError
 from fastadapter.checkpoints import save as save_adapter
 from fastadapter.checkpoints.files import read_tensors, write_tensors
 from fastadapter.checkpoints.tensors import adapter_parameters
+from fastadapter.integrations.parts.heads import find_heads, named_modules
 from fastadapter.integrations.parts.wrappers import unwrap
+from fastadapter.integrations.passes.channel_scale import CopyHost
 from fastadapter.integrations.verbs.choose import trainable_parameters
 from fastadapter.integrations.verbs.record import Attachments, attachments
 from fastadapter.training.config import UserError
@@ -24,7 +26,12 @@ _FORMAT = "fastadapter-trained-parameters-1"
 
 
 class AdapterTarget:
-    """The trainable parameters, which must be those of the active adapter ``name``: no others are saved."""
+    """The trainable parameters, which must be those of the active adapter ``name``: no others are saved.
+
+    Attributes:
+        parameters: names and parameters.
+        heads: the names of those that are copies of heads and of what ``modules_to_save`` names.
+    """
 
     file = "adapter.safetensors"
 
@@ -47,6 +54,9 @@ class AdapterTarget:
         if not self.parameters:
             raise UserError(f"name: no parameter of adapter {name!r} is trainable")
         config = record.configs[name]
+        inner = unwrap(model)
+        copied = find_heads(inner).modules | named_modules(inner, config.modules_to_save or ())
+        self.heads = {key for key, _ in self.parameters if key.partition(f".{CopyHost.CHILD}.")[0] in copied}
         self.identity: dict[str, Any] = {"method": config.method, **config.to_dict()}
 
     def save(self, folder: Path) -> None:
@@ -68,6 +78,10 @@ class ParameterTarget:
                 "model: an adapter is attached to it; detach it to train the model's own parameters"
             )
         self.parameters = trainable_parameters(model)
+        paths = find_heads(unwrap(model)).modules
+        self.heads = {
+            name for name, _ in self.parameters if any(name.startswith(f"{path}.") for path in paths)
+        }
         names = "\n".join(name for name, _ in self.parameters)
         self.identity: dict[str, Any] = {
             "method": "parameters",

@@ -15,9 +15,8 @@ from fastadapter.training import evaluation, state
 from fastadapter.training.batching import collate
 from fastadapter.training.config import TrainingConfig, UserError
 from fastadapter.training.data import Encoded, Example, context_length, encode_examples, label_completions
+from fastadapter.training.held_out import HeldOut
 from fastadapter.training.loss import supervised_loss
-
-Sums = tuple[float, int, int, int]
 
 
 class Task(Protocol):
@@ -25,24 +24,19 @@ class Task(Protocol):
 
     Attributes:
         lengths: tokens of every training row.
-        held_out_rows: how many rows there are to evaluate; 0: there is no held-out data.
-        by_accuracy: the best epoch is that of the highest held-out accuracy; otherwise of the lowest loss.
+        held_out: the rows to evaluate; ``None``: there is no held-out data.
     """
 
     lengths: list[int]
-    held_out_rows: int
-    by_accuracy: bool
 
-    def weight(self, row: int) -> int:
-        """Terms that the row adds to the sum of the loss: the mean over a step divides by their number."""
+    @property
+    def held_out(self) -> HeldOut | None: ...
+
+    def weight(self, row: int) -> float:
+        """What the row's terms count in the sum of the loss: the mean over a step divides by the sum of it."""
 
     def loss(self, model: nn.Module, rows: Sequence[int], device: torch.device) -> Tensor:
         """Sum of the loss over some training rows."""
-
-    def evaluate(
-        self, model: nn.Module, rows: Sequence[int], batch_size: int, tick: evaluation.Tick | None
-    ) -> Sums:
-        """Over some held-out rows: sum of the loss, its terms, correct rows, rows."""
 
     def identity(self) -> dict[str, Any]:
         """Fields that tell this run's data from another's."""
@@ -63,26 +57,23 @@ class GenerationTask:
         config: TrainingConfig,
     ):
         self.causal = looks_back_only(model)
+        if config.class_weights is not None:
+            raise UserError("class_weights are for task classification, not for generation")
+        smoothing = config.label_smoothing_factor
+        self.loss_options = {"label_smoothing": smoothing} if smoothing else {}
         encoding = _encoding(model, train, config)
         self.train = encode_examples(tokenizer, train, **encoding)
         self.lengths = [len(each.input_ids) for each in self.train]
         self.held_out: evaluation.EvalData | None = None
         if held_out:
             self.held_out = evaluation.prepare(tokenizer, held_out, label_completions(train), **encoding)
-        self.held_out_rows = len(self.held_out.truth) if self.held_out else 0
-        self.by_accuracy = bool(self.held_out and self.held_out.labelled)
 
-    def weight(self, row: int) -> int:
+    def weight(self, row: int) -> float:
         return self.train[row].num_supervised
 
     def loss(self, model: nn.Module, rows: Sequence[int], device: torch.device) -> Tensor:
-        return supervised_loss(model, collate([self.train[row] for row in rows], device, causal=self.causal))
-
-    def evaluate(
-        self, model: nn.Module, rows: Sequence[int], batch_size: int, tick: evaluation.Tick | None
-    ) -> Sums:
-        assert self.held_out is not None
-        return evaluation.evaluate(model, self.held_out, rows, batch_size, tick)
+        batch = collate([self.train[row] for row in rows], device, causal=self.causal)
+        return supervised_loss(model, batch, **self.loss_options)
 
     def identity(self) -> dict[str, Any]:
         held_out: list[list[Encoded]] = self.held_out.candidates if self.held_out else []
@@ -90,7 +81,7 @@ class GenerationTask:
             "data": {
                 "train_rows": len(self.train),
                 "train": state.digest_examples([each] for each in self.train),
-                "eval_rows": self.held_out_rows,
+                "eval_rows": len(held_out),
                 "eval": state.digest_examples(held_out) if held_out else "",
             }
         }

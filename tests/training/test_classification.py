@@ -22,6 +22,7 @@ from fastadapter.training import (
     read_labels,
     training_only,
 )
+from fastadapter.training.held_out import measure
 from tests.training.toy import (
     CONTEXT,
     STATE,
@@ -57,11 +58,11 @@ def test_loss_and_accuracy_are_those_of_one_text_at_a_time(kind):
     task = classification.ClassificationTask(model, tokenizer, texts, texts, TrainingConfig())
     expected = F.cross_entropy(logits, truth, reduction="sum").item()
     assert task.loss(model, range(12), torch.device("cpu")).item() == pytest.approx(expected, rel=1e-5)
-    loss, terms, correct, rows = task.evaluate(model, range(12), 5, None)
-    assert loss == pytest.approx(expected, rel=1e-5) and (terms, rows) == (12, 12)
-    assert correct == int((logits.argmax(1) == truth).sum()) and 0 < correct
-    halves = [task.evaluate(model, range(start, 12, 2), 5, None) for start in (0, 1)]
-    assert [sum(column) for column in zip(*halves)] == pytest.approx([loss, terms, correct, rows], rel=1e-6)
+    found = measure(task.held_out, model, 5)
+    assert found["loss"] == pytest.approx(expected / 12, rel=1e-5) and task.held_out.rows == 12
+    assert found["accuracy"] == float((logits.argmax(1) == truth).double().mean()) > 0
+    table = torch.cat([task.held_out.predict(model, [row], 1, None) for row in range(12)])
+    assert task.held_out.measure(table)["loss"] == pytest.approx(found["loss"], rel=1e-6)
     names = classify(model, tokenizer, [each.prompt for each in texts], ["bad", "good"], batch_size=5)
     assert names == [["bad", "good"][number] for number in logits.argmax(1).tolist()]
     assert len(set(lengths := task.lengths)) > 4 and max(lengths) > 2 * min(lengths)
@@ -184,7 +185,7 @@ PROMPTED = Example("w1", " w2", None, "toy line 3")
         ({"trainable": ["no.such.*"]}, r"no parameter of BertForSequenceClassification has a name like 'no.such"),
         ({"trainable": []}, "patterns must name at least one parameter"),
         ({"trainable": None}, "no adapter is attached"),
-        ({"task": "regression"}, "task must be one of generation, classification, got 'regression'"),
+        ({"task": "ranking"}, "task must be one of generation, classification, regression, got 'ranking'"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, change, message):
@@ -217,7 +218,7 @@ def test_a_long_text_is_cut_when_asked(tmp_path):
         None,
         TrainingConfig(truncate_prompt=True),
     )
-    assert task.lengths[-1] == CONTEXT and task.held_out_rows == 0
+    assert task.lengths[-1] == CONTEXT and task.held_out is None
 
 
 def test_more_classes_in_the_head_than_labels_never_win(tmp_path):

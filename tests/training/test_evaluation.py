@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastadapter.training import Example, UserError, encode_examples, label_completions, predict_labels
-from fastadapter.training.evaluation import evaluate, prepare, score_candidates
+from fastadapter.training.evaluation import prepare, score_candidates
+from fastadapter.training.held_out import measure
 from tests.training.toy import make_examples, make_model, make_tokenizer
 
 ONE_TOKEN = {"bad": " bad", "fine": " fine", "good": " good"}
@@ -58,16 +59,18 @@ def test_held_out_loss_and_accuracy():
     model, tokenizer, examples = make_model(), make_tokenizer(), make_examples(12)
     labels = label_completions(examples)
     data = prepare(tokenizer, examples, labels)
-    loss, tokens, correct, rows = evaluate(model, data, range(12), 5)
+    found = measure(data, model, 5)
     predicted = predict_labels(model, tokenizer, examples, labels)
-    assert (tokens, rows) == (12, 12)
-    assert correct == sum(guess == example.label for guess, example in zip(predicted, examples))
-    assert loss == pytest.approx(
-        -sum(likelihood(model, tokenizer, e.prompt, e.completion) for e in examples), 1e-5
+    right = [guess == example.label for guess, example in zip(predicted, examples)]
+    assert data.rows == 12 and found["accuracy"] == sum(right) / 12
+    assert found["loss"] == pytest.approx(
+        -sum(likelihood(model, tokenizer, e.prompt, e.completion) for e in examples) / 12, 1e-5
     )
-    halves = [evaluate(model, data, range(start, 12, 2), 5) for start in (0, 1)]
-    assert [sum(column) for column in zip(*halves)] == pytest.approx([loss, tokens, correct, rows], 1e-6)
-    assert evaluate(model, data, [], 5) == (0.0, 0, 0, 0)
+    table = torch.zeros(12, 2, dtype=torch.float64)
+    for half in (range(0, 12, 2), range(1, 12, 2)):  # as two processes share them
+        table[list(half)] = data.predict(model, half, 5, None)
+    assert data.measure(table)["loss"] == pytest.approx(found["loss"], 1e-6)
+    assert sum(map(sum, found["confusion_matrix"])) == 12 and set(found["per_class"]) == {"bad", "good"}
 
 
 def test_a_free_completion_is_correct_when_greedy_decoding_gives_it():
@@ -79,10 +82,10 @@ def test_a_free_completion_is_correct_when_greedy_decoding_gives_it():
         new = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
         examples.append(Example(prompt, " " + tokenizer.decode(new)))
     right = prepare(tokenizer, examples, {})
-    assert evaluate(model, right, range(4), 2)[2] == 4
+    assert measure(right, model, 2)["accuracy"] == 1
     wrong = prepare(tokenizer, [Example(e.prompt, e.completion + " w7") for e in examples], {})
     ends = [int(row[0].input_ids[-1]) for row in wrong.candidates]
-    assert evaluate(model, wrong, range(4), 2)[2] < 4 and len(set(ends)) == 1
+    assert measure(wrong, model, 2)["accuracy"] < 1 and len(set(ends)) == 1
 
 
 def test_training_mode_is_restored():

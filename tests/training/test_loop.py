@@ -125,13 +125,13 @@ def test_a_signal_ends_the_run_after_the_step_and_it_resumes_bit_for_bit(tmp_pat
 
 
 def test_a_signal_during_an_evaluation_ends_it(tmp_path, monkeypatch):
-    evaluate = tasks.evaluation.evaluate
+    score = tasks.evaluation.score_candidates
 
-    def interrupted(model, data, rows, batch_size, tick):
+    def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(model, data, rows, batch_size, tick)
+        return score(*args)
 
-    monkeypatch.setattr(tasks.evaluation, "evaluate", interrupted)
+    monkeypatch.setattr(tasks.evaluation, "score_candidates", interrupted)
     with pytest.raises(TrainingInterrupted, match="after step 0"):
         run(tmp_path)
     assert (tmp_path / STATE).exists()
