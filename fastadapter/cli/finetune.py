@@ -1,6 +1,7 @@
 """``fastadapter finetune``: train an adapter on prompt/completion or text/label records."""
 
 import argparse
+import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -8,12 +9,17 @@ from typing import Any
 
 from fastadapter.cli.loading import add_model_arguments, device_and_dtype, load_classifier, load_model
 from fastadapter.cli.method_options import add_method_arguments, method_config
+from fastadapter.cli.training_options import (
+    add_output_arguments,
+    add_training_arguments,
+    require_possible,
+    training_config,
+)
 from fastadapter.integrations.verbs.attach import attach
 from fastadapter.methods import METHODS
 from fastadapter.training import (
     Example,
     FinetuneResult,
-    TrainingConfig,
     TrainingInterrupted,
     UserError,
     class_names,
@@ -25,11 +31,11 @@ from fastadapter.training import (
 )
 from fastadapter.training.classification import LABELS_FILE, TEXT_TEMPLATE
 from fastadapter.training.data import COMPLETION_TEMPLATE, TEMPLATE
+from fastadapter.training.log import require_trackers
 from fastadapter.training.loop import TASKS
+from fastadapter.training.metrics import table
 from fastadapter.training.report import require_writable
 from fastadapter.training.run import require_fresh_or_resume
-
-_DEFAULTS = TrainingConfig()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--task",
         choices=TASKS,
         default="generation",
-        help="write completions, or name the class of a text with a classification head",
+        help="write completions, or name the class of a text, or a number for it, with a classification head",
     )
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -79,24 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument("--adapter", choices=METHODS, default="llama-adapter", help="method")
     add_method_arguments(adapter)
-    train = parser.add_argument_group("training")
-    add = train.add_argument
-    add("--learning-rate", type=float, default=_DEFAULTS.learning_rate, help="at the end of the warm-up")
-    add("--weight-decay", type=float, default=_DEFAULTS.weight_decay, help="of AdamW")
-    add("--adam-beta1", type=float, default=_DEFAULTS.betas[0], help="of AdamW")
-    add("--adam-beta2", type=float, default=_DEFAULTS.betas[1], help="of AdamW")
-    add("--warmup-ratio", type=float, default=_DEFAULTS.warmup_ratio, help="share of the steps")
-    add("--num-train-epochs", type=int, default=_DEFAULTS.num_train_epochs, help="passes over the data")
-    add("--batch-size", type=int, default=_DEFAULTS.batch_size, help="records per step, over all processes")
-    add("--gradient-accumulation-steps", type=int, default=1, help="forward passes that a step is cut into")
-    add("--eval-batch-size", type=int, default=_DEFAULTS.eval_batch_size, help="records per evaluation pass")
-    add("--max-grad-norm", type=float, default=_DEFAULTS.max_grad_norm, help="clip to this; 0: do not clip")
-    add("--seed", type=int, default=_DEFAULTS.seed, help="of the adapter, the data order and the split")
-    output = parser.add_argument_group("output")
-    output.add_argument("--output-dir", required=True, help="gets the adapter, the best one and the state")
-    output.add_argument("--resume", action="store_true", help="continue the run in --output-dir, bit for bit")
-    output.add_argument("--save-steps", type=int, default=50, help="steps between two saves of the state")
-    output.add_argument("--json", metavar="FILE", help="write configuration, history and memory to this file")
+    add_training_arguments(parser)
+    add_output_arguments(parser)
 
 
 def unescape(text: str) -> str:
@@ -113,18 +103,12 @@ def run(args: argparse.Namespace) -> int:
     from accelerate import Accelerator
 
     device = device_and_dtype(args)
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    config = TrainingConfig(
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        betas=(args.adam_beta1, args.adam_beta2),
-        warmup_ratio=args.warmup_ratio,
-        num_train_epochs=args.num_train_epochs,
-        batch_size=args.batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        eval_batch_size=args.eval_batch_size,
-        max_grad_norm=args.max_grad_norm,
-        seed=args.seed,
+    trackers = require_trackers(args.report_to)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", log_with=trackers or None, project_dir=args.output_dir if trackers else None
+    )
+    config = training_config(
+        args,
         max_length=args.max_length,
         truncate_prompt=args.truncate_prompt,
         append_eos=args.append_eos,
@@ -136,7 +120,8 @@ def run(args: argparse.Namespace) -> int:
     if accelerator.is_main_process and args.json:
         require_writable(Path(args.json).parent)
     labels = class_names(train, held_out or ()) if args.task == "classification" else []
-    if labels:
+    require_possible(args, config, train, held_out, labels)
+    if args.task != "generation":
         model, tokenizer = load_classifier(args.model, args.gguf_file, args.dtype, labels, args.seed)
     else:
         model, tokenizer = load_model(args.model, args.gguf_file, args.dtype)
@@ -152,12 +137,14 @@ def run(args: argparse.Namespace) -> int:
             output_dir=args.output_dir,
             task=args.task,
             resume=args.resume,
+            restart_schedule=args.restart_schedule,
             save_steps=args.save_steps,
             accelerator=accelerator,
         )
     except TrainingInterrupted as stop:
         if accelerator.is_main_process:
-            print(f"fastadapter: {stop} with --resume", file=sys.stderr)
+            with contextlib.suppress(OSError):  # of a terminal that was closed
+                print(f"fastadapter: {stop} with --resume", file=sys.stderr)
         return stop.exit_code
     if accelerator.is_main_process:
         if args.json:
@@ -173,7 +160,7 @@ def _templates(args: argparse.Namespace) -> dict[str, str]:
     if args.task == "generation":
         return {"template": TEMPLATE, "completion_template": COMPLETION_TEMPLATE, **given}
     if "completion_template" in given:
-        raise UserError("--completion-template: a classification has no completions")
+        raise UserError(f"--completion-template: a {args.task} has no completions")
     return {"template": TEXT_TEMPLATE, "completion_template": "{label}", **given}
 
 
@@ -215,11 +202,17 @@ def _summary(args: argparse.Namespace, result: FinetuneResult, labelled: bool, l
         f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, peak {result.peak_rss_bytes / 2**30:.2f} GiB",
     ]
     outcome = result.eval
-    if outcome["accuracy_after"] is not None:
+    if "rows" in outcome:
+        name, shown = ("accuracy", ".2%") if outcome["accuracy_after"] is not None else ("loss", ".4f")
+        at = f"step {outcome['best_step']}" if args.eval_steps else f"epoch {outcome['best_epoch']}"
+        if result.stopped_early:
+            lines.append(f"stopped early, after step {len(result.losses)}")
         lines.append(
-            f"held-out accuracy {outcome['accuracy_before']:.2%} -> {outcome['accuracy_after']:.2%} "
-            f"on {outcome['rows']:,} records; epoch {outcome['best_epoch']} is in {args.output_dir}/best"
+            f"held-out {name} {outcome[f'{name}_before']:{shown}} -> {outcome[f'{name}_after']:{shown}} "
+            f"on {outcome['rows']:,} records; {at} is in {args.output_dir}/best"
         )
+        if outcome["metrics"] is not None:
+            lines += ["", table(outcome["metrics"]), ""]
     if labels:
         lines.append(f"classes {', '.join(labels)}, in that order in {args.output_dir}/{LABELS_FILE}")
         return "\n".join(lines)

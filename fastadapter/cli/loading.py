@@ -11,9 +11,9 @@ import torch
 from fastadapter.cli import assets
 from fastadapter.training import UserError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # the names that transformers uses
-_LONG = {"float32": "fp32", "bfloat16": "bf16"}
+_LONG = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +72,8 @@ def load_classifier(
 ) -> tuple[Any, Any]:
     """A model with a classification head for ``labels``, and its tokenizer, on the CPU.
 
+    Without labels the head has one output, for a regression.
+
     A head that the model's files lack is drawn by ``seed``; the rest must be there.
 
     Raises: as :func:`load_model`; also where the files hold a head for another number of classes.
@@ -84,6 +86,8 @@ def load_classifier(
         "id2label": dict(enumerate(labels)),
         "label2id": {label: number for number, label in enumerate(labels)},
     }
+    if not labels:
+        options = {"num_labels": 1, "problem_type": "regression"}
     with _quiet():  # transformers would warn of the missing head, which is expected here
         model, tokenizer, missing = _load(AutoModelForSequenceClassification, name, gguf_file, dtype, options)
     _require_all(name, [key for key in missing if key.startswith(f"{model.base_model_prefix}.")])

@@ -162,9 +162,7 @@ class TrainingConfig:
         if not isinstance(weights, Mapping) or not weights:
             raise TypeError(f'class_weights must be "balanced" or a weight for each label, got {weights!r}')
         for label, weight in weights.items():
-            _require_number(f"class_weights of {label!r}", weight, 0.0)
-        if not any(weights.values()):
-            raise UserError("class_weights must not all be 0")
+            _require_number(f"class_weights of {label!r}", weight, 0.0, above=True)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-ready dict."""

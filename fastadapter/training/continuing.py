@@ -1,20 +1,17 @@
 """Going on with a run: longer than it was meant to be, or with the state of an earlier version."""
 
-import json
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
-from fastadapter.checkpoints.files import read_tensors
 from fastadapter.training.config import LENGTH_FIELDS, TrainingConfig, UserError
 from fastadapter.training.state import Progress
 
 
-def settings_of(path: Path) -> tuple[TrainingConfig, Progress] | None:
-    """What a saved state says of its run; ``None`` where it is damaged or foreign, which loading it will say."""
-    _, metadata = read_tensors(path)
+def settings_of(saved: Mapping[str, Any]) -> TrainingConfig | None:
+    """The settings in the identity of a saved run; ``None``: this version cannot read them, so they are others."""
     try:
-        settings = TrainingConfig.from_dict(json.loads(metadata["identity"])["training"])
-        return settings, Progress(**json.loads(metadata["progress"]))
-    except (KeyError, TypeError, ValueError, AttributeError):
+        return TrainingConfig.from_dict(saved["training"])
+    except (KeyError, TypeError, ValueError):
         return None
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from fastadapter.checkpoints import CheckpointError
-from fastadapter.checkpoints.files import write_atomically
 from fastadapter.training.config import UserError
 
 LOG_FILE = "log.jsonl"
@@ -40,10 +39,15 @@ class RunLog:
             accelerator.init_trackers("fastadapter", config=_flat(settings))
 
     def _open(self, step: int, evaluated: set[int]) -> None:
-        old = self.path.read_bytes() if self.path.exists() else b""
-        kept = b"".join(line for line in old.splitlines(keepends=True) if _is_past(line, step, evaluated))
-        if kept != old:
-            write_atomically(self.path, kept)
+        if self.path.exists():
+            # What comes after the step was written after it: the end of the file, which is cut off.
+            with self.path.open("r+b") as file:
+                kept = 0
+                for line in file:
+                    if not _is_past(line, step, evaluated):
+                        break
+                    kept += len(line)
+                file.truncate(kept)
         # Line by line, so that what a run did can be read while it goes on and after it was killed.
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
 

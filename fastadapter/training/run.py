@@ -79,7 +79,7 @@ class Run:
         if accelerator.mixed_precision != "no":
             self.identity["mixed_precision"] = accelerator.mixed_precision
 
-    def begin(self, resume: bool, save_steps: int, progress: bool, restart_schedule: bool) -> None:
+    def begin(self, resume: bool, save_steps: int, progress: bool, restart_schedule: bool = False) -> None:
         """Seed or restore; nothing is written before everything that can be checked has been."""
         from accelerate.utils import broadcast, set_seed
 
@@ -105,18 +105,19 @@ class Run:
 
     def restore(self, restart_schedule: bool) -> None:
         """Take up the saved run, or refuse to where it is another one."""
-        identity, found = self.identity, continuing.settings_of(self.state_file)
-        if found is not None:
-            old, position = found
+
+        def continued(saved: dict[str, Any], progress: state.Progress) -> dict[str, Any]:
+            old = continuing.settings_of(saved)
+            if old is None:
+                return self.identity
             settings = continuing.change_length(
-                old, self.config, position, self.steps_per_epoch, restart_schedule
+                old, self.config, progress, self.steps_per_epoch, restart_schedule
             )
-            identity = {**identity, "training": settings.to_dict()}
+            return {**self.identity, "training": settings.to_dict()}
+
         self.progress = state.load_state(
-            self.state_file, self.parameters, self.optimizer, identity, self.accelerator
+            self.state_file, self.parameters, self.optimizer, self.identity, self.accelerator, continued
         )
-        if found is not None:
-            self.progress.schedule_start = position.schedule_start
         continuing.fill_in(self.progress, self.steps_per_epoch)
         if self.scaler is not None and self.progress.scaler is not None:
             self.scaler.load_state_dict(self.progress.scaler)

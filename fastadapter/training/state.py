@@ -9,7 +9,7 @@ import hashlib
 import json
 import random
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,8 +138,13 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     identity: dict[str, Any],
     accelerator: Any,
+    continued: Callable[[dict[str, Any], Progress], dict[str, Any]] | None = None,
 ) -> Progress:
     """Put a saved state back into the parameters, the optimiser and the random generators.
+
+    Args:
+        continued: given the identity that was saved and the position, the one that it must be, where that is not
+            ``identity``; may raise UserError and change the position.
 
     Raises:
         UserError: the run was started with another configuration, model, data or number of processes; each
@@ -155,8 +160,13 @@ def load_state(
         if not isinstance(progress.step, int) or not isinstance(progress.epochs, list):
             raise ValueError("its position is no number")
         saved = json.loads(metadata["identity"])
-        # What a version before did not know yet was then what is the default now.
-        saved["training"] = {**TrainingConfig().to_dict(), **saved["training"]}
+        if "training" in saved:  # what an earlier version did not know was then what is the default now
+            saved["training"] = {**TrainingConfig().to_dict(), **saved["training"]}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its record of the run is damaged: {error!r}") from error
+    if continued is not None:
+        identity = continued(saved, progress)
+    try:
         different = differences(saved, json.loads(json.dumps(identity)))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its record of the run is damaged: {error!r}") from error

@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+import sklearn.metrics  # noqa: F401  so that no child has to import it
 import torch
 
 from tests.training.toy import history, run

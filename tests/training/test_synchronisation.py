@@ -17,7 +17,7 @@ from transformers import StaticCache
 import fastadapter as fa
 from fastadapter.training import TrainingConfig
 from fastadapter.training.classification import ClassificationTask
-from fastadapter.training.loop import _Run
+from fastadapter.training.run import Run
 from fastadapter.training.targets import AdapterTarget
 from fastadapter.training.tasks import GenerationTask
 from tests.training.toy import (
@@ -107,7 +107,7 @@ class Waits(TorchDispatchMode):
 
 
 def begin(model, task, folder, config):
-    run = _Run(model, task, AdapterTarget(model, "default"), config, folder, Accelerator(cpu=True))
+    run = Run(model, task, AdapterTarget(model, "default"), config, folder, Accelerator(cpu=True))
     run.begin(False, 1000, False)
     model.train()
     return run

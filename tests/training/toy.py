@@ -74,6 +74,8 @@ def run(
     labelled: bool = True,
     dropout: float = 0.0,
     resume: bool = False,
+    restart_schedule: bool = False,
+    progress: bool = False,
     accelerator: Any = None,
     **options: Any,
 ) -> FinetuneResult:
@@ -88,8 +90,9 @@ def run(
         TrainingConfig(**options),
         output_dir=folder,
         resume=resume,
+        restart_schedule=restart_schedule,
         save_steps=2,
-        progress=False,
+        progress=progress,
         accelerator=accelerator,
     )
 
