@@ -14,7 +14,7 @@ from accelerate.tracking import GeneralTracker, get_available_trackers
 
 import fastadapter as fa
 from fastadapter.checkpoints.files import read_tensors
-from fastadapter.training import TrainingConfig, UserError, finetune, report, step
+from fastadapter.training import NonFiniteError, TrainingConfig, UserError, finetune, report, step
 from fastadapter.training.log import require_trackers
 from tests.training.toy import (
     STATE,
@@ -135,27 +135,28 @@ def logged(folder):
     return [each for each in lines if "loss" in each]
 
 
-def test_half_precision_trains_what_full_precision_does(tmp_path):
-    """Scaled by 65536 and back: powers of two, so nothing is lost but what fp16 loses."""
-    result, model = half(tmp_path / "half", dropout=0.0)
+def test_half_precision_trains_what_full_precision_does(tmp_path, monkeypatch):
+    """Scaled up and down by a power of two, so nothing is lost but what fp16 loses."""
+    result, model = half(tmp_path / "half", 256.0, monkeypatch, dropout=0.0)
     examples = make_examples(32)
+    config = TrainingConfig(batch_size=4)
     whole = finetune(
-        make_adapted(), make_tokenizer(), examples[:22], examples[22:], TrainingConfig(batch_size=4), output_dir=tmp_path / "whole", progress=False,
+        make_adapted(), make_tokenizer(), examples[:22], examples[22:], config, output_dir=tmp_path / "whole",
+        progress=False,
     )  # fmt: skip
-    assert result.losses == pytest.approx(whole.losses, rel=0.02)
-    assert [each["grad_norm"] for each in logged(tmp_path / "half")] == pytest.approx(
-        [each["grad_norm"] for each in logged(tmp_path / "whole")], rel=0.1
-    )
+    assert result.losses == pytest.approx(whole.losses, rel=0.05)
+    norms = [[each["grad_norm"] for each in logged(tmp_path / name)][:4] for name in ("half", "whole")]
+    assert norms[0] == pytest.approx(norms[1], rel=0.02), "before the runs part for good"
     assert all(p.dtype == torch.float32 for _, p in fa.trainable_parameters(model))
 
 
 def test_a_gradient_that_overflows_is_skipped_and_the_scale_comes_down(tmp_path, monkeypatch):
-    result, model = half(tmp_path / "a", 2.0**27, monkeypatch)
+    result, model = half(tmp_path / "a", 2.0**19, monkeypatch)
     norms = [each["grad_norm"] for each in logged(tmp_path / "a")]
     skipped = norms.count(None)
     assert 0 < skipped < 12 and norms[-1] is not None and norms[0] is None
     progress = json.loads(read_tensors(tmp_path / "a" / STATE)[1]["progress"])
-    assert progress["skipped"] == skipped and progress["scaler"]["scale"] == 2.0 ** (27 - skipped)
+    assert progress["skipped"] == skipped and progress["scaler"]["scale"] == 2.0 ** (19 - skipped)
     assert all(p.isfinite().all() for _, p in fa.trainable_parameters(model))
     assert len(result.losses) == 12
 
@@ -163,7 +164,7 @@ def test_a_gradient_that_overflows_is_skipped_and_the_scale_comes_down(tmp_path,
 @pytest.mark.parametrize("stop", [2, 11])
 def test_half_precision_resumes_bit_for_bit(tmp_path, monkeypatch, stop):
     """Also behind steps that were skipped, when AdamW has taken fewer than the run, or none."""
-    options = {"scale": 2.0**27, "monkeypatch": monkeypatch}
+    options = {"scale": 2.0**19, "monkeypatch": monkeypatch}
     plain, calls = report.Reporter.step, []
 
     def stopping(self, *args):
