@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastadapter.checkpoints import load
-from fastadapter.cli.finetune import unescape
+from fastadapter.cli.data_options import unescape
 from fastadapter.cli.loading import add_model_arguments, device_and_dtype, load_model
 from fastadapter.integrations.verbs.choose import rows
 from fastadapter.training import UserError, write_json
