@@ -9,6 +9,7 @@ from typing import Any
 from fastadapter.training.config import UserError
 
 _ROWS = 64  # looked at together
+_OVERHEAD = 1 << 14  # bytes of a column in a row group that belong to no record
 _SPLIT = re.compile(r"(?P<name>.+?)(?::(?P<split>[\w.-]+))?")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -21,7 +22,7 @@ def read_parquet(path: Path, limit: int) -> Iterator[tuple[str, dict[str, Any]]]
             groups = (file.metadata.row_group(number) for number in range(file.metadata.num_row_groups))
             # A group is read whole, so one whose mean is beyond the limit is not read at all.
             for number, group in enumerate(groups, 1):
-                if group.total_byte_size > limit * max(1, group.num_rows):
+                if group.total_byte_size > limit * group.num_rows + _OVERHEAD * group.num_columns:
                     raise UserError(
                         f"{path}: row group {number} has {group.total_byte_size:,} bytes in {group.num_rows} "
                         f"records, and so a record of more than {limit:,} bytes (max_record_bytes)"

@@ -239,7 +239,8 @@ class _Text:
             if len(self.buffer) - self.at > limit:
                 _too_large(source, limit)
             # Doubling what there is keeps the tries few.
-            self.more(max(_CHUNK, len(self.buffer) - self.at))
+            have = len(self.buffer) - self.at
+            self.more(min(max(_CHUNK, have), limit + 1 - have))
         written = self.buffer[self.at : end]
         if len(written) > limit or len(written.encode(errors="replace")) > limit:
             _too_large(source, limit)
