@@ -51,7 +51,7 @@ def conversation(value: Any, field: str, source: str, system: str | None = None)
             if turn.get(name) is None:
                 fields = ", ".join(map(repr, turn)) or "none"
                 raise UserError(f"{source}: {what} has no {name!r}; its fields are {fields}")
-        if turn[speaker] not in known:
+        if not isinstance(turn[speaker], str) or turn[speaker] not in known:
             raise UserError(
                 f"{source}: {what} has the unknown role {turn[speaker]!r}; known are {', '.join(known)}"
             )
