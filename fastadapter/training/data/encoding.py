@@ -55,32 +55,39 @@ def encode_examples(
             raise UserError(
                 "append_eos is for completions; the chat template ends the turns of a conversation"
             )
-        encoded = encode_conversations(tokenizer, talks, parse_special_tokens=parse_special_tokens)
+        said = encode_conversations(tokenizer, talks, parse_special_tokens=parse_special_tokens)
         return [
             _fit_conversation(tokenizer, example, ids, trained, max_length, truncation)
-            for example, (ids, trained) in zip(talks, encoded, strict=True)
+            for example, (ids, trained) in zip(talks, said, strict=True)
         ]
     sources = [example.source for example in examples]
     how = {"parse_special_tokens": parse_special_tokens}
     starts = tokenize(tokenizer, [example.prompt for example in examples], sources, **how)
     boths = tokenize(tokenizer, [example.prompt + example.completion for example in examples], sources, **how)
     end = _end(tokenizer)
-    rows = []
-    for example, start, both in zip(examples, starts, boths, strict=True):
-        start, both = _without_end(start, end), _without_end(both, end)
-        if both[: len(start)] == start:
-            rest = both[len(start) :]
-        else:
-            rest = tokenize(
-                tokenizer, [example.completion], [example.source], **how, add_special_tokens=False
-            )[0]
+    starts, boths = ([_without_end(ids, end) for ids in rows] for rows in (starts, boths))
+    apart = [
+        at for at, (start, both) in enumerate(zip(starts, boths, strict=True)) if both[: len(start)] != start
+    ]
+    alone = tokenize(
+        tokenizer,
+        [examples[at].completion for at in apart],
+        [sources[at] for at in apart],
+        **how,
+        add_special_tokens=False,
+    )
+    rests = [both[len(start) :] for start, both in zip(starts, boths, strict=True)]
+    for at, ids in zip(apart, alone, strict=True):
+        rests[at] = ids
+    encoded = []
+    for example, start, rest in zip(examples, starts, rests, strict=True):
         if not start:
             raise UserError(f"{example.source}: the prompt has no tokens")
         if not rest:
             raise UserError(f"{example.source}: the completion {example.completion!r} has no tokens")
         rest = [*rest, eos] if append_eos else rest
-        rows.append(_fit(tokenizer, example, start, rest, max_length, truncation))
-    return rows
+        encoded.append(_fit(tokenizer, example, start, rest, max_length, truncation))
+    return encoded
 
 
 def context_length(model: Any) -> int | None:
