@@ -138,7 +138,7 @@ def templates(args: argparse.Namespace) -> dict[str, str]:
     if args.task == "generation":
         return {"template": TEMPLATE, "completion_template": COMPLETION_TEMPLATE, **given}
     if "completion_template" in given:
-        raise UserError(f"--completion-template: --task {args.task} has no completions")
+        raise UserError(f"--completion-template: a {args.task} has no completions")
     return {"template": TEXT_TEMPLATE, "completion_template": "{label}", **given}
 
 
