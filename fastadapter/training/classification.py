@@ -123,9 +123,8 @@ def class_names(train: Sequence[Example], held_out: Sequence[Example] = ()) -> l
         raise UserError("train holds no examples")
     for example in (*train, *held_out):
         if example.label is None:
-            raise UserError(
-                f"{example.source}: classification needs text/label records, this is a prompt/completion record"
-            )
+            kind = "prompt/completion record" if example.messages is None else "conversation"
+            raise UserError(f"{example.source}: classification needs text/label records, this is a {kind}")
     names = sorted({str(example.label) for example in train})
     if len(names) == 1:
         raise UserError(

@@ -69,7 +69,7 @@ def test_splits_by_file_count_and_fraction(parse, tmp_path, capsys):
     (CHATS, ["--append-eos"], "generation", "--append-eos is for completions"),
     (TEXTS, ["--completion-template", "{label}"], "classification", "--completion-template: a classification has no completions"),
     (TEXTS, ["--template", "{label}"], "generation", r"--template must hold \{text\} and no other field"),
-    (TEXTS, ["--template", "{text"], "classification", "--template '{text'"),
+    (TEXTS, ["--template", "{text"], "classification", r"--template '\{text'"),
     (TEXTS, ["--completion-template", "x"], "generation", r"--completion-template must hold \{label\}"),
     (TEXTS, ["--max-record-bytes", "0"], "generation", "--max-record-bytes must be at least 1, got 0"),
     (TEXTS, ["--max-record-bytes", "5"], "generation", "a.jsonl line 1: the record has more than 5 bytes"),

@@ -47,7 +47,7 @@ def read_data_set(name: str, limit: int) -> Iterator[tuple[str, dict[str, Any]]]
             loaded = datasets.load_from_disk(folder)
         else:
             loaded = datasets.load_dataset(folder)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except Exception as error:  # of the libraries below datasets, which have no base in common
         what = (
             "a folder, but not one that save_to_disk wrote"
             if Path(folder).is_dir()
@@ -62,7 +62,12 @@ def read_data_set(name: str, limit: int) -> Iterator[tuple[str, dict[str, Any]]]
     }
     columns = _columns(loaded.features.arrow_schema, name)
     tables = loaded.select_columns(columns).with_format("arrow").iter(_ROWS)
-    yield from _records(tables, name, limit, classes)
+    try:
+        yield from _records(tables, name, limit, classes)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name}: the data set cannot be read: {_first_line(error)}") from error
 
 
 def _split(loaded: Any, split: str | None, name: str) -> Any:
