@@ -67,7 +67,7 @@ def test_splits_by_file_count_and_fraction(parse, tmp_path, capsys):
     (TEXTS, ["--system-prompt", "s"], "generation", "--system-prompt is for conversation records, but .* text/label"),
     (CHATS, ["--system-prompt", " "], "generation", "--system-prompt is empty"),
     (CHATS, ["--append-eos"], "generation", "--append-eos is for completions"),
-    (TEXTS, ["--completion-template", "{label}"], "classification", "--completion-template: a classification has no completions"),
+    (TEXTS, ["--completion-template", "{label}"], "classification", "a classification has no completions"),
     (TEXTS, ["--template", "{label}"], "generation", r"--template must hold \{text\} and no other field"),
     (TEXTS, ["--template", "{text"], "classification", r"--template '\{text'"),
     (TEXTS, ["--completion-template", "x"], "generation", r"--completion-template must hold \{label\}"),
