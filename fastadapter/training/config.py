@@ -34,6 +34,7 @@ class TrainingInterrupted(Exception):
         self.exit_code = 128 + signum
 
 
+TRUNCATION = ("error", "prompt", "end")
 # Windows has no SIGHUP.
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -73,9 +74,12 @@ class TrainingConfig:
         max_grad_norm: the gradient's norm is clipped to this; 0: not clipped.
         seed: of the data order and of everything random in the model.
         max_length: longest prompt and completion in tokens; ``None``: the model's context.
-        truncate_prompt: cut the start of a prompt that is too long; otherwise it is an error.
+        truncation: what becomes of a longer one. ``"error"``: it is refused; ``"prompt"``: the start of its prompt is
+            cut; ``"end"``: its end is cut. Of a text to classify the end is cut in both cases.
         append_eos: train on an end-of-sequence token after each completion; ``None``: after completions of
             prompt/completion records, not after labels, which are compared, not generated.
+        parse_special_tokens: special tokens such as ``</s>`` that stand in a record are tokens; otherwise they are
+            text like any other.
     Raises: TypeError, UserError: naming the field, what was expected and what came.
 
     >>> TrainingConfig(num_train_epochs=3).learning_rate
@@ -94,8 +98,9 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     seed: int = 0
     max_length: int | None = None
-    truncate_prompt: bool = False
+    truncation: str = "error"
     append_eos: bool | None = None
+    parse_special_tokens: bool = False
     head_learning_rate: float | None = None
     lr_scheduler_type: str = "cosine"
     warmup_steps: int | None = None
@@ -139,6 +144,7 @@ class TrainingConfig:
                 f"got {self.gradient_accumulation_steps}"
             )
         _require_one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
+        _require_one_of("truncation", self.truncation, TRUNCATION)
         _require_one_of("eval_strategy", self.eval_strategy, EVAL_STRATEGIES)
         if (self.eval_strategy == "steps") != (self.eval_steps is not None):
             raise UserError(
@@ -175,10 +181,10 @@ class TrainingConfig:
 
         Raises: TypeError, UserError: a field that this version does not know, or a value that makes no sense.
         """
+        given = up_to_date(record)
         known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(record) - known):
+        if unknown := sorted(set(given) - known):
             raise UserError(f"the training settings hold {unknown[0]}, which this version does not know")
-        given = dict(record)
         if isinstance(given.get("betas"), list):
             given["betas"] = tuple(given["betas"])
         return cls(**given)
@@ -204,6 +210,17 @@ class TrainingConfig:
         if step < warmup:
             return peak * (step + 1) / warmup
         return peak * SCHEDULES[self.lr_scheduler_type]((step - warmup) / max(1, total_steps - warmup))
+
+
+def up_to_date(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a configuration of an earlier version, with the names and the fields of this one.
+
+    What that version did not know was then what is the default now.
+    """
+    given = {**TrainingConfig().to_dict(), **record}
+    if "truncate_prompt" in given:
+        given["truncation"] = "prompt" if given.pop("truncate_prompt") else "error"
+    return given
 
 
 def _require_one_of(name: str, value: Any, names: Any) -> None:

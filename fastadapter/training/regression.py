@@ -59,7 +59,7 @@ class RegressionTask:
     Labels are taken as they are: numbers far from 1 want a learning rate to match, or scaling beforehand.
 
     Raises: UserError: naming the record: it has no label, or one that is no finite number; a text without tokens, or
-        too long without ``truncate_prompt``; a model whose head has not one output.
+        too long without ``truncation``; a model whose head has not one output.
     """
 
     def __init__(

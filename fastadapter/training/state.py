@@ -22,7 +22,7 @@ from fastadapter.checkpoints import CheckpointError
 from fastadapter.checkpoints.files import read_tensors, write_tensors
 from fastadapter.checkpoints.fingerprint import configuration, differences, sample
 from fastadapter.ops.backends import GPU_TYPES
-from fastadapter.training.config import TrainingConfig, UserError
+from fastadapter.training.config import UserError, up_to_date
 from fastadapter.training.data import Encoded
 
 STATE_FILE = Path("last", "training_state.safetensors")
@@ -62,7 +62,7 @@ def digest_examples(rows: Iterable[Sequence[Encoded]]) -> str:
     """SHA-256 over the tokens of rows of candidates."""
     sha = hashlib.sha256()
     for row in rows:
-        sha.update(repr([(each.prompt_len, each.input_ids) for each in row]).encode())
+        sha.update(repr([(each.prompt_len, each.given, each.input_ids) for each in row]).encode())
     return sha.hexdigest()
 
 
@@ -160,8 +160,8 @@ def load_state(
         if not isinstance(progress.step, int) or not isinstance(progress.epochs, list):
             raise ValueError("its position is no number")
         saved = json.loads(metadata["identity"])
-        if "training" in saved:  # what an earlier version did not know was then what is the default now
-            saved["training"] = {**TrainingConfig().to_dict(), **saved["training"]}
+        if "training" in saved:
+            saved["training"] = up_to_date(saved["training"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its record of the run is damaged: {error!r}") from error
     if continued is not None:
