@@ -25,7 +25,9 @@ from fastadapter.training import (
 )
 from fastadapter.training.classification import LABELS_FILE, TEXT_TEMPLATE
 from fastadapter.training.data import COMPLETION_TEMPLATE, TEMPLATE
-from fastadapter.training.loop import TASKS, require_fresh_or_resume
+from fastadapter.training.folder import require_fresh_or_resume
+from fastadapter.training.lock import require_unlocked
+from fastadapter.training.loop import TASKS
 from fastadapter.training.report import require_writable
 
 _DEFAULTS = TrainingConfig()
@@ -131,6 +133,8 @@ def run(args: argparse.Namespace) -> int:
     adapter = method_config(args, args.adapter)
     # What can be wrong is found out before the minutes that loading a model may take.
     require_fresh_or_resume(args.output_dir, args.resume)
+    if accelerator.is_main_process:
+        require_unlocked(args.output_dir)
     train, held_out = _read(args, accelerator.is_main_process)
     if accelerator.is_main_process and args.json:
         require_writable(Path(args.json).parent)
@@ -153,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
             save_steps=args.save_steps,
             accelerator=accelerator,
+            details=_details(args, labelled=train[0].label is not None),
         )
     except TrainingInterrupted as stop:
         if accelerator.is_main_process:
@@ -197,6 +202,20 @@ def _read(args: argparse.Namespace, tell: bool) -> tuple[list[Example], list[Exa
     if args.eval_fraction is not None:
         count = max(1, round(args.eval_fraction * len(train)))
     return (train, None) if count is None else split_examples(train, count, args.seed)
+
+
+def _details(args: argparse.Namespace, labelled: bool) -> dict[str, Any]:
+    """What ``run.json`` says of the command line."""
+    return {
+        "command": ["fastadapter", *args.argv],
+        "base": {
+            "name": args.model,
+            "revision": getattr(args, "revision", None),
+            "gguf_file": args.gguf_file,
+        },
+        "files": [file for file in (args.data, args.eval_data) if file],
+        **(_templates(args) if labelled else {}),
+    }
 
 
 def _seed(seed: int) -> None:
