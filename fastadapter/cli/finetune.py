@@ -4,9 +4,17 @@ import argparse
 import contextlib
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from fastadapter.cli.data_options import add_data_arguments, escape, prompt_template, read_data
+from fastadapter.cli.data_options import (
+    add_data_arguments,
+    describe_data,
+    escape,
+    prompt_template,
+    read_data,
+)
 from fastadapter.cli.loading import add_model_arguments, device_and_dtype, load_classifier, load_model
 from fastadapter.cli.method_options import add_method_arguments, method_config
 from fastadapter.cli.training_options import (
@@ -18,6 +26,7 @@ from fastadapter.cli.training_options import (
 from fastadapter.integrations.verbs.attach import attach
 from fastadapter.methods import METHODS
 from fastadapter.training import (
+    Example,
     FinetuneResult,
     TrainingInterrupted,
     class_names,
@@ -25,11 +34,12 @@ from fastadapter.training import (
     write_json,
 )
 from fastadapter.training.classification import LABELS_FILE
+from fastadapter.training.folder import require_fresh_or_resume
+from fastadapter.training.lock import require_unlocked
 from fastadapter.training.log import require_trackers
 from fastadapter.training.loop import TASKS
 from fastadapter.training.metrics import table
 from fastadapter.training.report import require_writable
-from fastadapter.training.run import require_fresh_or_resume
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
     adapter = method_config(args, args.adapter)
     # What can be wrong is found out before the minutes that loading a model may take.
     require_fresh_or_resume(args.output_dir, args.resume)
+    if accelerator.is_main_process:
+        require_unlocked(args.output_dir)
     train, held_out = read_data(args, accelerator.is_main_process)
     if accelerator.is_main_process and args.json:
         require_writable(Path(args.json).parent)
@@ -91,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
             restart_schedule=args.restart_schedule,
             save_steps=args.save_steps,
             accelerator=accelerator,
+            details=_details(args, train, held_out),
         )
     except TrainingInterrupted as stop:
         if accelerator.is_main_process:
@@ -104,6 +117,26 @@ def run(args: argparse.Namespace) -> int:
             write_json(args.json, {**record, "config": {**asked, **record["config"]}})
         print(_summary(args, result, prompt_template(args, train[0]), labels))
     return 0
+
+
+def _details(
+    args: argparse.Namespace, train: Sequence[Example], held_out: Sequence[Example] | None
+) -> dict[str, Any]:
+    """What ``run.json`` says of the command line and the data."""
+    about = describe_data(args, train, held_out)
+    files = about.pop("data")["files"]
+    labels = sorted({str(example.label) for example in train if example.label is not None})
+    return {
+        "command": ["fastadapter", *args.argv],
+        "base": {
+            "name": args.model,
+            "revision": getattr(args, "revision", None),
+            "gguf_file": args.gguf_file,
+        },
+        "files": files,
+        "labels": labels if args.task != "regression" else [],
+        **about,
+    }
 
 
 def _seed(seed: int) -> None:

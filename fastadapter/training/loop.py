@@ -1,6 +1,6 @@
 """Fine-tune the adapter of a frozen model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from fastadapter.training import metrics, report
 from fastadapter.training.classification import ClassificationTask
 from fastadapter.training.config import TrainingConfig, UserError
 from fastadapter.training.data import Example
+from fastadapter.training.folder import RunFolder
 from fastadapter.training.regression import RegressionTask
 from fastadapter.training.run import Run
 from fastadapter.training.targets import AdapterTarget, ParameterTarget, training_only
@@ -40,6 +41,7 @@ def finetune(
     save_steps: int = 50,
     progress: bool = True,
     accelerator: Any = None,
+    details: Mapping[str, Any] | None = None,
 ) -> report.FinetuneResult:
     """Train the adapter ``name`` of ``model`` on the completions, the classes or the numbers of ``train``.
 
@@ -56,6 +58,9 @@ def finetune(
 
     A base model in fp16, and an accelerator with ``mixed_precision="fp16"``, get their loss scaled, dynamically, as
     by ``torch.amp.GradScaler``; a step whose gradient overflows is skipped.
+
+    ``run.json`` says what was asked and what came of it, epoch by epoch, and ``README.md`` how to use the adapter.
+    While the run lasts, the folder is locked: a second run in it is refused.
 
     A classification run also leaves ``labels.json``, the names of the classes. Without an adapter, ``trainable``
     names parameters of the model itself; they are saved as ``weights.safetensors``.
@@ -76,14 +81,16 @@ def finetune(
         name: the adapter to train; it must be the active one and hold every trainable parameter.
         trainable: names of the model's own parameters (``*`` matches anything) to train in place of an adapter;
             the others are frozen for the duration.
-        resume: continue the run in ``output_dir``, or start one if there is none. Otherwise a folder with a
-            run is refused.
+        resume: continue the run in ``output_dir``, or start one if nothing of a run is there; one whose state is gone
+            is an error. Otherwise a folder with a run is refused.
         restart_schedule: when a run is resumed with another length, begin the learning rate's schedule anew.
         save_steps: optimiser steps between two saves; the state is also saved at the start and after each
             epoch.
         progress: bars and lines on stderr.
         accelerator: an ``accelerate.Accelerator``; one is made if ``None``. Its trackers (``log_with``) get what
             ``log.jsonl`` gets.
+        details: what the caller alone knows, for ``run.json``: some of
+            :data:`fastadapter.training.run_record.DETAILS`.
     Returns: history, accuracies, memory.
     Raises:
         UserError: before anything is written, what is wrong with data, configuration, folder or a run to
@@ -109,9 +116,10 @@ def finetune(
         metrics.require_packages()
     rows = TASKS[task](unwrap(model), tokenizer, train, evaluation_data, config)
     model.to(accelerator.device)
-    with nullcontext() if trainable is None else training_only(model, trainable):
+    folder = RunFolder(output_dir, accelerator, details)
+    with folder, nullcontext() if trainable is None else training_only(model, trainable):
         target = AdapterTarget(model, name) if trainable is None else ParameterTarget(model)
-        run = Run(model, rows, target, config, Path(output_dir), accelerator)
+        run = Run(model, rows, target, config, folder, accelerator)
         run.begin(resume, save_steps, progress, restart_schedule)
         try:
             return run.go()

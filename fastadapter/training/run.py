@@ -3,7 +3,6 @@
 import math
 import signal
 import time
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -19,24 +18,11 @@ from fastadapter.training.config import (
     TrainingInterrupted,
     UserError,
 )
+from fastadapter.training.folder import RunFolder
 from fastadapter.training.log import RunLog
 from fastadapter.training.step import GradientBuffer, StopSignals, make_optimizer, make_scaler
-from fastadapter.training.targets import AdapterTarget, ParameterTarget, Target
+from fastadapter.training.targets import Target
 from fastadapter.training.tasks import Task
-
-
-def require_fresh_or_resume(output_dir: str | Path, resume: bool) -> None:
-    """Raise UserError if ``output_dir`` holds a run that is not to be resumed."""
-    output_dir = Path(output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"output_dir {output_dir} is not a folder")
-    files = (state.STATE_FILE, Path(AdapterTarget.file), Path(ParameterTarget.file))
-    holds = [file for file in files if (output_dir / file).exists()]
-    if holds and not resume:
-        raise UserError(f"{output_dir} holds a run ({holds[0]}); resume it, or choose another output_dir")
-    if resume and holds and holds[0] != state.STATE_FILE:
-        what = "an adapter" if holds[0] == Path(AdapterTarget.file) else "trained parameters"
-        raise UserError(f"{output_dir} holds {what} but no {state.STATE_FILE} to resume from")
 
 
 class Run:
@@ -48,11 +34,11 @@ class Run:
         task: Task,
         target: Target,
         config: TrainingConfig,
-        output_dir: Path,
+        folder: RunFolder,
         accelerator: Any,
     ):
         self.model, self.task, self.target, self.config = model, task, target, config
-        self.output_dir, self.accelerator = output_dir, accelerator
+        self.folder, self.output_dir, self.accelerator = folder, folder.path, accelerator
         self.steps_per_epoch = math.ceil(len(task.lengths) / config.batch_size)
         self.total_steps = config.total_steps(self.steps_per_epoch)
         if config.num_warmup_steps(self.total_steps) > self.total_steps:
@@ -85,7 +71,7 @@ class Run:
 
         self.save_steps = save_steps
         self.state_file = self.output_dir / state.STATE_FILE
-        require_fresh_or_resume(self.output_dir, resume)
+        self.folder.claim(resume)
         self.saved = resume and self.state_file.exists()
         if self.saved:
             self.restore(restart_schedule)
@@ -94,14 +80,16 @@ class Run:
             set_seed(self.config.seed, device_specific=True)
             for _, parameter in self.parameters:
                 parameter.data.copy_(broadcast(parameter.data))
-        if self.accelerator.is_main_process:
-            report.require_writable(self.output_dir)
+        held_out_rows = self.task.held_out.rows if self.task.held_out is not None else 0
+        self.folder.begin(self.target, self.identity, (len(self.task.lengths), held_out_rows))
         self.reporter = report.Reporter(
             progress and self.accelerator.is_main_process,
             self.progress.step,
             self.total_steps,
             self.accelerator.device,
         )
+        if resume and not self.saved:
+            self.reporter.line(f"{self.output_dir} holds nothing to resume: a new run begins")
 
     def restore(self, restart_schedule: bool) -> None:
         """Take up the saved run, or refuse to where it is another one."""
@@ -145,6 +133,7 @@ class Run:
                 )
             if not self.saved:
                 self.save()  # a disk too full for the state is found out now, not after an hour
+            self.folder.update(progress.epochs, self.outcome())
             if self.task.held_out is not None and progress.before is None:
                 progress.before = metrics.scalars(self.evaluate("before the first step"))
                 if self.log is not None:
@@ -160,6 +149,7 @@ class Run:
                     self.finish_epoch()
                 if evaluated_now or ended:
                     self.save()
+                    self.folder.update(progress.epochs, self.outcome())
                 if self.is_over():
                     break
                 stop = self.train_step()
@@ -174,6 +164,7 @@ class Run:
                     self.interrupt(stop)
         if self.accelerator.is_main_process:
             self.target.save(self.output_dir)
+        self.folder.update(progress.epochs, self.outcome(), finished=True)
         self.accelerator.wait_for_everyone()
         return self.result()
 
@@ -374,7 +365,8 @@ class Run:
             f"{self.output_dir} can be resumed",
         )
 
-    def result(self) -> report.FinetuneResult:
+    def outcome(self) -> dict[str, Any]:
+        """Of the held-out records, as far as the run is."""
         progress, held = self.progress, self.task.held_out
         outcome: dict[str, Any] = {"accuracy_before": None, "accuracy_after": None}
         if held is not None and progress.before and progress.best:
@@ -390,6 +382,10 @@ class Run:
                 "best_step": progress.best["step"],
                 "metrics": progress.metrics,
             }
+        return outcome
+
+    def result(self) -> report.FinetuneResult:
+        progress = self.progress
         return report.FinetuneResult(
             config={
                 key: self.identity[key]
@@ -397,7 +393,7 @@ class Run:
                 if key in self.identity
             },
             epochs=progress.epochs,
-            eval=outcome,
+            eval=self.outcome(),
             losses=progress.losses,
             trainable_parameters=sum(parameter.numel() for _, parameter in self.parameters),
             total_parameters=sum(parameter.numel() for parameter in unwrap(self.model).parameters()),
