@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastadapter.cli import assets
-from fastadapter.cli.finetune import unescape
 from fastadapter.cli.loading import add_model_arguments, device_and_dtype
+from fastadapter.cli.options import unescape
 from fastadapter.compare import (
     DEFAULT_METHODS,
     METHODS_TO_COMPARE,
@@ -41,7 +41,7 @@ _FULL = {"seeds": [0, 1, 2], "num_train_epochs": 3}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    add_model_arguments(parser, revision=False)
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastadapter.cli.loading import add_model_arguments, device_and_dtype, load_classifier, load_model
 from fastadapter.cli.method_options import add_method_arguments, method_config
+from fastadapter.cli.options import escape, unescape
 from fastadapter.integrations.verbs.attach import attach
 from fastadapter.methods import METHODS
 from fastadapter.training import (
@@ -98,16 +99,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json", metavar="FILE", help="write configuration, history and memory to this file")
 
 
-def unescape(text: str) -> str:
-    """New lines and tabs as one can type them in any shell."""
-    return text.replace("\\n", "\n").replace("\\t", "\t")
-
-
-def escape(text: str) -> str:
-    """What :func:`unescape` makes the text of."""
-    return text.replace("\n", "\\n").replace("\t", "\\t")
-
-
 def run(args: argparse.Namespace) -> int:
     from accelerate import Accelerator
 
@@ -136,9 +127,11 @@ def run(args: argparse.Namespace) -> int:
         require_writable(Path(args.json).parent)
     labels = class_names(train, held_out or ()) if args.task == "classification" else []
     if labels:
-        model, tokenizer = load_classifier(args.model, args.gguf_file, args.dtype, labels, args.seed)
+        model, tokenizer = load_classifier(
+            args.model, args.gguf_file, args.dtype, labels, args.seed, args.revision
+        )
     else:
-        model, tokenizer = load_model(args.model, args.gguf_file, args.dtype)
+        model, tokenizer = load_model(args.model, args.gguf_file, args.dtype, args.revision)
     _seed(args.seed)
     attach(model, adapter)
     try:
@@ -223,8 +216,9 @@ def _summary(args: argparse.Namespace, result: FinetuneResult, labelled: bool, l
         lines.append(f"classes {', '.join(labels)}, in that order in {args.output_dir}/{LABELS_FILE}")
         return "\n".join(lines)
     use = ["fastadapter", "generate", "--model", args.model, "--adapter", args.output_dir]
-    if args.gguf_file:
-        use += ["--gguf-file", args.gguf_file]
+    for option in ("gguf_file", "revision"):
+        if getattr(args, option):
+            use += [f"--{option.replace('_', '-')}", getattr(args, option)]
     if labelled:
         use += ["--template", escape(_templates(args)["template"])]
     lines.append(f"use it: {shlex.join(use)} --prompt ...")
