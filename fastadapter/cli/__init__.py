@@ -1,5 +1,6 @@
 """The ``fastadapter`` command. Each subcommand is a module with ``add_arguments(parser)`` and ``run(args)``."""
 
+import argparse
 import importlib
 import sys
 from collections.abc import Collection
@@ -40,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
-        args, rest = make_parser([word for word in argv if word in COMMANDS][:1]).parse_known_args(argv)
+        parser = make_parser([word for word in argv if word in COMMANDS][:1])
+        args, rest = parser.parse_known_args(argv, argparse.Namespace(argv=list(argv)))
         args.parser.require_known(rest)
         status = args.run(args) or 0
         sys.stdout.flush()  # a pipe that nobody reads must be noticed here, not at the end of the process

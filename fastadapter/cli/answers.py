@@ -55,8 +55,6 @@ class Answerer:
         self.ends = _end_tokens(model, tokenizer)
         pad = next((each for each in (tokenizer.pad_token_id, *self.ends) if each is not None), 0)
         self.options = {**options, "pad_token_id": pad, "eos_token_id": self.ends or None}
-        if self.stop:
-            self.options |= {"stop_strings": list(self.stop), "tokenizer": tokenizer}
         self.context = context_length(model)
 
     def encode(self, source: str, text: str, adapter: str | None = None) -> Prompt:
@@ -109,6 +107,8 @@ class Answerer:
         options = dict(self.options)
         if tell is not None:
             options["streamer"] = _streamer(self.tokenizer, self.stop, tell)
+        if self.stop:
+            options["stopping_criteria"] = [_stopping(self.tokenizer, self.stop, width)]
         torch.manual_seed(random.Random(f"{self.seed}-{draw}").getrandbits(63))
         started = time.perf_counter()
         chosen = (
@@ -126,6 +126,8 @@ class Answerer:
         ]
 
     def _record(self, prompt: Prompt, new: list[int], seconds: float) -> dict[str, Any]:
+        while len(new) > 1 and new[-1] == new[-2] == self.options["pad_token_id"]:
+            new = new[:-1]  # a row that a stop text ended is filled up
         end = next((number for number, token in enumerate(new) if token in self.ends), None)
         count = len(new) if end is None else end + 1
         text, stopped = _before(self.tokenizer.decode(new[:count], skip_special_tokens=True), self.stop)
@@ -157,6 +159,25 @@ def _before(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     """The text before the first of the stop texts, and whether there is one."""
     places = [place for each in stop if (place := text.find(each)) >= 0]
     return (text[: min(places)], True) if places else (text, False)
+
+
+def _stopping(tokenizer: Any, stop: Sequence[str], start: int) -> Any:
+    """Ends a row whose tokens from ``start`` on hold a stop text.
+
+    By decoding: transformers' own criterion fails on vocabularies without plain letters.
+    """
+    from transformers import StoppingCriteria
+
+    # a character may take four tokens, one of which at least is new
+    window = 4 * max(map(len, stop)) + 8
+
+    class StopTexts(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **unused: Any) -> torch.Tensor:
+            ends = input_ids[:, max(start, input_ids.shape[1] - window) :]
+            texts = tokenizer.batch_decode(ends, skip_special_tokens=True)
+            return torch.tensor([_before(text, stop)[1] for text in texts], device=input_ids.device)
+
+    return StopTexts()
 
 
 def _streamer(tokenizer: Any, stop: Sequence[str], tell: Callable[[str], None]) -> Any:

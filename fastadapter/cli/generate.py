@@ -1,6 +1,7 @@
 """``fastadapter generate``: answer prompts with a model and adapters: one prompt, a file of them, or a conversation."""
 
 import argparse
+import contextlib
 import sys
 from typing import Any
 
@@ -89,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
     if args.chat:
         if output is not None:
             output.start()
-        converse(answerer, args.system_prompt, output, args.json)
+        with contextlib.closing(output) if output is not None else contextlib.nullcontext():
+            converse(answerer, args.system_prompt, output, args.json)
         return 0
     names = [name if mixed else "default" for _, _, name in entries]
     prompts = [

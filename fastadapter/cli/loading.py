@@ -158,7 +158,7 @@ def model_folder(name: str) -> str | None:
 def _load(
     kind: Any, name: str, gguf_file: str | None, dtype: str, revision: str | None, more: dict[str, Any]
 ) -> tuple[Any, Any, list[str]]:
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     options: dict[str, Any] = {"trust_remote_code": False}
     folder = model_folder(name)
@@ -172,6 +172,9 @@ def _load(
     if gguf_file is not None:
         options["gguf_file"] = gguf_file
     with quiet():
+        if folder is None:
+            with _told_as_its_own(name, "cannot be loaded"):
+                AutoConfig.from_pretrained(name, **options)
         with _told_as_its_own(name, "its tokenizer cannot be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(folder or name, **options)
         with _told_as_its_own(name, "cannot be loaded"):

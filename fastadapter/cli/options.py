@@ -25,7 +25,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         numbers: dict[Any, str] = {int: "N", float: "X"}
-        return numbers.get(action.type, action.dest.upper())
+        return numbers.get(action.type, action.dest.rpartition("_")[2].upper())
 
     def _get_help_string(self, action: argparse.Action) -> str:
         # some versions of Python write it into the help of a --x/--no-x option themselves

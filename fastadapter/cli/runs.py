@@ -11,6 +11,7 @@ from typing import Any
 
 from fastadapter.checkpoints import CheckpointError
 from fastadapter.checkpoints.files import find, read_tensors
+from fastadapter.cli.loading import DTYPES
 from fastadapter.training import UserError
 from fastadapter.training.classification import LABELS_FILE, TEXT_TEMPLATE
 from fastadapter.training.run_record import read_run
@@ -108,33 +109,33 @@ def complete(args: argparse.Namespace, adapters: list[Known]) -> None:
     bases: list[tuple[Known, dict[str, Any]]] = []
     for known in adapters:
         base = known.of_run("base")
-        if base:
+        if base and base.get("name"):
             bases.append((known, {**base, "dtype": known.of_run("dtype")}))
     if args.model is None:
         if not bases:
             why = f"; {adapters[0].path} does not name the model it was trained on" if adapters else ""
             raise UserError(f"--model is needed{why}")
         _require_one_base(bases)
-        known, base = bases[0]
+        args.model = _there(*bases[0])
+    for known, base in bases:
+        if not _same_model(args.model, base["name"]):
+            _tell(f"--model {args.model} in place of {base['name']}, on which {known.path} was trained")
+            continue
         for option in ("revision", "gguf_file"):
-            if getattr(args, option) is None:
-                setattr(args, option, base.get(option))
-        args.model = _there(known, str(base.get("name")))
-    else:
-        for known, base in bases:
-            if not _same_model(args.model, str(base.get("name"))):
+            given, trained = getattr(args, option), base.get(option)
+            if given is None:
+                setattr(args, option, trained)
+            elif given != trained:
                 _tell(
-                    f"--model {args.model} in place of {base.get('name')}, on which {known.path} was trained"
+                    f"--{option.replace('_', '-')} {given} in place of {trained or 'none'}, "
+                    f"with which {known.path} was trained"
                 )
     if args.dtype is None:
         args.dtype = next((base["dtype"] for _, base in bases if base["dtype"] is not None), "auto")
-    for known, base in bases:
-        for option in ("revision", "gguf_file"):
-            given, trained = getattr(args, option), base.get(option)
-            if trained is not None and given is not None and given != trained:
-                _tell(
-                    f"--{option.replace('_', '-')} {given} in place of {trained}, which {known.path} was trained on"
-                )
+        if args.dtype not in ("auto", *DTYPES):
+            raise UserError(
+                f"{bases[0][0].path}: its run has the dtype {args.dtype!r}; --dtype says which to take"
+            )
 
 
 def _require_one_base(bases: list[tuple[Known, dict[str, Any]]]) -> None:
@@ -148,8 +149,9 @@ def _require_one_base(bases: list[tuple[Known, dict[str, Any]]]) -> None:
                 )
 
 
-def _there(known: Known, name: str) -> str:
-    """The model's name in the record, or where its folder lies from here."""
+def _there(known: Known, base: dict[str, Any]) -> str:
+    """The model's name in the record. Raises: UserError: it is that of a folder which is not there."""
+    name = str(base["name"])
     looks_like_a_path = Path(name).is_absolute() or name.startswith((".", "~"))
     if looks_like_a_path and not Path(name).exists():
         raise UserError(
