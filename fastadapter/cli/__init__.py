@@ -44,7 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         parser = make_parser([word for word in argv if word in COMMANDS][:1])
         args, rest = parser.parse_known_args(argv, argparse.Namespace(argv=list(argv)))
         args.parser.require_known(rest)
-        status = args.run(args) or 0
+        from fastadapter.cli import faults
+
+        with faults.plain_warnings():
+            status = args.run(args) or 0
         sys.stdout.flush()  # a pipe that nobody reads must be noticed here, not at the end of the process
         return status
     except (Exception, KeyboardInterrupt) as error:

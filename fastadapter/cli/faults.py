@@ -8,7 +8,10 @@ import os
 import re
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
 from types import TracebackType
+from typing import Any
 
 INTERRUPTED = 130
 # What a shell reports of a program that wrote to a pipe nobody reads any more.
@@ -17,6 +20,22 @@ _PACKAGE = __name__.partition(".")[0]
 # What a distribution is imported as, where that is another name.
 _IMPORTED_AS = {"scikit-learn": "sklearn"}
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Warnings of ours as a line for a reader, without the place in the code that Python adds."""
+    before = warnings.formatwarning
+
+    def formatted(message: Any, *where: Any, **more: Any) -> str:
+        text = str(message)
+        return f"{text}\n" if text.startswith(f"{_PACKAGE}: ") else before(message, *where, **more)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def tell(error: BaseException) -> int:

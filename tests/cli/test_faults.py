@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,17 @@ def test_other_exceptions_keep_their_traceback(capsys, error):
     assert "fastadapter: error:" not in printed and printed.splitlines()[-1].startswith(
         "fastadapter: this should not"
     )
+
+
+def test_warnings_of_ours_are_one_line(monkeypatch, capsys):
+    def warn(args):
+        for text in ("fastadapter: another base", "a library's"):
+            print(warnings.formatwarning(UserWarning(text), UserWarning, "file.py", 3), end="")
+
+    before = warnings.formatwarning
+    monkeypatch.setattr(explain, "run", warn)
+    assert cli.main(["explain"]) == 0 and warnings.formatwarning is before
+    assert capsys.readouterr().out == "fastadapter: another base\nfile.py:3: UserWarning: a library's\n"
 
 
 @pytest.mark.parametrize("error, status", [(KeyboardInterrupt(), 130), (BrokenPipeError(), 141)])
