@@ -161,22 +161,27 @@ def generate(commands: Commands) -> None:
     """One prompt with one adapter, then a batch whose rows have adapters of their own, greedy and drawn."""
     commands.finetune("first")
     commands.finetune("second", "--seed", 1)
-    out, prompts = commands.folder / "answers.json", commands.folder / "prompts.jsonl"
-    few = ("--max-new-tokens", 8, "--json", out)
+    prompts = commands.folder / "prompts.jsonl"
+
+    def ask(name: str, *options: Any) -> list[dict[str, Any]]:
+        out = commands.folder / f"{name}.jsonl"
+        commands("generate", "--max-new-tokens", 8, "--output", out, *options)
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
     adapters = [commands.folder / name for name in ("first", "second")]
-    commands("generate", "--adapter", adapters[0], "--prompt", "Review : w1 w2 w3 Sentiment :", *few)
-    if not json.loads(out.read_text())["completions"][0]["new_tokens"]:
+    (answer,) = ask("one", "--adapter", adapters[0], "--prompt", "Review : w1 w2 w3 Sentiment :")
+    if not answer["new_tokens"]:
         raise RuntimeError("generate made no tokens")
     chosen = ["first", None, "second", "first"]
     # on a GPU transformers compiles the decoding step then, and records it as a CUDA graph
     static = ("--cache-implementation", "static")
-    commands("generate", "--adapter", adapters[0], "--prompt", "Review : w1 w2", *few, *static)
+    ask("static", "--adapter", adapters[0], "--prompt", "Review : w1 w2", *static)
     lines = [{"prompt": f"Review : w{row} w2", "adapter": name} for row, name in enumerate(chosen)]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     named = [f"{path.name}={path}" for path in adapters]
-    for more in ((), ("--do-sample", "--top-p", 0.9)):
-        commands("generate", "--adapters", *named, "--file", prompts, *few, *more)
-        found = [each["adapter"] for each in json.loads(out.read_text())["completions"]]
+    for name, more in (("greedy", ()), ("drawn", ("--do-sample", "--top-p", 0.9))):
+        answers = ask(name, "--adapters", *named, "--file", prompts, *more)
+        found = [each["adapter"] for each in answers]
         if found != chosen:
             raise RuntimeError(f"generate answered for the adapters {found}, asked for {chosen}")
 

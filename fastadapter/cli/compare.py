@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastadapter.cli import assets
-from fastadapter.cli.data_options import unescape
 from fastadapter.cli.loading import add_model_arguments, device_and_dtype
+from fastadapter.cli.options import unescape
 from fastadapter.compare import (
     DEFAULT_METHODS,
     METHODS_TO_COMPARE,
@@ -17,7 +17,7 @@ from fastadapter.compare import (
     resolve_methods,
     write_report,
 )
-from fastadapter.compare.report import markdown, summarise
+from fastadapter.compare.report import REVIEWS, markdown, summarise
 from fastadapter.training import (
     Example,
     TrainingConfig,
@@ -32,7 +32,6 @@ from fastadapter.training import (
 from fastadapter.training.classification import TEXT_TEMPLATE
 from fastadapter.training.report import require_writable
 
-REVIEWS = "reviews"
 # All reviews whose rating is clear enough to have a sign.
 REVIEW_TRAIN, REVIEW_TEST = 8309, 2000
 QUICK_TRAIN, QUICK_TEST = 400, 200
@@ -41,7 +40,7 @@ _FULL = {"seeds": [0, 1, 2], "num_train_epochs": 3}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    add_model_arguments(parser, revision=False)
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
@@ -51,9 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     held_out = data.add_mutually_exclusive_group()
     held_out.add_argument("--eval-data", help="test records; training records with their texts are left out")
     held_out.add_argument(
-        "--eval-count", type=int, help="test records; a fifth if not given, 2,000 of the reviews"
+        "--eval-count",
+        type=int,
+        help=f"test records; if not given, a fifth, of the reviews {REVIEW_TEST} (with --quick {QUICK_TEST} at most)",
     )
-    data.add_argument("--train-count", type=int, help="train on so many of the records; all if not given")
+    data.add_argument(
+        "--train-count",
+        type=int,
+        help=f"train on so many of the records; if not given, all, with --quick {QUICK_TRAIN}",
+    )
     data.add_argument("--split-seed", type=int, default=0, help="of the draw of training and test records")
     data.add_argument(
         "--template", type=unescape, default=TEXT_TEMPLATE, help=r"around each text; \n is a new line"
@@ -69,21 +74,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods", nargs="+", metavar="METHOD", default=list(DEFAULT_METHODS), help="rows of the table"
     )
     what.add_argument(
-        "--seeds", nargs="+", type=int, metavar="N", help="of head, adapter and data order; 0 1 2"
+        "--seeds",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="of head, adapter and data order (default: 0 1 2; with --quick 0)",
     )
-    what.add_argument("--num-train-epochs", type=int, help="passes over the training records; 3")
+    what.add_argument(
+        "--num-train-epochs", type=int, help="passes over the training records (default: 3; with --quick 1)"
+    )
     what.add_argument("--batch-size", type=int, default=TrainingConfig.batch_size, help="records per step")
     what.add_argument(
         "--learning-rate",
         nargs="+",
         metavar="METHOD=RATE",
         default=[],
-        help="in place of the table's own rates",
+        help="of a method, if not that of its row in docs/comparison.md",
     )
     what.add_argument(
         "--quick", action="store_true", help="400 training and 200 test records, 1 seed, 1 epoch"
     )
-    what.add_argument("--threads", type=int, help="of every run; PyTorch's choice if not given")
+    what.add_argument("--threads", type=int, help="of PyTorch in every run; its own choice if not given")
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output-dir",
@@ -150,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
     except TrainingInterrupted as stop:
         print(f"fastadapter: {stop}", file=sys.stderr)
         return stop.exit_code
-    print(markdown(comparison.settings, summarise(results), results))
+    print(markdown(comparison.settings, summarise(results, comparison.settings), results))
     print(f"table, figures and plots are in {args.output_dir}")
     return 0
 
@@ -158,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
 def _write(args: argparse.Namespace, settings: dict[str, Any], results: list[dict[str, Any]]) -> None:
     write_report(args.output_dir, settings, results)
     if args.json:
-        write_json(args.json, {"settings": settings, "rows": summarise(results), "runs": results})
+        write_json(args.json, {"settings": settings, "rows": summarise(results, settings), "runs": results})
 
 
 def _require_packages() -> None:
@@ -227,4 +238,5 @@ def _read(args: argparse.Namespace) -> tuple[list[Example], list[Example]]:
 
 def _shown(name: str) -> str:
     """A folder or file by its last name alone: where it lies on this machine is of no use to a reader."""
-    return Path(name).name if Path(name).exists() else name
+    last = Path(name).name
+    return last if Path(name).exists() and last != REVIEWS else name

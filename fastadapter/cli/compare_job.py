@@ -7,21 +7,18 @@ from pathlib import Path
 def main(folder: Path) -> int:
     from transformers.utils import logging
 
-    from fastadapter.checkpoints import CheckpointError
+    from fastadapter.cli import faults
     from fastadapter.cli.loading import load_classifier
     from fastadapter.compare.worker import execute, read_job
     from fastadapter.training import TrainingInterrupted
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # the comparison has a line for every run
     try:
         execute(read_job(folder / "job.json"), folder, load_classifier)
     except TrainingInterrupted as stop:
         return stop.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, TypeError, OSError, CheckpointError) as error:
-        print(f"fastadapter: error: {error}", file=sys.stderr)
-        return 2
+    except (Exception, KeyboardInterrupt) as error:
+        return faults.tell(error)
     return 0
 
 

@@ -8,6 +8,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+from fastadapter.cli.options import escape, unescape
 from fastadapter.training import Example, UserError, read_examples, split_examples, without_prompts_of
 from fastadapter.training.classification import TEXT_TEMPLATE
 from fastadapter.training.config import TRUNCATION
@@ -191,16 +192,6 @@ def parse_columns(text: str) -> dict[str, str]:
             raise argparse.ArgumentTypeError(f"names {field!r} twice")
         columns[field] = column
     return columns
-
-
-def unescape(text: str) -> str:
-    """New lines and tabs as one can type them in any shell."""
-    return text.replace("\\n", "\n").replace("\\t", "\t")
-
-
-def escape(text: str) -> str:
-    """What :func:`unescape` makes the text of."""
-    return text.replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _how(args: argparse.Namespace) -> dict[str, Any]:

@@ -4,7 +4,14 @@ import argparse
 import json
 
 from fastadapter.checkpoints import load
-from fastadapter.cli.loading import add_any_base, add_model_arguments, device_and_dtype, load_model
+from fastadapter.cli.loading import (
+    add_any_base,
+    add_model_arguments,
+    device_and_dtype,
+    load_classifier,
+    load_model,
+)
+from fastadapter.cli.runs import GENERATION, complete, read_known
 from fastadapter.explain import explain
 from fastadapter.integrations.verbs.attach import attach
 from fastadapter.methods import LlamaAdapterConfig
@@ -12,21 +19,28 @@ from fastadapter.verify import verify
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    parser.add_argument(
-        "--adapter", metavar="PATH", help="file or folder of an adapter; a fresh one if not given"
+    add_model_arguments(parser, known=True)
+    parser.add_argument_group("adapter").add_argument(
+        "--adapter", metavar="PATH", help="file or folder of an adapter; a fresh LLaMA-Adapter if not given"
     )
     add_any_base(parser)
-    parser.add_argument("--verify", action="store_true", help="also run the self-check on the model")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    output = parser.add_argument_group("output")
+    output.add_argument("--verify", action="store_true", help="also run the self-check on the model")
+    output.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    known = read_known(args.adapter) if args.adapter is not None else None
+    complete(args, [known] if known is not None else [])
     device = device_and_dtype(args)
-    model, _ = load_model(args.model, args.gguf_file, args.dtype)
+    where = (args.model, args.gguf_file, args.dtype)
+    if known is None or known.task == GENERATION:
+        model, _ = load_model(*where, args.revision)
+    else:
+        model, _ = load_classifier(*where, known.labels or [], seed=0, revision=args.revision)
     model.to(device)
-    if args.adapter is not None:
-        load(model, args.adapter, strict_base=not args.any_base)
+    if known is not None:
+        load(model, known.path, strict_base=not args.any_base)
     else:
         attach(model, LlamaAdapterConfig())
     explanation = explain(model)

@@ -11,12 +11,12 @@ from typing import Any
 from fastadapter.cli.data_options import (
     add_data_arguments,
     describe_data,
-    escape,
     prompt_template,
     read_data,
 )
 from fastadapter.cli.loading import add_model_arguments, device_and_dtype, load_classifier, load_model
 from fastadapter.cli.method_options import add_method_arguments, method_config
+from fastadapter.cli.options import escape
 from fastadapter.cli.training_options import (
     add_output_arguments,
     add_training_arguments,
@@ -85,9 +85,11 @@ def run(args: argparse.Namespace) -> int:
     labels = class_names(train, held_out or ()) if args.task == "classification" else []
     require_possible(args, config, train, held_out, labels)
     if args.task != "generation":
-        model, tokenizer = load_classifier(args.model, args.gguf_file, args.dtype, labels, args.seed)
+        model, tokenizer = load_classifier(
+            args.model, args.gguf_file, args.dtype, labels, args.seed, args.revision
+        )
     else:
-        model, tokenizer = load_model(args.model, args.gguf_file, args.dtype)
+        model, tokenizer = load_model(args.model, args.gguf_file, args.dtype, args.revision)
     _seed(args.seed)
     attach(model, adapter)
     try:
@@ -171,8 +173,9 @@ def _summary(
         lines.append(f"classes {', '.join(labels)}, in that order in {args.output_dir}/{LABELS_FILE}")
         return "\n".join(lines)
     use = ["fastadapter", "generate", "--model", args.model, "--adapter", args.output_dir]
-    if args.gguf_file:
-        use += ["--gguf-file", args.gguf_file]
+    for option in ("gguf_file", "revision"):
+        if getattr(args, option):
+            use += [f"--{option.replace('_', '-')}", getattr(args, option)]
     if template is not None:
         use += ["--template", escape(template)]
     lines.append(f"use it: {shlex.join(use)} --prompt ...")

@@ -1,25 +1,29 @@
-"""``fastadapter generate``: answer prompts with a model and an adapter, token by token, or with many in one batch."""
+"""``fastadapter generate``: answer prompts with a model and adapters: one prompt, a file of them, or a conversation."""
 
 import argparse
+import contextlib
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
-import torch
+from tqdm import tqdm
 
 from fastadapter.checkpoints import load
-from fastadapter.cli.data_options import unescape
+from fastadapter.cli.answers import Answerer, Prompt
+from fastadapter.cli.chat import converse
 from fastadapter.cli.loading import add_any_base, add_model_arguments, device_and_dtype, load_model
-from fastadapter.integrations.verbs.choose import rows
-from fastadapter.training import UserError, write_json
-from fastadapter.training.data import context_length, encode_prompt, read_records, require_template
-from fastadapter.training.report import require_writable
+from fastadapter.cli.options import require_number, unescape
+from fastadapter.cli.records import RecordFile, add_output_arguments, line, require_output, show
+from fastadapter.cli.runs import GENERATION, Known, complete, read_known, resolve_template
+from fastadapter.cli.sampling import add_sampling_arguments, sampling
+from fastadapter.cli.texts import field, is_records, read_file, read_stdin, require_text
+from fastadapter.integrations.verbs.attach import require_adapter_name
+from fastadapter.training import UserError
+from fastadapter.training.data import require_template
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    which = parser.add_mutually_exclusive_group()
+    add_model_arguments(parser, known=True)
+    which = parser.add_argument_group("adapter").add_mutually_exclusive_group()
     which.add_argument(
         "--adapter", metavar="PATH", help="file or folder of an adapter; the bare model if not given"
     )
@@ -30,204 +34,292 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="several; each record of --file FILE.jsonl says which in its field adapter, null for the bare model",
     )
     add_any_base(parser)
-    parser.add_argument(
-        "--batch-size", type=int, default=8, help="prompts that are answered together with --adapters"
+    given = parser.add_argument_group("prompts")
+    source = given.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="one prompt; the lines of stdin if none is given")
+    source.add_argument(
+        "--file",
+        help="one prompt per line; or .jsonl, .csv and the like with a field prompt, text or messages",
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="one prompt")
-    source.add_argument("--file", help="one prompt per line; or .jsonl or .csv with a field prompt")
-    parser.add_argument(
-        "--template", type=unescape, help=r"put each prompt in place of {text}; \n is a new line"
+    source.add_argument(
+        "--chat",
+        action="store_true",
+        help="a conversation: a turn per line of stdin; /exit ends, /reset starts anew",
     )
-    parser.add_argument(
+    given.add_argument(
         "--parse-special-tokens",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="special tokens such as </s> in a prompt are tokens; otherwise they are text",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="per prompt")
-    parser.add_argument("--do-sample", action="store_true", help="draw tokens; otherwise the most likely one")
-    parser.add_argument("--temperature", type=float, help="of the drawing; 1 if not given")
-    parser.add_argument(
-        "--top-p", type=float, help="draw from the most likely tokens of this total probability"
+    given.add_argument(
+        "--template",
+        type=unescape,
+        help=r"put each prompt in place of {text}; \n is a new line; if not given, what the adapter was trained with",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing")
-    parser.add_argument(
-        "--cache-implementation",
-        choices=("dynamic", "static"),
-        default="dynamic",
-        help="static: of a fixed size; transformers then compiles the model on a GPU",
+    given.add_argument(
+        "--apply-chat-template",
+        action=argparse.BooleanOptionalAction,
+        help="give each prompt as a user's message, in the tokenizer's chat template; if not given, as in training",
     )
-    parser.add_argument("--json", metavar="FILE", help="write prompts and completions to this file, too")
+    given.add_argument(
+        "--system-prompt",
+        metavar="TEXT",
+        help="message before all others; if not given, that of the training",
+    )
+    given.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts answered together")
+    add_sampling_arguments(parser)
+    add_output_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    sampling = _sampling(args)
-    paths = _adapter_paths(args)
-    prompts = _prompts(args)
-    names = _names(args, paths) if paths else []
-    if args.json:
-        require_writable(Path(args.json).parent)
+    options = sampling(args)
+    require_number("--batch-size", args.batch_size, 1)
+    require_output(args)
+    if args.template is not None:
+        require_template("--template", args.template, "text")
+    known = _adapters(args)
+    complete(args, list(known.values()))
+    _complete_chat(args, list(known.values()))
+    mixed = args.adapters is not None
+    entries = [] if args.chat else _entries(args, known if mixed else {})
+    templates = _templates(args, known)
     device = device_and_dtype(args)
-    model, tokenizer = load_model(args.model, args.gguf_file, args.dtype)
-    if args.adapter is not None:
-        load(model, args.adapter, strict_base=not args.any_base)
-    for name, path in paths.items():
-        load(model, path, name, strict_base=not args.any_base)
-    model.to(device)
-    encoded = [
-        (source, prompt, encode_prompt(tokenizer, prompt, parse_special_tokens=args.parse_special_tokens))
-        for source, prompt in prompts
+    output = None
+    if args.output is not None:
+        output = RecordFile(args.output, _settings(args, known, options, templates), resume=args.resume)
+    model, tokenizer = load_model(args.model, args.gguf_file, args.dtype, args.revision)
+    for name, each in known.items():
+        load(model, each.path, name, strict_base=not args.any_base)
+    answerer = Answerer(
+        model.to(device),
+        tokenizer,
+        options,
+        stop=args.stop or (),
+        mixed=mixed,
+        seed=args.seed,
+        parse_special_tokens=args.parse_special_tokens,
+    )
+    if args.chat:
+        if output is not None:
+            output.start()
+        with contextlib.closing(output) if output is not None else contextlib.nullcontext():
+            converse(answerer, args.system_prompt, output, args.json)
+        return 0
+    names = [name if mixed else "default" for _, _, name in entries]
+    prompts = [
+        _encode(args, answerer, source, content, templates.get(name), name if mixed else None)
+        for (source, content, _), name in zip(entries, names, strict=True)
     ]
-    context = context_length(model)
-    for source, _, ids in encoded:
-        if not ids:
-            raise UserError(f"{source}: the prompt has no tokens")
-        if context is not None and len(ids) + args.max_new_tokens > context:
-            raise UserError(
-                f"{source}: the prompt has {len(ids)} tokens; with {args.max_new_tokens} new ones "
-                f"(--max-new-tokens) that is more than the model's context of {context}"
-            )
-    torch.manual_seed(args.seed)
-    options = {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.eos_token_id, **sampling}
-    if args.cache_implementation != "dynamic":
-        options["cache_implementation"] = args.cache_implementation
-    if paths:
-        records = _answer_together(model, tokenizer, encoded, names, args.batch_size, options)
-    else:
-        records = _answer_one_by_one(model, tokenizer, encoded, options)
-    if args.json:
-        write_json(
-            args.json,
-            {"model": args.model, "adapter": args.adapter, "adapters": paths, "completions": records},
-        )
+    if output is not None:
+        fields = ({"prompt": p.text, **({"adapter": p.adapter} if mixed else {})} for p in prompts)
+        inputs = [each for each in fields for _ in range(options["num_return_sequences"])]
+        output.require_at_most(len(inputs))
+        output.require_same(inputs)
+        output.start()
+    _answer_all(args, answerer, prompts, output)
     return 0
 
 
-def _answer_one_by_one(model, tokenizer, encoded, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Tokens appear as they are made."""
-    from transformers import TextStreamer
-
-    records = []
-    for source, prompt, ids in encoded:
-        if len(encoded) > 1:
-            print(f"[{source}]", file=sys.stderr)
-        started = time.perf_counter()
-        inputs = torch.tensor([ids], device=model.device)
-        output = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            **options,
-        )
-        records.append(_record(tokenizer, prompt, ids, output[0, len(ids) :], time.perf_counter() - started))
-    return records
-
-
-def _answer_together(
-    model, tokenizer, encoded, names: list[str | None], batch_size: int, options: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Batches whose rows have adapters of their own, padded on the left."""
-    records = []
-    for start in range(0, len(encoded), batch_size):
-        batch, chosen = encoded[start : start + batch_size], names[start : start + batch_size]
-        width = max(len(ids) for _, _, ids in batch)
-        inputs = torch.tensor([[0] * (width - len(ids)) + ids for _, _, ids in batch], device=model.device)
-        mask = torch.tensor(
-            [[0] * (width - len(ids)) + [1] * len(ids) for _, _, ids in batch], device=model.device
-        )
-        started = time.perf_counter()
-        with rows(model, chosen):
-            output = model.generate(inputs, attention_mask=mask, **options)
-        seconds = (time.perf_counter() - started) / len(batch)
-        for (source, prompt, ids), name, row in zip(batch, chosen, output, strict=True):
-            record = _record(tokenizer, prompt, ids, row[width:], seconds)
-            print(f"[{source}, {name or 'bare model'}]", file=sys.stderr)
-            print(record["completion"])
-            records.append({**record, "adapter": name})
-    return records
-
-
-def _record(tokenizer, prompt: str, ids: list[int], new: torch.Tensor, seconds: float) -> dict[str, Any]:
-    stop = (new == tokenizer.eos_token_id).nonzero()
-    count = int(stop[0]) + 1 if len(stop) else len(new)
-    return {
-        "prompt": prompt,
-        "completion": tokenizer.decode(new[:count], skip_special_tokens=True),
-        "prompt_tokens": len(ids),
-        "new_tokens": count,
-        "seconds": seconds,
-    }
-
-
-def _adapter_paths(args: argparse.Namespace) -> dict[str, str]:
-    paths: dict[str, str] = {}
-    for each in args.adapters or []:
-        name, equals, path = each.partition("=")
-        if not (name and equals and path):
-            raise UserError(f"--adapters must be NAME=PATH, got {each!r}")
-        if name in paths:
-            raise UserError(f"--adapters names {name!r} twice")
-        paths[name] = path
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
-    return paths
-
-
-def _names(args: argparse.Namespace, paths: dict[str, str]) -> list[str | None]:
-    """The adapter of every record of the file."""
-    if args.file is None or Path(args.file).suffix.lower() != ".jsonl":
-        raise UserError("--adapters needs --file FILE.jsonl, whose records name their adapter")
-    names = []
-    for source, record in read_records(args.file):
-        if "adapter" not in record:
-            raise UserError(f"{source}: field 'adapter' is missing (null for the bare model)")
-        name = record["adapter"]
-        if name is not None and name not in paths:
-            raise UserError(f"{source}: no adapter {name!r}; --adapters names {', '.join(paths)}")
-        names.append(name)
-    return names
-
-
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments for ``generate``; ``None`` overrides what a model's own generation settings say."""
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
-    if not args.do_sample:
-        for option in ("temperature", "top_p"):
-            if getattr(args, option) is not None:
-                raise UserError(f"--{option.replace('_', '-')} needs --do-sample")
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    temperature = 1.0 if args.temperature is None else args.temperature
-    if not 0 < temperature < float("inf"):
-        raise UserError(f"--temperature must be above 0, got {temperature}")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise UserError(f"--top-p must be above 0, at most 1, got {args.top_p}")
-    return {"do_sample": True, "temperature": temperature, "top_p": args.top_p, "top_k": None}
-
-
-def _prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
-    if args.template is not None:
-        require_template("--template", args.template, "text")
-    if args.prompt is not None:
-        found = [("--prompt", args.prompt)]
-    elif Path(args.file).suffix.lower() in (".jsonl", ".csv"):
-        found = []
-        for source, record in read_records(args.file):
-            prompt = record.get("prompt")
-            if not isinstance(prompt, str):
-                raise UserError(f"{source}: field 'prompt' must be a string, got {type(prompt).__name__}")
-            found.append((source, prompt))
+def _adapters(args: argparse.Namespace) -> dict[str, Known]:
+    """The adapters by name, looked at before the model is loaded."""
+    if args.adapters is None:
+        found = {"default": args.adapter} if args.adapter is not None else {}
     else:
-        try:
-            text = Path(args.file).read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{args.file}: not UTF-8: {error.reason}") from None
-        found = [
-            (f"{args.file} line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()
-        ]
-    if not found:
-        raise UserError(f"{args.file}: holds no prompts")
+        if args.chat:
+            raise UserError("--chat goes with one --adapter, not with --adapters")
+        if args.file is None or not is_records(args.file):
+            raise UserError("--adapters needs --file FILE.jsonl, whose records name their adapter")
+        found = {}
+        for word in args.adapters:
+            name, equals, path = word.partition("=")
+            if not equals or not name or not path:
+                raise UserError(f"--adapters must be NAME=PATH, got {word!r}")
+            if name in found:
+                raise UserError(f"--adapters names {name!r} twice")
+            require_adapter_name(name, f"--adapters {word}: name")
+            found[name] = path
+    known = {name: read_known(path, name) for name, path in found.items()}
+    for each in known.values():
+        if each.task != GENERATION:
+            raise UserError(f"{each.path} was trained for {each.task}; `fastadapter classify` uses it")
+    return known
+
+
+def _complete_chat(args: argparse.Namespace, known: list[Known]) -> None:
+    """What the command line does not say about the form of the prompts."""
+    trained = {bool(each.of_run("chat")) for each in known if each.run is not None}
+    if args.apply_chat_template is None and not args.chat:
+        if len(trained) > 1:
+            raise UserError(
+                "some of the adapters were trained on conversations, others were not; say --apply-chat-template or "
+                "--no-apply-chat-template"
+            )
+        args.apply_chat_template = trained == {True}
+    if args.chat and args.apply_chat_template is False:
+        raise UserError("--chat needs the chat template that --no-apply-chat-template leaves away")
+    if args.system_prompt is None and (args.chat or args.apply_chat_template):
+        found = {each.of_run("system_prompt") for each in known}
+        if len(found) > 1:
+            raise UserError("the adapters were trained with different system prompts; say --system-prompt")
+        args.system_prompt = found.pop() if found else None
+    elif args.system_prompt is not None:
+        if not args.chat and not args.apply_chat_template:
+            raise UserError("--system-prompt needs --chat or --apply-chat-template")
+        require_text("--system-prompt", args.system_prompt)
+    if args.chat and args.template is not None:
+        raise UserError("--template does not go with --chat")
+    if args.chat and args.resume:
+        raise UserError("--resume does not go with --chat: a conversation cannot be taken up again")
+
+
+def _templates(args: argparse.Namespace, known: dict[str, Known]) -> dict[str | None, str | None]:
+    """The template of each adapter's prompts, and of the bare model's."""
+    if args.chat:
+        return {}
+    found: dict[str | None, str | None] = {
+        name: resolve_template(args.template, each) for name, each in known.items()
+    }
+    found.setdefault(None, resolve_template(args.template, None))
+    found.setdefault("default", found[None])
     if args.template is None:
-        return found
-    return [(source, args.template.format(text=prompt)) for source, prompt in found]
+        for name, template in found.items():
+            if name is not None and template is not None:
+                print(
+                    f"fastadapter: prompts are put into {template!r}, as {known[name].path} was trained; "
+                    "--template '{text}' takes them as they are",
+                    file=sys.stderr,
+                )
+    return found
+
+
+def _entries(args: argparse.Namespace, adapters: dict[str, Known]) -> list[tuple[str, Any, str | None]]:
+    """Origin of each prompt, its text or its messages, and its adapter by name."""
+    if args.prompt is not None:
+        return [("--prompt", require_text("--prompt", args.prompt), None)]
+    entries: list[tuple[str, Any, str | None]] = []
+    for source, record in read_file(args.file) if args.file is not None else read_stdin():
+        name = None
+        if not isinstance(record, dict):
+            entries.append((source, record, None))
+            continue
+        if adapters:
+            if "adapter" not in record:
+                raise UserError(f"{source}: field 'adapter' is missing (null for the bare model)")
+            name = record["adapter"]
+            if name is not None and name not in adapters:
+                raise UserError(f"{source}: no adapter {name!r}; --adapters names {', '.join(adapters)}")
+        if "messages" in record:
+            entries.append((source, _messages(source, record["messages"]), name))
+        else:
+            entries.append((source, field(source, record, ("prompt", "text")), name))
+    if not entries:
+        raise UserError(f"{args.file or 'stdin'}: holds no prompts")
+    return entries
+
+
+def _messages(source: str, value: Any) -> list[dict[str, str]]:
+    """A conversation up to a turn of the user's; the assistant's last turn is left away, for that is to be made."""
+    fine = isinstance(value, list) and all(
+        isinstance(each, dict) and isinstance(each.get("role"), str) and isinstance(each.get("content"), str)
+        for each in value
+    )
+    if not fine:
+        raise UserError(f"{source}: field 'messages' must be a list of objects with role and content")
+    messages = [{"role": each["role"], "content": require_text(source, each["content"])} for each in value]
+    if messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError(f"{source}: field 'messages' has no turn of the user's to answer")
+    return messages
+
+
+def _encode(
+    args: argparse.Namespace,
+    answerer: Answerer,
+    source: str,
+    content: Any,
+    template: str | None,
+    name: str | None,
+) -> Prompt:
+    system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+    if isinstance(content, list):
+        own = any(each["role"] == "system" for each in content)
+        return answerer.encode_chat(source, content if own else [*system, *content], name)
+    text = template.format(text=content) if template is not None else content
+    if args.apply_chat_template:
+        return answerer.encode_chat(source, [*system, {"role": "user", "content": text}], name)
+    return answerer.encode(source, text, name)
+
+
+def _settings(
+    args: argparse.Namespace,
+    known: dict[str, Known],
+    options: dict[str, Any],
+    templates: dict[str | None, str | None],
+) -> dict[str, Any]:
+    """All but the prompts that decides what the answers are."""
+    digests = {name: each.digest for name, each in known.items()}
+    drawing = {"seed": args.seed, "batch_size": args.batch_size} if args.do_sample else {}
+    model = {key: getattr(args, key) for key in ("model", "revision", "gguf_file", "dtype")}
+    form = {"apply_chat_template": args.apply_chat_template, "system_prompt": args.system_prompt}
+    return {
+        **model, **options, **form, **drawing, "stop": args.stop, "adapters": digests,
+        "templates": {str(name): template for name, template in templates.items()},
+    }  # fmt: skip
+
+
+def _answer_all(
+    args: argparse.Namespace, answerer: Answerer, prompts: list[Prompt], output: RecordFile | None
+) -> None:
+    """Batch after batch, each told of when it is there. Records that were there already are not made again."""
+    each = answerer.options["num_return_sequences"]
+    done = len(output.found) if output is not None else 0
+    written = done
+    # stdout shows on a terminal how far it is
+    bar = tqdm(total=len(prompts), initial=done // each, unit="prompt",
+               disable=None if output is not None or not sys.stdout.isatty() else True)  # fmt: skip
+    with bar:
+        try:
+            for start in range(0, len(prompts), args.batch_size):
+                batch = prompts[start : start + args.batch_size]
+                last = (start + len(batch)) * each
+                if last <= done:
+                    continue
+                plain = output is None and not args.json
+                head = len(prompts) > 1
+                tell = None
+                if plain and len(batch) == 1 and answerer.streams:
+                    tell = show
+                    _show_head(batch[0], answerer.mixed, head)
+                answers = answerer.answer(batch, draw=start, tell=tell)
+                records = [answer for one in answers for answer in one]
+                if output is not None:
+                    output.write(records[max(0, done - start * each) :])
+                elif args.json:
+                    show("".join(map(line, records)))
+                elif tell is not None:
+                    show("\n")
+                else:
+                    for prompt, one in zip(batch, answers, strict=True):
+                        for answer in one:
+                            _show_head(prompt, answerer.mixed, head or each > 1)
+                            show(f"{answer['completion']}\n")
+                written = last
+                bar.update(start + len(batch) - bar.n)
+        except KeyboardInterrupt:
+            if output is None:
+                raise
+            raise KeyboardInterrupt(
+                f"{written // each} of {len(prompts)} prompts are answered in {output.path}; --resume goes on"
+            ) from None
+        finally:
+            if output is not None:
+                output.close()
+
+
+def _show_head(prompt: Prompt, mixed: bool, wanted: bool) -> None:
+    """Where the prompt came from, on stderr: for a reader, not for a program."""
+    if wanted:
+        who = f", {prompt.adapter or 'bare model'}" if mixed else ""
+        print(f"[{prompt.source}{who}]", file=sys.stderr, flush=True)

@@ -19,19 +19,42 @@ def add_method_arguments(group: Any, methods: Mapping[str, Any] = METHODS) -> No
             if field.init:
                 fields.setdefault(field.name, {})[method] = field
     for name, owners in fields.items():
-        option = f"--{name.replace('_', '-')}"
         flags = [_types(methods[method], name) == {bool} for method in owners]
-        described = next((text for method in owners if (text := _described(methods[method], name))), name)
-        defaults = {method: field.default for method, field in owners.items()}
-        taken = "" if len(owners) == len(methods) else f" ({', '.join(owners)})"
-        shown = ", ".join(dict.fromkeys(str(value) for value in defaults.values()))
         group.add_argument(
-            option,
+            f"--{name.replace('_', '-')}",
             dest=f"method_{name}",
             default=argparse.SUPPRESS,
-            help=f"{described}{taken}; default {shown}".replace("%", "%%"),
+            help=_help(name, owners, methods).replace("%", "%%"),
             **({"action": argparse.BooleanOptionalAction} if all(flags) else {"metavar": "VALUE"}),
         )
+
+
+def _help(name: str, owners: Mapping[str, dataclasses.Field], methods: Mapping[str, Any]) -> str:
+    """What the field does, in which methods, and its default in each.
+
+    Fields of one name and of other types do other things, so each has a part of its own.
+    """
+    alike: dict[frozenset[Any], list[str]] = {}
+    for method in owners:
+        alike.setdefault(frozenset(_types(methods[method], name) - {type(None)}), []).append(method)
+    parts = []
+    for group in alike.values():
+        described = next((text for method in group if (text := _described(methods[method], name))), name)
+        taken = f" ({', '.join(group)})" if len(group) < len(methods) else ""
+        defaults: dict[str, list[str]] = {}
+        for method in group:
+            defaults.setdefault(_shown(owners[method].default), []).append(method)
+        ((first, _), *others) = defaults.items()
+        shown = ", ".join([first, *(f"{value} of {' and '.join(where)}" for value, where in others)])
+        parts.append(f"{described}{taken} (default: {shown})")
+    return "; ".join(parts)
+
+
+def _shown(value: Any) -> str:
+    """A default as one would type it."""
+    if value is None or value is dataclasses.MISSING:
+        return "none"
+    return "yes" if value is True else "no" if value is False else str(value)
 
 
 def method_config(args: argparse.Namespace, method: str, methods: Mapping[str, Any] = METHODS) -> Any:
@@ -82,10 +105,12 @@ def _parse(name: str, value: Any, kinds: set[Any]) -> Any:
 
 
 def _described(config: Any, name: str) -> str:
-    """The first sentence about a field in the ``Args`` of its class."""
+    """The first sentence about a field in the ``Args`` of its class, and what none means."""
     found = re.search(rf"^\s*{name}(?:, \w+)*: (.+?)(?=^\s*\w+(?:, \w+)*: |^\s*\w+:$|^\s*$|\Z)",
                       config.__doc__ or "", re.MULTILINE | re.DOTALL)  # fmt: skip
     if found is None:
         return ""
-    text = " ".join(found[1].replace("``", "").split())
-    return re.split(r"; |\. ", text.rstrip("."))[0]
+    text = re.sub(r"\bNone\b", "none", " ".join(found[1].replace("``", "").split()))
+    first = re.split(r"; |\. ", text.rstrip("."))[0]
+    nothing = re.search(r"; (none: [^;.]+)", text)
+    return f"{first}; {nothing[1]}" if nothing else first

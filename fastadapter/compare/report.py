@@ -11,20 +11,30 @@ from fastadapter.compare.methods import METHODS_TO_COMPARE
 from fastadapter.compare.plots import draw
 from fastadapter.training import write_json
 
+# What the movie reviews that come as a package are called, the data that is most like the article's.
+REVIEWS = "reviews"
 ARTICLE = (
     "The article's own figures are those of DistilBERT (67 M parameters) on 50,000 IMDb movie reviews; another model "
     "and other data, for the order of the methods, not for their values."
 )
 
 
-def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per method: means over its seeds, and the spread of the accuracy."""
+def summarise(
+    results: Sequence[dict[str, Any]], settings: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """One row per method: means over its seeds, and the spread of the accuracy.
+
+    Args:
+        settings: of the comparison. The article's figures, which are of movie reviews, stand beside those of other
+            data only where it is not given.
+    """
     rows = []
+    like_the_article = settings is None or settings["data"] == REVIEWS
     for name in METHODS_TO_COMPARE:
         mine = [result for result in results if result["method"] == name]
         if not mine:
             continue
-        article = METHODS_TO_COMPARE[name].article
+        article = METHODS_TO_COMPARE[name].article if like_the_article else None
         row: dict[str, Any] = {
             "method": name,
             "seeds": [result["seed"] for result in mine],
@@ -61,7 +71,7 @@ def write_report(folder: Path, settings: dict[str, Any], results: Sequence[dict[
 
     Returns: the files written.
     """
-    record = {"settings": settings, "rows": summarise(results), "runs": list(results)}
+    record = {"settings": settings, "rows": summarise(results, settings), "runs": list(results)}
     write_json(folder / "results.json", record)
     return [folder / "results.json", *write_page(folder, settings, results)]
 
@@ -71,7 +81,7 @@ def write_page(folder: Path, settings: dict[str, Any], results: Sequence[dict[st
 
     Returns: the files written.
     """
-    rows = summarise(results)
+    rows = summarise(results, settings)
     plots = draw(folder, rows, results)
     text = markdown(settings, rows, results, [path.name for path in plots])
     write_atomically(folder / "comparison.md", text.encode())
@@ -103,9 +113,9 @@ def markdown(
         "steps, without evaluation; of features, those of embedding the training records once and of fitting. Peak "
         "memory is the largest resident memory of the process that did nothing but this run, model and libraries "
         "included (on a GPU: the largest allocation). The file is what has to be kept beside the frozen model.",
-        "",
-        ARTICLE,
     ]
+    if _beside_the_article(rows):
+        lines += ["", ARTICLE]
     undefined = [row for row in rows if "not_defined" in row]
     lines += [line for row in undefined for line in ("", f"{row['method']}: {row['not_defined']}.")]
     lines += [line for name in plots for line in ("", f"![{name.removesuffix('.png')}]({name})")]
@@ -113,14 +123,15 @@ def markdown(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The lines of the table."""
+    """The lines of the table; with the article's accuracies if there are any."""
+    beside = _beside_the_article(rows)
     lines = [
         "| method | test accuracy | trainable parameters | share | s per epoch | training, s | peak memory | file "
-        "| learning rate | the article's accuracy |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| learning rate |" + (" the article's accuracy |" if beside else ""),
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |" + (" ---: |" if beside else ""),
     ]
     for row in rows:
-        article = f"{row['article']:.0%}" if row["article"] is not None else ""
+        article = [f"{row['article']:.0%}" if row["article"] is not None else ""] if beside else []
         if "not_defined" in row:
             cells = ["not defined for this model", *[""] * 7]
         else:
@@ -134,8 +145,12 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
                 _size(row["file_bytes"]),
                 f"{row['learning_rate']:g}" if row["learning_rate"] else "",
             ]
-        lines.append(f"| {' | '.join([row['method'], *cells, article])} |")
+        lines.append(f"| {' | '.join([row['method'], *cells, *article])} |")
     return lines
+
+
+def _beside_the_article(rows: Sequence[dict[str, Any]]) -> bool:
+    return any(row["article"] is not None for row in rows)
 
 
 def accuracy(row: dict[str, Any]) -> str:

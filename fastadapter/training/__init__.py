@@ -13,6 +13,7 @@ from fastadapter.training.data import (
     without_prompts_of,
 )
 from fastadapter.training.evaluation import predict_labels
+from fastadapter.training.judge import evaluate
 from fastadapter.training.loop import finetune
 from fastadapter.training.loss import supervised_logits, supervised_loss
 from fastadapter.training.report import FinetuneResult, peak_rss_bytes, write_json
@@ -32,6 +33,7 @@ __all__ = [
     "collate",
     "encode_examples",
     "epoch_batches",
+    "evaluate",
     "finetune",
     "label_completions",
     "last_layers",

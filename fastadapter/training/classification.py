@@ -20,6 +20,7 @@ from fastadapter.training import metrics
 from fastadapter.training.batching import to_device
 from fastadapter.training.config import TrainingConfig, UserError
 from fastadapter.training.data import Example, tokenize
+from fastadapter.training.evaluation import require_known_labels
 from fastadapter.training.held_out import Tick
 from fastadapter.training.report import write_json
 from fastadapter.training.tasks import require_max_length
@@ -166,13 +167,17 @@ def class_names(train: Sequence[Example], held_out: Sequence[Example] = ()) -> l
         raise UserError(
             f"every training example has the label {names[0]!r}; classification needs at least two classes"
         )
-    for example in held_out:
-        if example.label not in names:
-            raise UserError(
-                f"{example.source}: label {example.label!r} is not among those of the training data: "
-                f"{', '.join(map(repr, names))}"
-            )
+    require_known_labels(held_out, names)
     return names
+
+
+def require_labels(examples: Sequence[Example], task: str) -> None:
+    """Raise UserError, naming the record, if one has no label."""
+    for example in examples:
+        if example.label is None:
+            raise UserError(
+                f"{example.source}: {task} needs text/label records, this is a prompt/completion record"
+            )
 
 
 def require_head(model: Any, labels: Sequence[str]) -> None:

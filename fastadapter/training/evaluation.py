@@ -84,14 +84,20 @@ def prepare(
             [[each] for each in encode_examples(tokenizer, examples, **encoding)], [0] * len(examples)
         )
     names = list(completions)
+    require_known_labels(examples, names)
+    candidates = _candidates(tokenizer, examples, completions, encoding)
+    return EvalData(candidates, [names.index(str(example.label)) for example in examples], tuple(names))
+
+
+def require_known_labels(examples: Sequence[Example], names: Sequence[str]) -> None:
+    """Raise UserError, naming the record, if a label is not among those of the training data."""
+    known = set(names)
     for example in examples:
-        if example.label not in completions:
+        if example.label not in known:
             raise UserError(
                 f"{example.source}: label {example.label!r} is not among those of the training data: "
                 f"{', '.join(map(repr, names))}"
             )
-    candidates = _candidates(tokenizer, examples, completions, encoding)
-    return EvalData(candidates, [names.index(str(example.label)) for example in examples], tuple(names))
 
 
 def predict_labels(

@@ -18,6 +18,7 @@ from fastadapter.training.classification import (
     identify_rows,
     pad_token,
     require_classifier,
+    require_labels,
     text_outputs,
 )
 from fastadapter.training.config import TrainingConfig, UserError
@@ -113,19 +114,17 @@ def parse_numbers(examples: Sequence[Example]) -> dict[str, float]:
 
     Raises: UserError: naming the record: it has no label, or one that is no finite number.
     """
+    require_labels(examples, "regression")
     numbers = {}
     for example in examples:
-        if example.label is None:
-            raise UserError(
-                f"{example.source}: regression needs text/label records, this is a prompt/completion record"
-            )
+        label = str(example.label)
         try:
-            value = float(example.label)
+            value = float(label)
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise UserError(f"{example.source}: label {example.label!r} must be a finite number")
-        numbers[example.label] = value
+            raise UserError(f"{example.source}: label {label!r} must be a finite number")
+        numbers[label] = value
     return numbers
 
 

@@ -61,7 +61,7 @@ class GenerationTask:
             raise UserError("class_weights are for task classification, not for generation")
         smoothing = config.label_smoothing_factor
         self.loss_options = {"label_smoothing": smoothing} if smoothing else {}
-        encoding = _encoding(model, train, config)
+        encoding = encoding_options(model, train, config)
         self.train = encode_examples(tokenizer, train, **encoding)
         self.lengths = [len(each.input_ids) for each in self.train]
         self.held_out: evaluation.EvalData | None = None
@@ -98,7 +98,7 @@ def require_max_length(model: Any, config: TrainingConfig) -> int | None:
     return context
 
 
-def _encoding(model: nn.Module, train: Sequence[Example], config: TrainingConfig) -> dict[str, Any]:
+def encoding_options(model: nn.Module, train: Sequence[Example], config: TrainingConfig) -> dict[str, Any]:
     """The arguments of ``encode_examples``, after the checks that need the model and the data."""
     if not train:
         raise UserError("train holds no examples")

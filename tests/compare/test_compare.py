@@ -52,15 +52,14 @@ def test_every_method_gets_a_row_with_its_figures(compare, calls, tmp_path, caps
     assert rows["features"]["trainable_parameters"] == 33
     assert rows["last-layers"]["trainable_parameters"] < rows["last-blocks"]["trainable_parameters"] <= total
     assert rows["pfeiffer"]["trainable_parameters"] < rows["houlsby"]["trainable_parameters"] < total
-    assert (rows["features"]["article"], rows["last-layers"]["article"], rows["all-layers"]["article"]) == (
-        0.83, 0.87, 0.92
-    )  # fmt: skip
+    # the article's figures are of movie reviews; beside these texts they would say nothing
+    assert not any(row["article"] for row in rows.values())
     for name in ("accuracy_parameters.png", "accuracy_time.png", "learning_curves.png"):
         assert (tmp_path / "out" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     page = (tmp_path / "out" / "comparison.md").read_text()
     printed = capsys.readouterr().out
     assert all(line in printed for line in page.splitlines() if line.startswith("|"))
-    assert str(tmp_path) not in page and "DistilBERT" in page
+    assert str(tmp_path) not in page and "article" not in page + printed
     assert all(f"| {name} |" in page for name in rows)
 
 
@@ -265,6 +264,9 @@ def test_the_quick_form_is_small(compare, calls, tmp_path, monkeypatch):
     assert asked == {"train": 400, "test": 200} and calls == ["last-layers/0"]
     settings = results(tmp_path / "out")["settings"]
     assert settings["training"]["num_train_epochs"] == 1 and settings["data"] == "reviews"
+    (row,) = results(tmp_path / "out")["rows"]
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    assert row["article"] == 0.87 and "| the article's accuracy |" in page and "DistilBERT" in page
     options = {"seeds": None, "eval_count": None, "num_train_epochs": None, "quick": True}
     assert compare("last-layers", **options, output_dir=tmp_path / "file") == 0
     assert results(tmp_path / "file")["settings"]["rows"] == {"train": 32, "test": 8}

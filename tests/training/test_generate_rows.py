@@ -36,11 +36,13 @@ def test_every_line_is_answered_by_its_adapter(folders, capsys):
     names = ["a", None, "b", "a", "b"]
     lines = [{"prompt": f"w{n} w2 w{n + 1}"[: 5 + n], "adapter": name} for n, name in enumerate(names)]
     given = [f"{name}={folders / name}" for name in METHODS]
-    answers = folders / "answers.json"
-    assert ask(folders, lines, "--adapters", *given, "--batch-size", "3", "--json", answers) == 0
+    answers = folders / "answers.jsonl"
+    assert ask(folders, lines, "--adapters", *given, "--batch-size", "3", "--output", answers) == 0
+    capsys.readouterr()
+    assert ask(folders, lines, "--adapters", *given, "--batch-size", "3") == 0
     printed = capsys.readouterr().out
     tokenizer = make_tokenizer()
-    for line, record in zip(lines, json.loads(answers.read_text())["completions"], strict=True):
+    for line, record in zip(lines, map(json.loads, answers.read_text().splitlines()), strict=True):
         model = AutoModelForCausalLM.from_pretrained(folders / "model")
         if line["adapter"]:
             fa.load(model, folders / line["adapter"])
@@ -59,7 +61,11 @@ def test_every_line_is_answered_by_its_adapter(folders, capsys):
         ([{"prompt": "w1", "adapter": "c"}], ("a={}/a",), "no adapter 'c'; --adapters names a"),
         ([{"prompt": "w1", "adapter": "a"}], ("a",), "--adapters must be NAME=PATH, got 'a'"),
         ([{"prompt": "w1", "adapter": "a"}], ("a={}/a", "a={}/b"), "names 'a' twice"),
-        ([{"prompt": "w1", "adapter": "a"}], ("a={}/a", "--batch-size", "0"), "at least 1, got 0"),
+        (
+            [{"prompt": "w1", "adapter": "a"}],
+            ("a={}/a", "--batch-size", "0"),
+            "--batch-size must be at least 1, got 0",
+        ),
     ],
 )
 def test_bad_requests(folders, capsys, lines, options, message):

@@ -96,8 +96,7 @@ def install(
         raise TypeError(
             f"config must be a configuration such as LlamaAdapterConfig, got {type(config).__name__}"
         )
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"name must be 1 to 64 letters, digits, '_' or '-', got {name!r}")
+    require_adapter_name(name)
     require_open(model)
     model = unwrap(model)
     record = attachments(model) or Attachments()
@@ -135,6 +134,12 @@ def install(
         elif activate:  # other threads may be using another one
             record.state.newest = name
             record.state.choose(Choice(name))
+
+
+def require_adapter_name(name: str, argument: str = "name") -> None:
+    """Raise ValueError, calling it ``argument``, unless an adapter can be called ``name``."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"{argument} must be 1 to 64 letters, digits, '_' or '-', got {name!r}")
 
 
 def _place(model: nn.Module, record: Attachments, name: str, placement: Placement) -> None:

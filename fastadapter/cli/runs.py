@@ -1,0 +1,183 @@
+"""What the folder of an adapter knows about its use, so that a command need not be told."""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastadapter.checkpoints import CheckpointError
+from fastadapter.checkpoints.files import find, read_tensors
+from fastadapter.cli.loading import DTYPES
+from fastadapter.training import UserError
+from fastadapter.training.classification import LABELS_FILE, TEXT_TEMPLATE
+from fastadapter.training.run_record import read_run
+
+GENERATION, CLASSIFICATION, REGRESSION = TASKS = ("generation", "classification", "regression")
+# Where the weights of a run's best epoch are; what the run was is written in the folder above.
+_BEST = "best"
+
+
+@dataclass(frozen=True)
+class Known:
+    """An adapter's file or folder, and what is written there.
+
+    Attributes:
+        run: the record of the training run; ``None``: there is none.
+        task: what the adapter was trained for.
+        labels: of a classification, class 0 first.
+        digest: SHA-256 of the weights' file.
+    """
+
+    path: str
+    run: dict[str, Any] | None
+    task: str
+    labels: list[str] | None
+    digest: str
+
+    def of_run(self, *keys: str) -> Any:
+        """A field of the run's record, by the path to it; ``None`` where it is not given."""
+        value: Any = self.run
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    @property
+    def template(self) -> str | None:
+        """What texts were put into in training; ``None``: they were taken as they are."""
+        template = self.of_run("template")
+        return None if template == TEXT_TEMPLATE else template
+
+
+def read_known(path: str, name: str = "default") -> Known:
+    """Look at an adapter before its model is loaded.
+
+    Args:
+        name: what it shall be called, which in a folder of several says which.
+    Raises:
+        UserError: there is no adapter, or one of another library.
+        CheckpointError: it is damaged, or the record beside it is malformed.
+    """
+    if not os.path.exists(path):
+        raise UserError(f"--adapter {path}: no such file or folder")
+    folder = Path(path) if os.path.isdir(path) else Path(path).parent
+    file = find(path, name)
+    if os.path.isdir(path) and not file.exists():
+        other = (Path(path) / "adapter_config.json").exists()
+        raise UserError(
+            f"--adapter {path}: a folder without {file.name}"
+            + ("; the adapter in it is one of PEFT or AdapterHub" if other else "")
+        )
+    if not os.path.isdir(path) and file != Path(path):
+        raise UserError(f"--adapter {path}: expected a folder or a .safetensors file, got another file")
+    read_tensors(file)
+    run, record_folder = read_run(folder), folder
+    if run is None and folder.name == _BEST:
+        run, record_folder = read_run(folder.parent), folder.parent
+    task, labels = _task(run, folder if (folder / LABELS_FILE).exists() else record_folder)
+    return Known(path, run, task, labels, hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+def _task(run: dict[str, Any] | None, folder: Path) -> tuple[str, list[str] | None]:
+    if run is not None:
+        task, labels = run.get("task"), run.get("labels")
+    else:
+        task, labels = GENERATION, None
+        path = folder / LABELS_FILE
+        if path.exists():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+                task, labels = found["task"], found["labels"] if found["task"] == CLASSIFICATION else None
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise CheckpointError(f"{path}: not the labels of a run: {error}") from error
+    if task not in TASKS:
+        raise CheckpointError(f"{folder}: its task is {task!r}; expected one of {', '.join(TASKS)}")
+    fine = isinstance(labels, list) and len(labels) > 1 and all(isinstance(each, str) for each in labels)
+    if task == CLASSIFICATION and not fine:
+        raise CheckpointError(f"{folder}: the labels of its classes are {labels!r}; expected a list of names")
+    return task, labels if task == CLASSIFICATION else None
+
+
+def complete(args: argparse.Namespace, adapters: list[Known]) -> None:
+    """Fill in what the command line does not say about the model; tell where it says something else.
+
+    Raises: UserError: nobody names the model, or the adapters were trained on different ones.
+    """
+    bases: list[tuple[Known, dict[str, Any]]] = []
+    for known in adapters:
+        base = known.of_run("base")
+        if base and base.get("name"):
+            bases.append((known, {**base, "dtype": known.of_run("dtype")}))
+    if args.model is None:
+        if not bases:
+            why = f"; {adapters[0].path} does not name the model it was trained on" if adapters else ""
+            raise UserError(f"--model is needed{why}")
+        _require_one_base(bases)
+        args.model = _there(*bases[0])
+    for known, base in bases:
+        if not _same_model(args.model, base["name"]):
+            _tell(f"--model {args.model} in place of {base['name']}, on which {known.path} was trained")
+            continue
+        for option in ("revision", "gguf_file"):
+            given, trained = getattr(args, option), base.get(option)
+            if given is None:
+                setattr(args, option, trained)
+            elif given != trained:
+                _tell(
+                    f"--{option.replace('_', '-')} {given} in place of {trained or 'none'}, "
+                    f"with which {known.path} was trained"
+                )
+    if args.dtype is None:
+        args.dtype = next((base["dtype"] for _, base in bases if base["dtype"] is not None), "auto")
+        if args.dtype not in ("auto", *DTYPES):
+            raise UserError(
+                f"{bases[0][0].path}: its run has the dtype {args.dtype!r}; --dtype says which to take"
+            )
+
+
+def _require_one_base(bases: list[tuple[Known, dict[str, Any]]]) -> None:
+    (first, base), *others = bases
+    for known, other in others:
+        for key in ("name", "revision", "gguf_file"):
+            if base.get(key) != other.get(key):
+                raise UserError(
+                    f"{first.path} was trained on a model with {key} {base.get(key)!r}, {known.path} on one with "
+                    f"{other.get(key)!r}; --model says which to take"
+                )
+
+
+def _there(known: Known, base: dict[str, Any]) -> str:
+    """The model's name in the record. Raises: UserError: it is that of a folder which is not there."""
+    name = str(base["name"])
+    looks_like_a_path = Path(name).is_absolute() or name.startswith((".", "~"))
+    if looks_like_a_path and not Path(name).exists():
+        raise UserError(
+            f"--model is needed: {known.path} was trained on {name}, which is not there any more, or not from here"
+        )
+    return name
+
+
+def _same_model(one: str, other: str) -> bool:
+    return one == other or (os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other))
+
+
+def resolve_template(given: str | None, known: Known | None) -> str | None:
+    """The template that texts are put into: the one that was given, else the one of the training run.
+
+    A template that differs from that of the training is said, for it changes what the model is asked.
+    """
+    trained = known.template if known is not None else None
+    if given is None:
+        return trained
+    if known is not None and known.run is not None and given != (trained or TEXT_TEMPLATE):
+        _tell(
+            f"--template {given!r} in place of {trained or TEXT_TEMPLATE!r}, with which {known.path} was trained"
+        )
+    return None if given == TEXT_TEMPLATE else given
+
+
+def _tell(text: str) -> None:
+    print(f"fastadapter: {text}", file=sys.stderr)
