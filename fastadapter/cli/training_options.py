@@ -22,7 +22,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-train-epochs", type=int, default=_DEFAULTS.num_train_epochs, help="passes over the data"
     )
     length.add_argument(
-        "--max-steps", type=int, help="optimiser steps of the run, in place of --num-train-epochs"
+        "--max-steps",
+        type=int,
+        help="optimiser steps of the run; if not given, --num-train-epochs says how many",
     )
     add("--batch-size", type=int, default=_DEFAULTS.batch_size, help="records per step, over all processes")
     add(
@@ -50,7 +52,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS.warmup_ratio,
         help="share of the steps over which the learning rate rises",
     )
-    warmup.add_argument("--warmup-steps", type=int, help="their number, in place of --warmup-ratio")
+    warmup.add_argument("--warmup-steps", type=int, help="their number; if not given, --warmup-ratio says it")
     add("--weight-decay", type=float, default=_DEFAULTS.weight_decay, help="of AdamW")
     add("--adam-beta1", type=float, default=_DEFAULTS.betas[0], help="of AdamW")
     add("--adam-beta2", type=float, default=_DEFAULTS.betas[1], help="of AdamW")
@@ -77,7 +79,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="when to evaluate, besides before the first step and after the last; epoch if not given, steps with "
         "--eval-steps",
     )
-    add("--eval-steps", type=int, help="evaluate every so many steps")
+    add("--eval-steps", type=int, help="evaluate every so many steps; if not given, after epochs")
     add("--eval-batch-size", type=int, default=_DEFAULTS.eval_batch_size, help="records per forward pass")
     add(
         "--early-stopping-patience",

@@ -167,7 +167,7 @@ def test_adapters_of_another_task_are_sent_to_their_command(save_run, model_fold
     "change, message",
     [
         ({"labels": None}, "the labels of its classes are None; expected a list of names"),
-        ({"labels": ["a", 1, "c"]}, "expected a list of names"),
+        ({"labels": ["a", 1, "c"]}, "damaged, 'labels' must hold strings"),
         ({"labels": ["a", "b"]}, "adapter.safetensors: "),  # the head in the file has three
     ],
 )

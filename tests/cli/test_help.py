@@ -19,14 +19,17 @@ DIFFERENT = {
     "--num-train-epochs": "the demo is short, the comparison has a quick form",
     "--output-dir": "the demo has a folder of its own",
     "--layers": "the demo adapts ten",
+    "--parse-special-tokens": "what the adapter was trained with, where records are measured",
     "--save-steps": "a comparison's runs are shorter than the time it takes",
     "--template": "what the adapter's run had, where there is one",
     "--truncate": "what the adapter's run had, where there is one",
+    "--truncation": "what the adapter's run had, where there is one",
 }
 # Values that need not be given and have no default, because without them nothing of the kind happens.
 OPTIONAL = {
-    "--adapters", "--eval-count", "--eval-data", "--eval-fraction", "--file", "--gguf-file", "--json",
-    "--learning-rate", "--stop",
+    "--adapters", "--class-weights", "--columns", "--early-stopping-patience", "--eval-count",
+    "--eval-data", "--eval-fraction", "--file", "--gguf-file", "--json",
+    "--learning-rate", "--report-to", "--stop", "--system-prompt",
 }  # fmt: skip
 
 
