@@ -20,10 +20,11 @@ from fastadapter.verify import verify
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, known=True)
-    parser.add_argument_group("adapter").add_argument(
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument(
         "--adapter", metavar="PATH", help="file or folder of an adapter; a fresh LLaMA-Adapter if not given"
     )
-    add_any_base(parser)
+    add_any_base(adapter)
     output = parser.add_argument_group("output")
     output.add_argument("--verify", action="store_true", help="also run the self-check on the model")
     output.add_argument("--json", action="store_true", help="print JSON")

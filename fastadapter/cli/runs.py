@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,22 @@ def resolve_template(given: str | None, known: Known | None) -> str | None:
             f"--template {given!r} in place of {trained or TEXT_TEMPLATE!r}, with which {known.path} was trained"
         )
     return None if given == TEXT_TEMPLATE else given
+
+
+def parses_special_tokens(adapters: Sequence[Known]) -> bool:
+    """Whether special tokens in texts were tokens in training.
+
+    Raises: UserError: in that of some adapters, and not in that of others.
+    """
+    found = {
+        bool(each.of_run("training", "parse_special_tokens")) for each in adapters if each.run is not None
+    }
+    if len(found) > 1:
+        raise UserError(
+            "special tokens in texts were tokens in the training of some of the adapters; say "
+            "--parse-special-tokens or --no-parse-special-tokens"
+        )
+    return found == {True}
 
 
 def _tell(text: str) -> None:

@@ -92,7 +92,7 @@ def test_the_template_and_the_length_of_the_training(save_run, encoder_folder, f
     row = expected(folder, encoder_folder, ["good w1 w2 w3"])[0].softmax(-1)
     assert record["text"] == "w1 w2 w3 w4 w5"
     assert list(record["probabilities"].values()) == pytest.approx(row.tolist(), abs=1e-5)
-    status, _, err = fastadapter(*words, "--no-truncate")
+    status, _, err = fastadapter(*words, "--truncation", "error")
     assert status == 2 and "--text: the text has 6 tokens, at most 4 fit" in err
     (record,) = lines_of(fastadapter(*words, "--max-length", 40, "--template", "{text}")[1])
     row = expected(folder, encoder_folder, ["w1 w2 w3 w4 w5"])[0].softmax(-1)
@@ -167,7 +167,7 @@ def test_adapters_of_another_task_are_sent_to_their_command(save_run, model_fold
     "change, message",
     [
         ({"labels": None}, "the labels of its classes are None; expected a list of names"),
-        ({"labels": ["a", 1, "c"]}, "damaged, 'labels' must hold strings"),
+        ({"labels": ["a", 1, "c"]}, "'labels' must hold strings"),
         ({"labels": ["a", "b"]}, "adapter.safetensors: "),  # the head in the file has three
     ],
 )
@@ -178,8 +178,8 @@ def test_labels_that_do_not_fit(trained, refused, change, message):
 
 
 def test_an_output_that_is_not_finite_is_no_probability(trained, refused, monkeypatch):
-    plain = classify.class_logits
-    monkeypatch.setattr(classify, "class_logits", lambda *args: plain(*args) * float("nan"))
+    plain = classify.text_outputs
+    monkeypatch.setattr(classify, "text_outputs", lambda *args: plain(*args) * float("nan"))
     assert "the model's output is not finite" in refused("classify", "--adapter", trained, "--text", "w1")
 
 

@@ -54,6 +54,7 @@ def caught(function, *args):
     [
         (UserError("--x must be 1"), "--x must be 1"),
         (CheckpointError("a.safetensors: it is empty"), "a.safetensors: it is empty"),
+        (CheckpointError("a.json: cannot be written (os error 28)"), "a.json: cannot be written (os error 28)"),
         (PermissionError(errno.EACCES, "no", "/a"), "/a: Permission denied"),
         (OSError(errno.ENOSPC, "no"), "the disk: No space left on device"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk: No space left on device"),

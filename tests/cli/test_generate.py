@@ -10,6 +10,7 @@ import fastadapter as fa
 from fastadapter.cli import answers
 from fastadapter.cli.answers import Answerer, _before, _possible_start
 from fastadapter.training import UserError
+from fastadapter.training.data import Message
 from tests.cli.conftest import read_lines
 from tests.training.toy import CONTEXT, make_model, make_tokenizer
 
@@ -272,7 +273,8 @@ def test_prompts_in_files_and_on_stdin(ask, tmp_path, stdin, name, text):
         ("a.jsonl", b'{"prompt": 1}\n', "a.jsonl line 1: field 'prompt' must be a string, got int"),
         ("a.jsonl", b'{"question": "w1"}\n', "field 'prompt' or 'text' is missing; its fields are 'question'"),
         ("a.jsonl", b'{"prompt": "w1"}\n{"prompt": "\\ud800"}\n', "line 2: "),
-        ("a.jsonl", b'{"messages": "w1"}\n', "field 'messages' must be a list of objects"),
+        ("a.jsonl", b'{"messages": "w1"}\n', "field 'messages' must be a list of turns, got str"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "w1"}], "system": 1}\n', "field 'system' must be a"),
         ("a.jsonl", b'{"messages": [{"role": "system", "content": "w1"}]}\n', "no turn of the user's to answer"),
         ("a.txt", b"w1 " * CONTEXT, "line 1: the prompt has 64 tokens"),
     ],
@@ -354,12 +356,10 @@ def test_a_tokenizer_without_a_chat_template_and_one_that_refuses(
     model, tokenizer = make_model(), make_tokenizer()
     options = {"max_new_tokens": 2}
     with pytest.raises(UserError, match="--chat: the model's tokenizer has no chat template"):
-        Answerer(model, tokenizer, options).encode_chat("--chat", [{"role": "user", "content": "w1"}])
+        Answerer(model, tokenizer, options).encode_chat("--chat", [Message("user", "w1")])
     tokenizer.chat_template = "{{ raise_exception('no system prompts') }}"
-    with pytest.raises(
-        UserError, match="--chat: the tokenizer's chat template refuses it: no system prompts"
-    ):
-        Answerer(model, tokenizer, options).encode_chat("--chat", [{"role": "user", "content": "w1"}])
+    with pytest.raises(UserError, match="--chat: the chat template refuses the turns: no system prompts"):
+        Answerer(model, tokenizer, options).encode_chat("--chat", [Message("user", "w1")])
 
 
 # Files of answers
