@@ -100,7 +100,6 @@ class BottleneckHost(Host):
             inputs.pop((self.key, source), None)
         return adapted
 
-
     def _settle_one(self, arguments: dict[str, Any], dtype: torch.dtype, key: Any) -> None:
         """One adapter for all rows, by the kernel of a CPU or GPU without a look at what was checked."""
         if not self.keeps() or arguments["norm"] is not None:

@@ -119,7 +119,9 @@ class Flat:
     """Many :class:`Sources` as columns, equal rows once: they are looked at before every pass, in C."""
 
     def __init__(self, sources: list[Sources]):
-        tensors = {(id(row[0]), row[1], id(row[2]), *row[3:]): row for each in sources for row in each.tensors}
+        tensors = {
+            (id(row[0]), row[1], id(row[2]), *row[3:]): row for each in sources for row in each.tensors
+        }
         modules = {(id(row[0]), row[1], id(row[2])): row for each in sources for row in each.modules}
         self._holders, self._names, self._tensors, self._versions, self._addresses = _columns(tensors, 5)
         self._parents, self._children, self._modules = _columns(modules, 3)

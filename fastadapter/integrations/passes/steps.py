@@ -75,7 +75,9 @@ def shared_step(
     Args:
         of_run: of a soft prompt, where its keys and values are in a pass and what they were in this one.
     """
-    backend = choose_backend("auto", bank_key.device.type, bank_key.dtype, "prefix_attention", bank_key.shape[3])
+    backend = choose_backend(
+        "auto", bank_key.device.type, bank_key.dtype, "prefix_attention", bank_key.shape[3]
+    )
     if backend != "cpp":
         return None
 
@@ -105,7 +107,20 @@ def shared_step(
         scale = query.shape[3] ** -0.5 if scale is None else scale
         is_causal = causality(attention, query, mask, options)
         out, _, _ = run_shared(
-            backend, query, key, value, bank_key, bank_value, None, None, row_ids, scale, is_causal, 0, 0.0, False
+            backend,
+            query,
+            key,
+            value,
+            bank_key,
+            bank_value,
+            None,
+            None,
+            row_ids,
+            scale,
+            is_causal,
+            0,
+            0.0,
+            False,
         )
         return out.transpose(1, 2), None
 
