@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from fastadapter.checkpoints import load
-from fastadapter.cli.loading import add_any_base, add_model_arguments, device_and_dtype, load_classifier
+from fastadapter.cli.loading import add_any_base, add_model_arguments, device_and_dtype
 from fastadapter.cli.options import require_number, unescape
 from fastadapter.cli.records import RecordFile, add_output_arguments, line, require_output, show
 from fastadapter.cli.runs import (
     GENERATION,
     Known,
     complete,
+    load_base,
     parses_special_tokens,
     read_known,
     resolve_template,
@@ -104,10 +105,7 @@ def run(args: argparse.Namespace) -> int:
         }
         output = RecordFile(args.output, settings, resume=args.resume)
     labels = known.labels or []
-    # the file of the adapter holds the head's weights
-    model, tokenizer = load_classifier(
-        args.model, args.gguf_file, args.dtype, labels, seed=0, revision=args.revision
-    )
+    model, tokenizer = load_base(args, known)
     load(model, known.path, strict_base=not args.any_base)
     model.to(device)
     require_head(model, labels)

@@ -10,13 +10,14 @@ from tqdm import tqdm
 from fastadapter.checkpoints import load
 from fastadapter.cli.answers import Answerer, Prompt
 from fastadapter.cli.chat import converse
-from fastadapter.cli.loading import add_any_base, add_model_arguments, device_and_dtype, load_model
+from fastadapter.cli.loading import add_any_base, add_model_arguments, device_and_dtype
 from fastadapter.cli.options import require_number, unescape
 from fastadapter.cli.records import RecordFile, add_output_arguments, line, require_output, show
 from fastadapter.cli.runs import (
     GENERATION,
     Known,
     complete,
+    load_base,
     parses_special_tokens,
     read_known,
     resolve_template,
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     output = None
     if args.output is not None:
         output = RecordFile(args.output, _settings(args, known, options, templates), resume=args.resume)
-    model, tokenizer = load_model(args.model, args.gguf_file, args.dtype, args.revision)
+    model, tokenizer = load_base(args, next(iter(known.values()), None))
     for name, each in known.items():
         load(model, each.path, name, strict_base=not args.any_base)
     answerer = Answerer(
@@ -158,7 +159,7 @@ def _complete_chat(args: argparse.Namespace, known: list[Known]) -> None:
     """What the command line does not say about the form of the prompts."""
     if args.parse_special_tokens is None:
         args.parse_special_tokens = parses_special_tokens(known)
-    trained = {bool(each.of_run("chat")) for each in known if each.run is not None}
+    trained = {bool(each.of_run("chat")) for each in known}
     if args.apply_chat_template is None and not args.chat:
         if len(trained) > 1:
             raise UserError(

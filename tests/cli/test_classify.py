@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastadapter as fa
+from fastadapter.checkpoints.about import annotate
 from fastadapter.cli import classify
 from fastadapter.cli.loading import load_classifier
 from tests.cli.conftest import read_lines
@@ -100,7 +101,9 @@ def test_the_template_and_the_length_of_the_training(save_run, encoder_folder, f
     assert "--template '{text}' in place of 'good {text}'" in fastadapter(*words, "--template", "{text}")[2]
 
 
-def test_a_folder_from_before_run_json_needs_its_model(trained, encoder_folder, fastadapter, refused):
+def test_a_folder_from_before_run_json_needs_its_model(
+    trained, encoder_folder, fastadapter, refused, monkeypatch
+):
     """labels.json alone names the classes."""
     (trained / "run.json").unlink()
     (trained / "labels.json").write_text(json.dumps({"task": "classification", "labels": LABELS}))
@@ -109,6 +112,8 @@ def test_a_folder_from_before_run_json_needs_its_model(trained, encoder_folder, 
     status, out, _ = fastadapter("classify", *words, "--text", "w1", "--json")
     assert status == 0 and list(lines_of(out)[0]["probabilities"]) == LABELS
     assert fastadapter("explain", *words)[0] == 0
+    monkeypatch.chdir(encoder_folder.parent)  # where the name in the adapter's file is that of the folder
+    assert fastadapter("classify", "--adapter", trained, "--text", "w1", "--json") == (0, out, "")
     (trained / "labels.json").write_text('{"labels": ["a"]}')
     assert "not the labels of a run" in refused("classify", *words, "--text", "w1")
 
@@ -153,6 +158,18 @@ def test_bad_requests_are_named(trained, refused, words, message):
 def test_bad_files_are_named_with_their_line(trained, texts, refused, data, message):
     texts.write_bytes(data)
     assert message in refused("classify", "--adapter", trained, "--file", texts)
+
+
+def test_the_file_alone_knows_its_task(encoder_folder, tmp_path, fastadapter):
+    """Moved out of its folder, it names what a run has said of it."""
+    model = fa.attach(classifier(encoder_folder), fa.BottleneckConfig(bottleneck_size=4))
+    annotate(model, "default", {"task": "classification", "labels": LABELS, "template": "w3 {text}"})
+    file = fa.save(model, tmp_path / "moved.safetensors")
+    words = ("classify", "--model", encoder_folder, "--adapter", file, "--text", "w1", "--json")
+    status, out, err = fastadapter(*words)
+    row = expected(file, encoder_folder, ["w3 w1"])[0].softmax(-1)
+    assert status == 0 and not err
+    assert list(lines_of(out)[0]["probabilities"].values()) == pytest.approx(row.tolist(), abs=1e-5)
 
 
 def test_adapters_of_another_task_are_sent_to_their_command(save_run, model_folder, trained, refused):

@@ -224,7 +224,7 @@ def test_a_bad_adapter_is_found_before_the_model_is_loaded(model_folder, run, tm
     def never(*args):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("fastadapter.cli.generate.load_model", never)
+    monkeypatch.setattr("fastadapter.cli.generate.load_base", never)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "w1", "adapter": null}\n')
     for words, message in (

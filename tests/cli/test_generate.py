@@ -124,7 +124,7 @@ def test_draws_depend_on_the_seed_and_the_place_alone(ask, prompts, tmp_path):
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )  # fmt: skip
 def test_impossible_options_are_named(model_folder, refused, monkeypatch, words, message):
-    monkeypatch.setattr("fastadapter.cli.generate.load_model", None)
+    monkeypatch.setattr("fastadapter.cli.generate.load_base", None)
     assert message in refused("generate", "--model", model_folder, "--prompt", "w1", *words)
 
 
