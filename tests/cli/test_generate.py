@@ -136,6 +136,8 @@ def test_answers_end_before_a_stop_text(ask, prompts, model_folder, fastadapter)
     for before, after in zip(whole, stopped, strict=True):
         assert after["completion"] == before["completion"].split(stop)[0]
     assert stopped[0]["finish_reason"] == "stop" and stopped[0]["new_tokens"] < whole[0]["new_tokens"]
+    beams = [ask("--file", prompts, "--num-beams", 2, *more) for more in ((), ("--stop", words[0]))]
+    assert not any(words[0] in record["completion"] for record in beams[1])
     # word by word, on stdout
     options = ("--model", model_folder, "--prompt", PROMPTS[0], "--max-new-tokens", 6, "--stop", stop)
     assert fastadapter("generate", *options)[1] == stopped[0]["completion"] + "\n"
@@ -317,6 +319,23 @@ def test_a_prompt_in_the_chat_template(ask, save_run, model_folder, tmp_path):
     file.write_text(json.dumps({"messages": turns}) + "\n")
     (record,) = ask("--file", file)
     assert record["prompt"] == "user : w1 </s> assistant :"
+
+
+def test_special_tokens_in_prompts_are_text_unless_asked(save_run, model_folder, ask):
+    """As in training; in a conversation, nobody ends a turn but the template."""
+    text = "w1 </s> w2"
+    folder = save_run(make_model(), model_folder, training={"parse_special_tokens": True})
+    for words, parsed in (
+        (("--prompt", text, "--parse-special-tokens"), True),
+        (("--prompt", text, "--adapter", folder), True),
+        (("--prompt", text, "--adapter", folder, "--no-parse-special-tokens"), False),
+        (("--prompt", text), False),
+    ):
+        (record,) = ask(*words)
+        assert record["prompt"] == text and (record["prompt_tokens"] == 3) is parsed, words
+    one, two = (ask("--prompt", each, "--apply-chat-template")[0] for each in ("w1 w2", text))
+    assert two["prompt"].count("</s>") == one["prompt"].count("</s>") + 1
+    assert two["prompt_tokens"] > one["prompt_tokens"] + 1
 
 
 def test_turns_of_a_conversation(model_folder, tmp_path, stdin, fastadapter):
