@@ -9,6 +9,7 @@ import numpy as np
 
 from fastadapter.training.config import UserError
 
+DETAILED = 100  # classes; of more, the confusion matrix would be larger than the adapter
 WIDEST = 10  # classes of a confusion matrix that a terminal has room for
 BINS = 15  # of the calibration error, as in Guo et al.
 # What a run reports after every evaluation, in this order, where its task has it.
@@ -31,9 +32,9 @@ def classification_metrics(log_probs: np.ndarray, truth: np.ndarray, labels: Seq
         truth: int ``(rows,)``, the number of the right class.
         labels: names of the classes.
     Returns:
-        ``accuracy``; ``f1_macro``, the mean over the classes that occur in truth or predictions; ``per_class``:
-        ``precision``, ``recall``, ``f1`` and ``support`` of each; ``confusion_matrix``, rows are the right
-        classes and columns the predicted ones; ``ece``, the expected calibration error of the predicted
+        ``accuracy``; ``f1_macro``, the mean over the classes that occur in truth or predictions; of at most 100 classes
+        ``per_class``: ``precision``, ``recall``, ``f1`` and ``support`` of each, and ``confusion_matrix``, rows are the
+        right classes and columns the predicted ones; ``ece``, the expected calibration error of the predicted
         class's probability over 15 bins of equal width (arXiv:1706.04599, eq. 3); ``brier``, the mean over the
         rows of the squared distance between probabilities and truth, summed over the classes (0 to 2).
 
@@ -51,9 +52,15 @@ def classification_metrics(log_probs: np.ndarray, truth: np.ndarray, labels: Seq
     )
     occurring = np.union1d(truth, predicted)
     probabilities = np.exp(log_probs)
-    return {
+    found: dict[str, Any] = {
         "accuracy": float((predicted == truth).mean()),
         "f1_macro": float(f1[occurring].mean()),
+        "ece": _calibration_error(probabilities.max(1), predicted == truth),
+        "brier": float(((probabilities - np.eye(len(labels))[truth]) ** 2).sum(1).mean()),
+    }
+    if len(labels) > DETAILED:
+        return found
+    return found | {
         "per_class": {
             label: {
                 "precision": float(precision[number]),
@@ -64,8 +71,6 @@ def classification_metrics(log_probs: np.ndarray, truth: np.ndarray, labels: Seq
             for number, label in enumerate(labels)
         },
         "confusion_matrix": confusion_matrix(truth, predicted, labels=numbers).tolist(),
-        "ece": _calibration_error(probabilities.max(1), predicted == truth),
-        "brier": float(((probabilities - np.eye(len(labels))[truth]) ** 2).sum(1).mean()),
     }
 
 

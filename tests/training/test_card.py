@@ -51,7 +51,7 @@ def test_the_command_is_in_the_record(work):
     assert record["data"]["files"] == ["reviews.csv"]
     assert (record["data"]["train_records"], record["data"]["eval_records"]) == (14, 6)
     assert "{text}" in record["template"] and record["completion_template"] == " {label}"
-    assert record["labels"] is None and record["chat"] is False and record["finished"]
+    assert record["labels"] == ["bad", "good"] and record["chat"] is False and record["finished"]
     record = read_run(work / "classified")
     assert record["task"] == "classification" and record["labels"] == ["bad", "good"]
     assert record["template"] == "{text}"

@@ -17,7 +17,8 @@ from fastadapter.training import (
     supervised_loss,
 )
 from fastadapter.training.data import Message, encode_conversation
-from fastadapter.training.evaluation import evaluate, prepare
+from fastadapter.training.evaluation import prepare
+from fastadapter.training.held_out import measure
 from fastadapter.training.tasks import GenerationTask
 from tests.training.toy import WORDS, make_adapted, make_model, make_tokenizer
 
@@ -176,7 +177,7 @@ def test_held_out_conversations_are_right_when_every_answer_is():
     new = model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)[0, 2:]
     said = WORDS[int(new[0])]
     data = prepare(tokenizer, [talk(Message("user", "w1 w2"), Message("assistant", said))], {})
-    assert evaluate(model, data, [0], 1)[1:] == (1, 1, 1)
+    assert data.rows == 1 and measure(data, model, 1)["accuracy"] == 1
     # One token is trained on, and it is not the last: what stands behind counts for nothing.
     odd = Encoded((1, 2, int(new[0]), 5, 6, 7), 2, ((3, 5),))
     assert list(odd.supervised) == [2, 5] and odd.num_supervised == 2

@@ -58,6 +58,13 @@ def test_classes_that_do_not_occur_and_certainty():
     assert (wrong["accuracy"], wrong["brier"], wrong["ece"]) == (0.0, 2.0, 1.0)
 
 
+def test_many_classes_are_told_in_short():
+    labels = [f"c{number}" for number in range(101)]
+    scores = np.log(np.random.default_rng(0).dirichlet(np.ones(101), 20))
+    found = metrics.classification_metrics(scores, np.arange(20), labels)
+    assert set(found) == {"accuracy", "f1_macro", "ece", "brier"} and metrics.table({"loss": 1.0, **found})
+
+
 def test_metrics_of_numbers():
     truth = np.array([1.0, 2.0, 3.0, 4.0])
     found = metrics.regression_metrics(truth**3, truth)
