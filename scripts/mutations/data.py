@@ -52,7 +52,10 @@ DATA = [
             "        for start, end in spans:\n",
             "        for start, end in spans[-1:]:\n",
         ),
-        marks_are_not_looked_at=("self._marked if _MARKS.search(self.template)", "self._marked if False"),
+        marks_are_not_looked_at=(
+            "self._marked if _MARKS.search(self.template.text)",
+            "self._marked if False",
+        ),
         what_was_said_is_parsed=("at % 2 == 0) for at, part", "True) for at, part"),
         other_turns_may_change_it=("text.startswith(through) and ", ""),
         weights_are_ignored=("if turn.get(name) not in harmless:", "if False:", RECORDS),
