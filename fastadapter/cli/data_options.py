@@ -17,7 +17,9 @@ from fastadapter.training.data import (
     INSTRUCTION_TEMPLATE,
     MAX_RECORD_BYTES,
     TEMPLATE,
+    any_of,
     require_template,
+    special_tokens,
 )
 
 
@@ -54,7 +56,7 @@ def add_data_arguments(group: Any, *, held_out: bool) -> None:
     group.add_argument(
         "--template",
         type=unescape,
-        help=rf"prompt of text/label records; \n is a new line; if not given {escape(TEMPLATE)!r}, "
+        help=rf"prompt of text/label records; \n is a new line; if not given '{escape(TEMPLATE)}', "
         "the text alone for classes and numbers",
     )
     group.add_argument(
@@ -126,6 +128,28 @@ def read_data(args: argparse.Namespace, tell: bool) -> tuple[list[Example], list
             raise UserError(f"--eval-fraction must be between 0 and 1, got {fraction}")
         count = max(1, round(fraction * len(train)))
     return (train, None) if count is None else split_examples(train, count, args.seed)
+
+
+def mention_special_tokens(args: argparse.Namespace, tokenizer: Any, examples: Sequence[Example]) -> None:
+    """Say on stderr if records hold special tokens that are taken as text, as those would that a template has made."""
+    if args.parse_special_tokens:
+        return
+    pattern = any_of([word for word in special_tokens(tokenizer) if len(word) > 1])
+    found = [
+        match.group()
+        for example in examples
+        if (match := pattern.search("\n".join((example.prompt, example.completion, *_said(example)))))
+    ]
+    if found:
+        print(
+            f"fastadapter: {len(found)} of {len(examples)} records hold special tokens, the first of them "
+            f"{found[0]!r}, which are taken as text; --parse-special-tokens makes tokens of them",
+            file=sys.stderr,
+        )
+
+
+def _said(example: Example) -> list[str]:
+    return [turn.content for turn in example.messages or ()]
 
 
 def templates(args: argparse.Namespace) -> dict[str, str]:

@@ -5,7 +5,13 @@ import shlex
 import sys
 from pathlib import Path
 
-from fastadapter.cli.data_options import add_data_arguments, escape, prompt_template, read_data
+from fastadapter.cli.data_options import (
+    add_data_arguments,
+    escape,
+    mention_special_tokens,
+    prompt_template,
+    read_data,
+)
 from fastadapter.cli.loading import add_model_arguments, device_and_dtype, load_classifier, load_model
 from fastadapter.cli.method_options import add_method_arguments, method_config
 from fastadapter.integrations.verbs.attach import attach
@@ -90,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         model, tokenizer = load_classifier(args.model, args.gguf_file, args.dtype, labels, args.seed)
     else:
         model, tokenizer = load_model(args.model, args.gguf_file, args.dtype)
+    if accelerator.is_main_process:
+        mention_special_tokens(args, tokenizer, train)
     _seed(args.seed)
     attach(model, adapter)
     try:

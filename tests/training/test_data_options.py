@@ -164,6 +164,7 @@ def test_finetune_takes_every_kind(tmp_path, capsys, name):
     assert (
         main(["finetune", "--model", str(folder), "--data", str(file), "--device", "cpu", *words, *out]) == 0
     )
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
+    assert ("8 of 8 records hold special tokens, the first of them '</s>'" in said) == (name == "columns")
     assert "on 8 records" in printed and (tmp_path / "out" / "adapter.safetensors").exists()
     assert ("--template" in printed) == (name == "instruction")

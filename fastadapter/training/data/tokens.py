@@ -75,7 +75,7 @@ def tokenize_pieces(
         texts = [rows[row][at].text for row, at in keys]
         shown = [text if at == 0 else f"\n{text}" for text, (_, at) in zip(texts, keys, strict=True)]
         found.update(zip(keys, tokenizer(shown, **options)["input_ids"], strict=True))
-        joined = []  # with a line break that is no token of its own there, which only a piece of white space makes
+        joined = []  # pieces that begin with white space, which shares a token with the line break
         for key, text in zip(keys, texts, strict=True):
             if key[1] and found[key][: len(newline)] == newline:
                 found[key] = found[key][len(newline) :]
