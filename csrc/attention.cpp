@@ -257,7 +257,7 @@ void AttentionCall::split_backward() {
 template <class F>
 void AttentionCall::run(F function, int64_t scratch_bytes, int64_t items, int64_t work) const {
   parallel(items, work, [&](int64_t begin, int64_t end) {
-    const Buffer scratch = allocate(scratch_bytes);
+    const ThreadScratch scratch(scratch_bytes);
     function(op, begin, end, scratch.get());
   });
 }

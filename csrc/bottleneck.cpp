@@ -148,7 +148,7 @@ class Call {
     if (items == 0) return;
     const int64_t bytes = kernel.common.scratch_bytes(op);
     parallel(items, work, [&](int64_t begin, int64_t end) {
-      const Buffer scratch = allocate(bytes);
+      const ThreadScratch scratch(bytes);
       function(op, begin, end, scratch.get());
     });
   }

@@ -1,7 +1,8 @@
 // bottleneck on CPUs: out = residual + scale * (act(norm(x) D^T + b_d) U^T + b_u), see docs/maths.md.
 //
 // Blocks of rows go through both products while they are in cache; the output is written once. Weights are
-// packed once per call, or by the block itself where it is the only one of its entry, as in decoding.
+// packed once per call, or by the block itself where it is the only one of its entry; a few rows, as in
+// decoding, take them as they lie.
 #include "bottleneck_rows.h"
 
 namespace fastadapter {
@@ -126,9 +127,14 @@ void forward(const Bottleneck& op, int64_t begin, int64_t end, char* memory) {
     load_parameter(op, op.up_bias, entry, op.hidden, op.padded_hidden, s.up_bias);
     const C *x[kBottleneckRows], *y[kBottleneckRows];
     read_inputs<C>(op, s, block, nullptr, x, y);
-    project(n, op.hidden, y, packed_weights(op, s, kDownByHidden, entry), s.z, op.padded_size);
+    const bool few = op.slot[entry] < 0 && n <= kFewRows;
+    if (few) {
+      project_few(op, entry, n, y, s.strip, s.z);
+    } else {
+      project(n, op.hidden, y, packed_weights(op, s, kDownByHidden, entry), s.z, op.padded_size);
+    }
     activate_rows<C>(op, s, block, s.z, nullptr);
-    const C* up = packed_weights(op, s, kUpBySize, entry);
+    const C* up = few ? nullptr : packed_weights(op, s, kUpBySize, entry);
     with_element<C>(op.out.dtype, [&](auto* element) {
       using E = std::remove_pointer_t<decltype(element)>;
       const E* residual[kBottleneckRows];
@@ -145,11 +151,15 @@ void forward(const Bottleneck& op, int64_t begin, int64_t end, char* memory) {
         out[k] = direct ? reinterpret_cast<E*>(targets[k]) : raw_out + k * op.padded_hidden;
       }
       auto fetch = [&](int64_t k, int64_t j) { return op.residual.data ? residual[k] + j : nullptr; };
-      expand<C>(n, op.size, s.z, op.padded_size, up, op.hidden, fetch,
-                [&](int64_t first, int64_t count, int64_t j, const auto& sum) {
-                  finish_output<C, E>(op, s, entry, count, j, sum,
-                                      op.residual.data ? residual + first : nullptr, out + first);
-                });
+      auto finish = [&](int64_t first, int64_t count, int64_t j, const auto& sum) {
+        finish_output<C, E>(op, s, entry, count, j, sum, op.residual.data ? residual + first : nullptr,
+                            out + first);
+      };
+      if (few) {
+        expand_few<C>(op, entry, n, s.z, s.strip, fetch, finish);
+      } else {
+        expand<C>(n, op.size, s.z, op.padded_size, up, op.hidden, fetch, finish);
+      }
       for (int64_t k = 0; k < n; ++k) scatter_row<E>(op.out, targets[k], op.hidden, out[k]);
     });
   }

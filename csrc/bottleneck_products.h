@@ -76,7 +76,8 @@ inline void pack_columns(const View& x, const char* rows, int64_t count, int64_t
   with_element<C>(x.dtype, [&](auto* element) {
     using E = std::remove_pointer_t<decltype(element)>;
     for (int first = 0; first < width; first += W) {
-      for (int64_t p = 0; p < k; p += W) {
+      for (int64_t next = 0; next < k; next += W) {
+        const int64_t p = k < W ? 0 : min(next, k - W);  // whole vectors: the last one overlaps
         Vec<C> v[W];
         for (int i = 0; i < W; ++i) {
           v[i] = first + i < count ? load_lanes<C, E>(rows + (first + i) * x.stride[2] + p * x.stride[3],
@@ -165,6 +166,25 @@ inline void accumulate_chains(int64_t k, A a, const C* panel, Vec<C> (&sum)[kRow
   }
 }
 
+// The same, from weights as they lie: `count` rows of k elements are the columns of the product. What a chain
+// needs is packed into `memory` (kChain * kVectors vectors) and used at once, while it is in the first cache.
+template <class C, int kRows, int kVectors, class A>
+inline void accumulate_unpacked(const View& weight, const char* rows, int64_t count, int64_t k, A a,
+                                C* memory, Vec<C> (&sum)[kRows][kVectors]) {
+  for (auto& row : sum) {
+    for (Vec<C>& x : row) x = Vec<C>{};
+  }
+  for (int64_t begin = 0; begin < k; begin += kChain) {
+    const int64_t length = min(kChain, k - begin);
+    pack_columns(weight, rows + begin * weight.stride[3], count, length, kVectors * kLanes<C>, memory);
+    Vec<C> chain[kRows][kVectors] = {};
+    accumulate<C>(length, [&](int i, int64_t p) { return a(i, begin + p); }, memory, chain);
+    for (int i = 0; i < kRows; ++i) {
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += chain[i][v];
+    }
+  }
+}
+
 template <class C, int kVectors, int kRows>
 inline void project_tile(int64_t n, int64_t k, const C* const* a, const C* panel, C* out, int64_t ldo) {
   constexpr int W = kLanes<C>;
@@ -231,6 +251,64 @@ inline void expand(int64_t n, int64_t k, const C* a, int64_t lda, const C* packe
       }
     });
   }
+}
+
+// Rows for which packing all weights first would take longer than the products.
+constexpr int64_t kFewRows = kRowsOf<3>;
+
+// `project` for at most kFewRows rows, with the rows of an entry's down projection as they lie.
+template <class C>
+inline void project_few(const Bottleneck& op, int64_t entry, int64_t n, const C* const* a, C* memory,
+                        C* out) {
+  constexpr int W = kLanes<C>;
+  const char* rows = op.down.data + op.entry_id[entry] * op.down.stride[0];
+  const SizePanels<C> panels(op.padded_size);
+  for (int64_t panel = 0; panel < panels.count(); ++panel) {
+    const int64_t first = panel * 2 * W;
+    auto columns = [&](auto width) {
+      constexpr int kVectors = decltype(width)::value;
+      with_rows<kFewRows>(n, [&](auto size) {
+        const C* from[size];
+        for (int i = 0; i < size; ++i) from[i] = a[min(i, n - 1)];
+        Vec<C> sum[size][kVectors];
+        accumulate_unpacked<C>(
+            op.down, rows + first * op.down.stride[2], min(kVectors * W, op.size - first), op.hidden,
+            [&](int i, int64_t p) { return from[i][p]; }, memory, sum);
+        for (int64_t i = 0; i < n; ++i) {
+          for (int v = 0; v < kVectors; ++v) store(out + i * op.padded_size + first + v * W, sum[i][v]);
+        }
+      });
+    };
+    switch (panels.width(panel)) {
+      case 1:
+        columns(std::integral_constant<int, 1>{});
+        break;
+      case 2:
+        columns(std::integral_constant<int, 2>{});
+        break;
+      default:
+        columns(std::integral_constant<int, 3>{});
+    }
+  }
+}
+
+// `expand` for at most kFewRows rows, with the rows of an entry's up projection as they lie.
+template <class C, class G, class F>
+inline void expand_few(const Bottleneck& op, int64_t entry, int64_t n, const C* a, C* memory, G fetch,
+                       F finish) {
+  const char* rows = op.up.data + op.entry_id[entry] * op.up.stride[0];
+  with_rows<kFewRows>(n, [&](auto size) {
+    const C* from[size];
+    for (int m = 0; m < size; ++m) from[m] = a + min(m, n - 1) * op.padded_size;
+    for (int64_t j = 0; j < op.hidden; j += kPanel<C>) {
+      for (int64_t m = 0; m < n; ++m) __builtin_prefetch(fetch(m, j));
+      Vec<C> sum[size][2];
+      accumulate_unpacked<C>(
+          op.up, rows + j * op.up.stride[2], min(kPanel<C>, op.hidden - j), op.size,
+          [&](int m, int64_t p) { return from[m][p]; }, memory, sum);
+      finish(0, n, j, sum);
+    }
+  });
 }
 
 // out (padded_size, 2 vectors) += transposed rows of s (n, padded_size) times a panel (n, 2 vectors). The sum

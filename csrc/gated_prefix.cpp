@@ -102,7 +102,7 @@ class Call {
   using Function = void (*)(const GatedPrefix&, int64_t, int64_t, char*);
   void run(Function function, int64_t items, int64_t work) const {
     parallel(items, work, [&](int64_t begin, int64_t end) {
-      const Buffer scratch = allocate(kernel->scratch_bytes(op));
+      const ThreadScratch scratch(kernel->scratch_bytes(op));
       function(op, begin, end, scratch.get());
     });
   }

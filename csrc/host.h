@@ -32,6 +32,36 @@ inline Buffer allocate(int64_t bytes) {
   return Buffer(static_cast<char*>(::operator new[](static_cast<size_t>(bytes), std::align_val_t(64))));
 }
 
+// Memory of this thread for one function of a kernel at a time. Up to kKeptScratch bytes stay for the next
+// call: decoding makes many short ones, and fresh memory is cold and costs page faults.
+constexpr int64_t kKeptScratch = 1 << 22;
+
+class ThreadScratch {
+ public:
+  explicit ThreadScratch(int64_t bytes) {
+    struct Kept {
+      Buffer memory;
+      int64_t bytes = 0;
+    };
+    static thread_local Kept kept;
+    if (bytes > kKeptScratch) {
+      own_ = allocate(bytes);
+      return;
+    }
+    if (bytes > kept.bytes) {
+      kept.memory = allocate(bytes);
+      kept.bytes = bytes;
+    }
+    kept_ = kept.memory.get();
+  }
+  ThreadScratch(const ThreadScratch&) = delete;
+  char* get() const { return own_ ? own_.get() : kept_; }
+
+ private:
+  Buffer own_;
+  char* kept_ = nullptr;
+};
+
 inline DType dtype_of(const char* op, const char* name, const Tensor& x) {
   switch (x.scalar_type()) {
     case ScalarType::Double:

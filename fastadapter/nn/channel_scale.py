@@ -49,12 +49,12 @@ class ChannelScale(Masters):
 
     def before(self, x: Tensor) -> Tensor:
         """What the linear layer gets, ``(..., in_features)``, in the dtype of ``x``."""
-        return x * self.scale.to(x.dtype) if self.convention == "input" else x
+        return scale_input(x, self.scale.to(x.dtype)) if self.convention == "input" else x
 
     def after(self, y: Tensor) -> Tensor:
         """What the linear layer's output becomes, ``(..., out_features)``, in the dtype of ``y``."""
-        y = y + self.bias.to(y.dtype)
-        return y * self.scale.to(y.dtype) if self.convention == "output" else y
+        scale = self.scale.to(y.dtype) if self.convention == "output" else None
+        return shift_output(y, self.bias.to(y.dtype), scale)
 
     def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weight and bias of the linear layer that is the given one with this scale and bias.
@@ -86,3 +86,14 @@ class ChannelScale(Masters):
 
     def extra_repr(self) -> str:
         return f"convention={self.convention!r}, out_features={self.bias.numel()}"
+
+
+def scale_input(x: Tensor, scale: Tensor) -> Tensor:
+    """``x (..., in_features)`` by a scale of its dtype."""
+    return x * scale
+
+
+def shift_output(y: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
+    """``y (..., out_features)`` with a bias of its dtype, by a scale behind it if there is one."""
+    y = y + bias
+    return y if scale is None else y * scale

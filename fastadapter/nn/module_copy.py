@@ -74,7 +74,7 @@ class ModuleCopy(Masters):
     def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What ``module`` gives with these parameters in place of its own."""
         with contextlib.nullcontext() if torch.compiler.is_compiling() else _EXCHANGING:
-            statistics = self.statistics() if self._has_buffers() else {}
+            statistics = self.statistics() if self.has_buffers() else {}
             own: dict[str, Tensor] = {**dict(self.own.named_parameters()), **statistics}
             tensors = {key: value.to(_tensor(module, key).dtype) for key, value in own.items()}
             constant = [key for key, _ in self.own.named_buffers() if key not in statistics]
@@ -87,7 +87,20 @@ class ModuleCopy(Masters):
                 return output
         return self.own(*args, **kwargs)
 
-    def _has_buffers(self) -> bool:
+    def rounded(self, module: nn.Module) -> nn.Module:
+        """A module that gives what :meth:`forward` gives without gradients, with the parameters as they are now.
+
+        Raises: TypeError: the module has buffers, which change.
+        """
+        if self.has_buffers():
+            raise TypeError(f"a {type(self.own).__name__} with buffers cannot be rounded once for many calls")
+        rounded = copy.deepcopy(self.own)
+        for key, parameter in rounded.named_parameters():
+            parameter.data = parameter.data.to(_tensor(module, key).dtype)
+        return rounded.requires_grad_(False).eval()
+
+    def has_buffers(self) -> bool:
+        """Whether the module has more than parameters: statistics, or what it shares with the model."""
         return any(each._buffers for each in self.own.modules())
 
 

@@ -12,6 +12,8 @@ from fastadapter.integrations.passes.host import Host
 from fastadapter.nn import Bottleneck
 from fastadapter.nn.bottleneck import operands
 from fastadapter.ops import bottleneck
+from fastadapter.ops.backends import choose_backend
+from fastadapter.ops.bottleneck import run_forward
 
 
 class Points(NamedTuple):
@@ -91,10 +93,30 @@ class BottleneckHost(Host):
             join = functools.partial(operands, bank, x.dtype, stacked=stacked, rounded=rounded)
             key = (group.names, x.dtype, rounded)
             arguments = self.keep(key, functools.partial(list, bank), join)
+            if source is None and group.members is None:
+                self._settle_one(arguments, x.dtype, key)
             adapted = bottleneck(x, residual=adapted, row_ids=group.row_ids, **arguments)
         for source in ("ffn", "residual"):
             inputs.pop((self.key, source), None)
         return adapted
+
+    def _settle_one(self, arguments: dict[str, Any], dtype: torch.dtype, key: Any) -> None:
+        """One adapter for all rows, by the kernel of a CPU or GPU without a look at what was checked."""
+        if not self.keeps() or arguments["norm"] is not None:
+            return
+        names = ("down_weight", "up_weight", "down_bias", "up_bias")
+        weights = [arguments[name] for name in names]
+        if weights[0].dim() == 2:  # kept for a mixed batch, they are a bank already
+            weights = [None if each is None else each[None] for each in weights]
+        backend = choose_backend("auto", weights[0].device.type, dtype, "bottleneck")
+        rest = (None, None, None, arguments["activation"], "none", 0.0, float(arguments["scale"]))
+
+        def act(output: Tensor) -> Tensor | None:
+            if output.dtype is not dtype or output.dim() != 3:
+                return None
+            return run_forward(backend, output, *weights, output, *rest)
+
+        self.settle(act, key)
 
 
 def _multiplies_rounded(x: Tensor) -> bool:
@@ -104,11 +126,21 @@ def _multiplies_rounded(x: Tensor) -> bool:
 
 def _adapt_output(module: nn.Module, args: tuple, output: Any) -> Any:
     host = module._modules.get(BottleneckHost.CHILD)
-    if host is None or host.idle():
+    if host is None:
         return None
-    if torch.is_tensor(output):
-        return host.adapt(output)
-    return (host.adapt(output[0]), *output[1:])
+    inner = output if torch.is_tensor(output) else output[0]
+    step = host.step()
+    adapted = None
+    if step is not None:
+        if step.act is None:
+            return None
+        adapted = step.act(inner)
+    if adapted is None:
+        if host.idle():
+            host.settle_idle()
+            return None
+        adapted = host.adapt(inner)
+    return adapted if inner is output else (adapted, *output[1:])
 
 
 class Watch:

@@ -11,6 +11,8 @@ from torch.utils.hooks import RemovableHandle
 from fastadapter.integrations.passes.host import Host
 from fastadapter.integrations.passes.replacement import PlaceHost
 from fastadapter.integrations.passes.training import refuse_backward
+from fastadapter.nn import ChannelScale
+from fastadapter.nn.channel_scale import scale_input, shift_output
 
 
 class ScaleHost(PlaceHost):
@@ -24,10 +26,32 @@ class ScaleHost(PlaceHost):
     def kind(self, adapter: nn.Module) -> Any:
         return adapter.convention
 
-    def on_rows(self, x: Tensor, part: str) -> Tensor:
+    def before(self, x: Tensor) -> Tensor:
+        """What the layer gets instead of ``x``."""
+        step = self.step()
+        if step is not None:
+            repeated = x if step.act is None else step.act(x, True)
+            if repeated is not None:
+                return repeated
+        return self._on_rows(x, "before")
+
+    def after(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        """What the layer's ``output`` for ``x`` becomes."""
+        step = self.step()
+        if step is not None:
+            repeated = output if step.act is None else step.act(output, False)
+            if repeated is not None:
+                return repeated
+        if self.idle():
+            self.settle_idle()
+            return output
+        return self._on_rows(refuse_backward(module, x, output), "after")
+
+    def _on_rows(self, x: Tensor, part: str) -> Tensor:
         for group in self.groups(x.shape[0], x.device):
             adapters = [self.adapter(name) for name in group.names]
             if group.row_ids is None:
+                self._settle_one(group.names[0], x.dtype)
                 x = getattr(adapters[0], part)(x)
             else:
                 for index, adapter in enumerate(adapters):
@@ -35,17 +59,35 @@ class ScaleHost(PlaceHost):
                     x = torch.where(mine, getattr(adapter, part)(x), x)
         return x
 
+    def _settle_one(self, name: str, dtype: torch.dtype) -> None:
+        """One adapter for all rows, its parameters rounded to the activations' dtype once for many passes."""
+        if not self.keeps():
+            return
+        adapter: ChannelScale = self.adapter(name)
+        scale, bias = self.keep(
+            (name, dtype), lambda: [adapter], lambda: (adapter.scale.to(dtype), adapter.bias.to(dtype))
+        )
+        by_input = adapter.convention == "input"
+        behind = None if by_input else scale
+
+        def act(x: Tensor, before: bool) -> Tensor | None:
+            if x.dtype is not dtype:
+                return None
+            if before:
+                return scale_input(x, scale) if by_input else x
+            return shift_output(x, bias, behind)
+
+        self.settle(act, (name, dtype))
+
 
 def _before(module: nn.Module, args: tuple) -> Any:
     host = module._modules.get(ScaleHost.CHILD)
-    return None if host is None or host.idle() else (host.on_rows(args[0], "before"), *args[1:])
+    return None if host is None else (host.before(args[0]), *args[1:])
 
 
 def _after(module: nn.Module, args: tuple, output: Tensor) -> Any:
     host = module._modules.get(ScaleHost.CHILD)
-    if host is None or host.idle():
-        return None
-    return host.on_rows(refuse_backward(module, args[0], output), "after")
+    return None if host is None else host.after(module, args[0], output)
 
 
 class CopyHost(Host):
@@ -59,13 +101,32 @@ class CopyHost(Host):
     def kind(self, adapter: nn.Module) -> Any:
         return id(adapter)
 
-    def on_rows(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def instead(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """What takes the place of the module's ``output``."""
+        step = self.step()
+        if step is not None:
+            return output if step.act is None else step.act(*args, **kwargs)
+        if self.idle():
+            self.settle_idle()
+            return output
+        return self._on_rows(module, args, kwargs, output)
+
+    def _settle_one(self, module: nn.Module, name: str) -> None:
+        """One copy for all rows, rounded to the model's dtype once for many passes."""
+        if not self.keeps():
+            return
+        own = self.adapter(name)
+        if not own.has_buffers():
+            self.settle(self.keep(name, lambda: [own, module], lambda: own.rounded(module)), name)
+
+    def _on_rows(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         first = next((each for each in tree_leaves((args, kwargs)) if torch.is_tensor(each)), None)
         if first is None:
             raise TypeError(f"{type(module).__name__} was called without a tensor, expected its input")
         for group in self.groups(len(first), first.device):
             own = self.adapter(group.names[0])
             if group.members is None:
+                self._settle_one(module, group.names[0])
                 return own(module, *args, **kwargs)
             mine = functools.partial(_members, len(first), group.members)
             results = own(module, *tree_map(mine, args), **tree_map(mine, kwargs))
@@ -75,7 +136,7 @@ class CopyHost(Host):
 
 def _instead(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     host = module._modules.get(CopyHost.CHILD)
-    return None if host is None or host.idle() else host.on_rows(module, args, kwargs, output)
+    return None if host is None else host.instead(module, args, kwargs, output)
 
 
 def _members(batch: int, members: Tensor, value: Any) -> Any:

@@ -80,9 +80,10 @@ class Pass:
         forced: made by :meth:`State.only`.
         keeps: whether what is projected may be kept for later passes: no gradient can be needed through it.
         serials: which adapters these were, so that a recomputation does not take others of the same name.
+        stamp: the same in all passes that may repeat what one of them did; ``None`` where each has to ask again.
     """
 
-    __slots__ = ("choice", "forced", "keeps", "outer", "serials", "state")
+    __slots__ = ("choice", "forced", "keeps", "outer", "serials", "stamp", "state")
 
     def __init__(self, state: "State", choice: Choice, *, keeps: bool = False, forced: bool = False):
         self.state = state
@@ -90,6 +91,7 @@ class Pass:
         self.forced = forced
         self.choice = choice
         self.keeps = keeps
+        self.stamp = state.store.stamp(choice) if keeps else None
         self.serials = {name: state.serials.get(name) for name in choice.names()}
 
     @classmethod

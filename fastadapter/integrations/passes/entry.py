@@ -59,10 +59,10 @@ def _begin(module: nn.Module, args: tuple) -> None:
         return
     try:
         keeps = not (module.training or torch.is_grad_enabled()) and may_keep(_device(module))
-        run = Pass.begun(state, keeps)
         if keeps:
-            state.store.check()
-        elif module.training and torch.is_grad_enabled():
+            state.store.check()  # before the pass takes its stamp
+        run = Pass.begun(state, keeps)
+        if module.training and torch.is_grad_enabled():
             _carry_into_recomputation(module, state)
     except BaseException:
         state.traffic.end()

@@ -32,6 +32,13 @@ class Group(NamedTuple):
     members: Tensor | None
 
 
+class Step(NamedTuple):
+    """What a host does in every pass with a ``stamp``: ``act``, or nothing."""
+
+    stamp: object
+    act: Callable[..., Any] | None
+
+
 class Adapters(nn.Module):
     """The adapters of one host by name, in the order they came.
 
@@ -85,6 +92,7 @@ class Host(nn.Module):
         self.key = next(_KEYS)
         self._groups: dict[Any, list[Group]] = {}
         self._kept: dict[Any, Kept] = {}
+        self._step: Step | None = None
 
     @property
     def choice(self) -> Choice:
@@ -164,6 +172,34 @@ class Host(nn.Module):
             self._kept[key] = kept
         return kept.value
 
+    def step(self) -> Step | None:
+        """What an earlier pass like the one under way settled; ``None``: it has to be asked again."""
+        step = self._step
+        if step is None or torch.compiler.is_compiling():
+            return None
+        run = under_way()
+        return step if run is not None and run.stamp is step.stamp else None
+
+    def settle(self, act: Callable[..., Any], *keys: Any) -> None:
+        """Let later passes like this one call ``act`` without asking who acts and with what.
+
+        Args:
+            act: what cannot be known now, such as a dtype, it has to look at itself.
+            keys: of :meth:`keep`, what it holds. A change of that ends the step.
+        """
+        found = [self._kept.get(key) for key in keys]
+        if all(kept is not None and kept.is_valid for kept in found):
+            self._settle(act)
+
+    def settle_idle(self) -> None:
+        """The same where nothing acts."""
+        self._settle(None)
+
+    def _settle(self, act: Callable[..., Any] | None) -> None:
+        run = under_way()
+        if run is not None and self.keeps() and not torch.compiler.is_compiling():
+            self._step = Step(run.stamp, act)
+
     def kind(self, adapter: nn.Module) -> Any:
         """What two adapters must share to go through one call of an op."""
         raise NotImplementedError
@@ -189,6 +225,7 @@ class Host(nn.Module):
         self.forget_kept()
 
     def forget_kept(self) -> None:
+        self._step = None
         for kept in self._kept.values():
             kept.is_valid = False
         self._kept = {}
@@ -202,7 +239,7 @@ class Host(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy makes its own
-        return {**self.__dict__, "_groups": {}, "_kept": {}}
+        return {**self.__dict__, "_groups": {}, "_kept": {}, "_step": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

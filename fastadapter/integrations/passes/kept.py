@@ -6,6 +6,7 @@ That is looked up where it hangs in the model, so a parameter that was exchanged
 """
 
 import functools
+import operator
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 _KNOWN = {"torch", "transformers", "fastadapter", "bitsandbytes", "torchao"}
 # What PEFT's layers compute depends on these too.
 _PEFT_SETTINGS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+# Choices of adapters that have a stamp; serving switches between few mixes of rows.
+_STAMPS = 64
 
 
 # A module, or one that may be exchanged: the module it is a child of, and its name there.
@@ -112,6 +115,36 @@ def _value(module: nn.Module, name: str) -> Any:
     )
 
 
+class Flat:
+    """Many :class:`Sources` as columns, equal rows once: they are looked at before every pass, in C."""
+
+    def __init__(self, sources: list[Sources]):
+        tensors = {
+            (id(row[0]), row[1], id(row[2]), *row[3:]): row for each in sources for row in each.tensors
+        }
+        modules = {(id(row[0]), row[1], id(row[2])): row for each in sources for row in each.modules}
+        self._holders, self._names, self._tensors, self._versions, self._addresses = _columns(tensors, 5)
+        self._parents, self._children, self._modules = _columns(modules, 3)
+        self._settings = [setting for each in sources for setting in each.settings]
+
+    def are_current(self) -> bool:
+        """Whether all of them are."""
+        return (
+            all(map(operator.is_, map(dict.get, self._holders, self._names), self._tensors))
+            and list(map(_version, self._tensors)) == self._versions
+            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+            and all(map(operator.is_, map(dict.get, self._parents, self._children), self._modules))
+            and all(_value(module, name) == value for module, name, value in self._settings)
+        )
+
+
+_version = Tensor._version.__get__  # type: ignore[attr-defined]
+
+
+def _columns(rows: dict[Any, tuple], count: int) -> list[list]:
+    return [list(column) for column in zip(*rows.values(), strict=True)] or [[] for _ in range(count)]
+
+
 class Kept:
     """Something that was made, and from what."""
 
@@ -123,21 +156,41 @@ class Kept:
         self.is_valid = True
 
 
+_is_valid = operator.attrgetter("is_valid")
+
+
 class Store:
     """What is kept for one model. A pass that keeps calls :meth:`check` before its first layer."""
 
     def __init__(self) -> None:
         self._entries: list[Kept] = []
+        self._flat: tuple[list[Kept], Flat] | None = None  # of these entries
+        self._stamps: dict[Any, object] = {}
         self._lock = threading.Lock()
+
+    def stamp(self, choice: Any) -> object:
+        """One object for all passes of a choice, until something that was kept is out of date."""
+        found = self._stamps.get(choice)
+        if found is None:
+            if len(self._stamps) >= _STAMPS:
+                self._stamps = {}
+            found = self._stamps.setdefault(choice, object())
+        return found
 
     def check(self) -> None:
         """Mark what is out of date."""
+        entries, flat = self._entries, self._flat
+        if flat is None or flat[0] is not entries:
+            flat = self._flat = entries, Flat([entry.sources for entry in entries])
+        if flat[1].are_current() and all(map(_is_valid, entries)):
+            return
         stale = False
-        for entry in self._entries:
+        for entry in entries:
             if not (entry.is_valid and entry.sources.are_current()):
                 entry.is_valid = False
                 stale = True
         if stale:
+            self._stamps = {}
             with self._lock:
                 self._entries = [entry for entry in self._entries if entry.is_valid]
 

@@ -1,7 +1,7 @@
 """The adapters of one attention module: gated prompts beside it, prefixes and soft prompts within its softmax."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,11 @@ from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.parts.projection import Projection, projection_modules
 from fastadapter.integrations.passes import attention as hook
-from fastadapter.integrations.passes.choice import Choice, State, under_way
+from fastadapter.integrations.passes.choice import State
 from fastadapter.integrations.passes.host import Group, Host
-from fastadapter.integrations.passes.kept import Kept, Part
+from fastadapter.integrations.passes.kept import Part
 from fastadapter.integrations.passes.shared_softmax import attend_shared
+from fastadapter.integrations.passes.steps import Bank, gated_step, shared_step
 from fastadapter.integrations.passes.widths import widened
 from fastadapter.nn import GatedPrefix, PrefixTuning
 from fastadapter.ops import gated_prefix
@@ -25,24 +26,6 @@ from fastadapter.ops.gated_prefix import run_forward
 KeyValue = tuple[Tensor, Tensor]
 # Where the base's part of a gradient is added in the kernel that computes ours; elsewhere it takes the same time.
 JOINED_DEVICES = {"cuda"}
-
-
-class Bank(NamedTuple):
-    """Projected prompts and gates of some adapters in one layer; ``backend`` if they are kept between passes."""
-
-    key: Tensor
-    value: Tensor
-    gate: Tensor
-    gate_fn: str
-    backend: str | None
-
-
-class Plan(NamedTuple):
-    """What one attention does in every pass of the same choice: nothing, or the term of a group whose bank is kept."""
-
-    choice: Choice
-    group: Group | None = None
-    kept: Kept | None = None
 
 
 class PromptSlot(nn.Module):
@@ -75,7 +58,6 @@ class PrefixHost(Host):
     def __init__(self, state: State, projection: Projection):
         super().__init__(state)
         self.projection = projection
-        self._plan: Plan | None = None
 
     def hooks(self, module: nn.Module) -> list[RemovableHandle]:
         hook.keep_hook_for(self)
@@ -114,23 +96,18 @@ class PrefixHost(Host):
             prompts: of this forward pass.
             options: the keyword arguments of the base attention.
         """
-        run, plan = under_way(), self._plan
-        if (
-            plan is not None
-            and run is not None
-            and run.keeps
-            and run.state is self.state
-            and prompts is None
-            and plan.choice == run.choice
-        ):
-            planned = self._follow(plan, base, attention, query, options.get("scaling"))
-            if planned is not None:
-                return planned
+        step = self.step() if prompts is None or not (prompts.joined or prompts.collecting) else None
+        if step is not None:
+            if step.act is None:
+                return base()
+            repeated = step.act(base, attention, query, key, value, mask, options, prompts)
+            if repeated is not None:
+                return repeated
         if prompts is not None and prompts.collecting is not None:
             prompts.found[prompts.collecting, self] = (key, value)
             return base()
         if self.idle():
-            self._make_plan(None, query.dtype)
+            self.settle_idle()
             return base()
         groups = self.groups(query.shape[0], query.device)
         if prompts is not None and prompts.joined:
@@ -143,6 +120,7 @@ class PrefixHost(Host):
             shared[0].members is None or len(shared[0].members) == query.shape[0]
         ):  # the model's own attention is not needed for any row
             bank = self._shared_bank(shared[0], attention, query.dtype, prompts)
+            self._settle_shared(shared[0], bank, query.dtype, prompts)
             return attend_shared(attention, query, key, value, mask, *bank, shared[0].row_ids, options), None
         if len(gated) == 1 and not shared:
             joined = self._gated_attention(gated[0], attention, query, key, value, mask, options)
@@ -161,48 +139,28 @@ class PrefixHost(Host):
             output, weights = output.index_copy(0, rows, part.to(output.dtype)), None
         for group in gated:
             output = self._add_gated(group, attention, output, query, options.get("scaling"))
-        if len(gated) == 1 and not shared and prompts is None:
-            self._make_plan(gated[0], output.dtype)
+        alone = len(gated) == 1 and not shared and prompts is None
+        if alone and output.dtype == query.dtype and self.keeps():
+            kept = self._gated_bank(gated[0].names, attention, query.dtype)
+            if kept.backend is not None:
+                self.settle(gated_step(kept, gated[0].row_ids), (gated[0].names, query.dtype))
         return output, weights
 
-    def _follow(
-        self,
-        plan: Plan,
-        base: Callable[[], tuple[Tensor, Any]],
-        attention: nn.Module,
-        query: Tensor,
-        softmax_scale: float | None,
-    ) -> tuple[Tensor, Any] | None:
-        """What the last pass came to, without asking again; ``None`` where something it stands on has changed."""
-        if plan.group is None:
-            return base()
-        row_ids = plan.group.row_ids
-        if plan.kept is None or not plan.kept.is_valid:
-            return None
-        if row_ids is not None and len(row_ids) != len(query):
-            return None
-        output, weights = base()
-        key, value, gate, gate_fn, backend = plan.kept.value
-        if not (output.dtype == query.dtype == key.dtype and output.shape == query.transpose(1, 2).shape):
-            return self._add_gated(plan.group, attention, output, query, softmax_scale), weights
-        scale = query.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
-        term = run_forward(backend, output.transpose(1, 2), query, key, value, gate, row_ids, scale, gate_fn)
-        return term.transpose(1, 2), weights
-
-    def _make_plan(self, group: Group | None, dtype: torch.dtype) -> None:
+    def _settle_shared(
+        self, group: Group, bank: KeyValue, dtype: torch.dtype, prompts: PromptRun | None
+    ) -> None:
+        """Also for a soft prompt, as long as a pass finds the same keys and values of it."""
         if not self.keeps():
             return
-        if group is None:
-            self._plan = Plan(self.choice)
-        elif (kept := self._kept.get((group.names, dtype))) is not None:
-            self._plan = Plan(self.choice, group, kept)
-
-    def forget(self) -> None:
-        super().forget()
-        self._plan = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_plan": None}
+        of_run, keys = None, [(group.names, dtype)]
+        if not isinstance(self.adapters[group.names[0]], PrefixTuning):
+            at = (group.names[0], self)
+            if len(group.names) > 1 or prompts is None:
+                return
+            of_run, keys = (at, prompts.found[at]), []
+        act = shared_step(*bank, group.row_ids, of_run)
+        if act is not None:
+            self.settle(act, *keys)
 
     def _shared_bank(
         self, group: Group, attention: nn.Module, dtype: torch.dtype, prompts: PromptRun | None

@@ -18,6 +18,7 @@ _UNKNOWN = {
     "indices": "choices of keys for each query",
     "block_indices": "choices of keys for each query",
 }
+_SPECIAL = (*_UNKNOWN, "position_bias", "softcap")
 
 
 def require_known(options: dict[str, Any]) -> None:
@@ -30,6 +31,24 @@ def require_known(options: dict[str, Any]) -> None:
     for name, meaning in _UNKNOWN.items():
         if options.get(name) is not None:
             raise ValueError(f"{meaning} ({name}) do not go with a prefix or soft prompt")
+
+
+def is_plain(options: dict[str, Any]) -> bool:
+    """Whether nothing but a scale and causality is asked of the attention."""
+    return all(options.get(name) is None for name in _SPECIAL) and not options.get("output_attentions")
+
+
+def causality(attention: nn.Module, query: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
+    """Whether the attention is causal by itself: sdpa without a mask; eager attention is always given what it needs."""
+    is_causal = options.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(attention, "is_causal", True)
+    return (
+        attention.config._attn_implementation == "sdpa"
+        and mask is None
+        and query.shape[2] > 1
+        and bool(is_causal)
+    )
 
 
 def attend_shared(
@@ -77,11 +96,7 @@ def attend_shared(
     dtype = attention_dtype(value)
     query, key, value = (each.to(dtype) for each in (query, key, value))
     prefix_key, prefix_value = prefix_in(dtype, prefix_key, prefix_value)
-    is_causal = options.get("is_causal")
-    if is_causal is None:
-        is_causal = getattr(attention, "is_causal", True)
-    # Without a mask sdpa is causal by itself; eager attention is always given the mask it needs.
-    is_causal = base == "sdpa" and mask is None and query.shape[2] > 1 and bool(is_causal)
+    is_causal = causality(attention, query, mask, options)
     if mask is not None:
         mask = mask[..., : key.shape[2]]
     bias = options.get("position_bias")
