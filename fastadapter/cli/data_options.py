@@ -170,8 +170,7 @@ def prompt_template(args: argparse.Namespace, example: Example) -> str | None:
     """What was put around the texts that became prompts, with ``{text}`` in their place; None: nothing was."""
     if example.label is not None:
         return templates(args)["template"]
-    before, _ = INSTRUCTION_TEMPLATE.split("{text}")
-    return INSTRUCTION_TEMPLATE if example.messages is None and example.prompt.startswith(before) else None
+    return INSTRUCTION_TEMPLATE if _is_instruction(example) else None
 
 
 def describe_data(
@@ -252,13 +251,22 @@ def _read(args: argparse.Namespace, path: str, how: dict[str, Any]) -> list[Exam
         ("completion_template", "text/label"),
         ("system_prompt", "conversation"),
     ):
-        if getattr(args, option) is not None and kind != wanted:
+        given = getattr(args, option)
+        # A run on instructions says that its template is Alpaca's, which its records have by themselves.
+        if given == INSTRUCTION_TEMPLATE and _is_instruction(examples[0]):
+            continue
+        if given is not None and kind != wanted:
             raise UserError(
                 f"--{option.replace('_', '-')} is for {wanted} records, but {path} has {kind} records"
             )
     if args.append_eos is not None and kind == "conversation":
         raise UserError("--append-eos is for completions; the chat template ends the turns of a conversation")
     return examples
+
+
+def _is_instruction(example: Example) -> bool:
+    before = INSTRUCTION_TEMPLATE.partition(".")[0]  # the form with an input begins in the same way
+    return example.messages is None and example.label is None and example.prompt.startswith(before)
 
 
 def _kind(example: Example) -> str:

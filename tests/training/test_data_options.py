@@ -126,6 +126,12 @@ def test_what_a_run_says_of_its_data(parse):
     asked = parse([{"instruction": "Sing {it}.", "output": "la"}])
     said = describe_data(asked, *read_data(asked, tell=False))
     assert said["template"].format(text="Sing {it}.") == read_data(asked, tell=False)[0][0].prompt
+    # Who evaluates that run is told the same template, and reads the same records.
+    asked.template = said["template"]
+    assert (
+        read_data(asked, tell=False)[0]
+        == read_data(parse([{"instruction": "Sing {it}.", "output": "la"}]), True)[0]
+    )
     texts = parse(TEXTS, task="classification")
     said = describe_data(texts, *read_data(texts, tell=False))
     assert (said["template"], said["completion_template"]) == ("{text}", None)
