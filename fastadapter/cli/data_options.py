@@ -193,7 +193,7 @@ def describe_data(
         "columns": dict(args.columns or {}),
         "system_prompt": args.system_prompt,
         "data": {
-            "files": [Path(file).name if Path(file).exists() else file for file in files if file],
+            "files": [_shown(file) for file in files if file],
             "digest": sha.hexdigest(),
             "train_records": len(train),
             "eval_records": len(held_out or ()),
@@ -224,6 +224,12 @@ def unescape(text: str) -> str:
 def escape(text: str) -> str:
     """What :func:`unescape` makes the text of."""
     return text.replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _shown(file: str) -> str:
+    """A file or folder by its last name alone: where it lies on this machine is of no use to a reader."""
+    here = Path(file).exists() or Path(file.rpartition(":")[0] or file).exists()
+    return Path(file).name if here else file
 
 
 def _how(args: argparse.Namespace) -> dict[str, Any]:

@@ -13,7 +13,7 @@ DATA = [
         FORMATS,
         a_line_is_read_whole=("file.readline(limit + 2)", "file.readline()"),
         half_characters_pass=('    if "\\\\ud" in text or "\\\\uD" in text:\n', '    if "\\\\ud" in text:\n'),
-        open_quotes_swallow_the_file=("            size += len(line)\n", ""),
+        open_quotes_swallow_the_file=("            size += length\n", ""),
         fields_have_the_limit_of_csv=("        csv.field_size_limit(limit)", "        pass"),
         lines_of_a_list_are_forgotten=(
             '            self.lines += self.buffer.count("\\n", 0, self.at)\n',
