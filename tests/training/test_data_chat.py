@@ -107,6 +107,9 @@ def test_what_somebody_wrote_is_no_turn_and_no_end():
     ("{% for m in messages %}w1{% if loop.last %}w2{% endif %}{% endfor %}", TURNS, "renders turn 2 differently"),
     ("{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}w1{% endif %}", TURNS,
      "renders turn 2 differently when it is asked for or when other turns follow"),
+    # As templates do that drop what a model thought before: an answer is shorter when other turns follow.
+    ("{% for m in messages %}{{ m.role }} : {{ m.content if m.role == 'user' or loop.last }} {% endfor %}"
+     "{% if add_generation_prompt %}assistant : {% endif %}", TURNS, "renders turn 2 differently"),
     (TEMPLATE, TURNS[:1], "no turn is the assistant's"),
     (TEMPLATE, TURNS[1:], "the first turn is the assistant's"),
 ])  # fmt: skip
