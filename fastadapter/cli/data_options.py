@@ -226,12 +226,6 @@ def escape(text: str) -> str:
     return text.replace("\n", "\\n").replace("\t", "\\t")
 
 
-def _shown(file: str) -> str:
-    """A file or folder by its last name alone: where it lies on this machine is of no use to a reader."""
-    here = Path(file).exists() or Path(file.rpartition(":")[0] or file).exists()
-    return Path(file).name if here else file
-
-
 def _how(args: argparse.Namespace) -> dict[str, Any]:
     if args.max_record_bytes < 1:
         raise UserError(f"--max-record-bytes must be at least 1, got {args.max_record_bytes}")
@@ -279,3 +273,9 @@ def _kind(example: Example) -> str:
     if example.messages is not None:
         return "conversation"
     return "prompt/completion" if example.label is None else "text/label"
+
+
+def _shown(file: str) -> str:
+    """A file or folder by its last name alone: where it lies on this machine is of no use to a reader."""
+    here = Path(file).exists() or Path(file.rpartition(":")[0] or file).exists()
+    return Path(file).name if here else file
