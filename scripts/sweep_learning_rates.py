@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from fastadapter.cli import assets  # noqa: E402
 from fastadapter.cli.compare import REVIEW_TEST, REVIEW_TRAIN  # noqa: E402
-from fastadapter.cli.finetune import unescape  # noqa: E402
+from fastadapter.cli.data_options import unescape  # noqa: E402
 from fastadapter.compare import METHODS_TO_COMPARE, compare, prepare, resolve_methods  # noqa: E402
 from fastadapter.training import Example, write_json  # noqa: E402
 
@@ -65,7 +65,7 @@ def main() -> None:
         "num_train_epochs": args.num_train_epochs,
         "batch_size": 16,
         "max_length": None,
-        "truncate_prompt": False,
+        "truncation": "error",
     }
     record = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
     record["about"] = (

@@ -63,14 +63,16 @@ def test_minimum_versions_are_named_once():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", ["zero_gate", "plain_computation", "checkpointing", "generation", "peft"])
+@pytest.mark.parametrize(
+    "words", ["zero_gate", "plain_computation", "checkpointing", "generation", "peft", "data"]
+)
 def test_families_with_the_oldest_releases(words):
     """In a process of its own; every family that the release has in its attention interface."""
-    tests = (
-        "tests/integrations/test_peft_parity.py" if words == "peft" else "tests/integrations/test_families.py"
-    )
-    choice = [] if words == "peft" else ["-k", words]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests, *choice]
+    chosen = {
+        "peft": ["tests/integrations/test_peft_parity.py"],
+        "data": ["tests/training/test_data_chat.py", "tests/training/test_data_special.py"],
+    }.get(words, ["tests/integrations/test_families.py", "-k", words])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
     environment = {**os.environ, "PYTHONPATH": str(releases())}
     code = "import transformers; print(transformers.__version__)"
     version = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

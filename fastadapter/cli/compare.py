@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastadapter.cli import assets
-from fastadapter.cli.finetune import unescape
+from fastadapter.cli.data_options import unescape
 from fastadapter.cli.loading import add_model_arguments, device_and_dtype
 from fastadapter.compare import (
     DEFAULT_METHODS,
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         "num_train_epochs": args.num_train_epochs,
         "batch_size": args.batch_size,
         "max_length": args.max_length,
-        "truncate_prompt": args.truncate,
+        "truncation": "end" if args.truncate else "error",
     }
     for seed in args.seeds:
         TrainingConfig(seed=seed, **training)  # refuses what makes no sense
@@ -207,7 +207,7 @@ def _read(args: argparse.Namespace) -> tuple[list[Example], list[Example]]:
         train, test = ([Example(r["text"], r["label"], r["label"], REVIEWS) for r in rows] for rows in halves)
         return train, test
     # The template is put around the texts where they are read by the runs.
-    templates = {"template": TEXT_TEMPLATE, "completion_template": "{label}"}
+    templates: dict[str, Any] = {"template": TEXT_TEMPLATE, "completion_template": "{label}"}
     train = read_examples(args.data, **templates)
     if args.eval_data is not None:
         test = read_examples(args.eval_data, **templates)

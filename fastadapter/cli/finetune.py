@@ -4,27 +4,27 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
+from fastadapter.cli.data_options import (
+    add_data_arguments,
+    escape,
+    mention_special_tokens,
+    prompt_template,
+    read_data,
+)
 from fastadapter.cli.loading import add_model_arguments, device_and_dtype, load_classifier, load_model
 from fastadapter.cli.method_options import add_method_arguments, method_config
 from fastadapter.integrations.verbs.attach import attach
 from fastadapter.methods import METHODS
 from fastadapter.training import (
-    Example,
     FinetuneResult,
     TrainingConfig,
     TrainingInterrupted,
-    UserError,
     class_names,
     finetune,
-    read_examples,
-    split_examples,
-    without_prompts_of,
     write_json,
 )
-from fastadapter.training.classification import LABELS_FILE, TEXT_TEMPLATE
-from fastadapter.training.data import COMPLETION_TEMPLATE, TEMPLATE
+from fastadapter.training.classification import LABELS_FILE
 from fastadapter.training.loop import TASKS, require_fresh_or_resume
 from fastadapter.training.report import require_writable
 
@@ -40,41 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write completions, or name the class of a text with a classification head",
     )
     data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data", required=True, help=".jsonl or .csv of prompt and completion, or text and label"
-    )
-    held_out = data.add_mutually_exclusive_group()
-    held_out.add_argument(
-        "--eval-data", help="held-out records; training records with their prompts are left out"
-    )
-    held_out.add_argument("--eval-count", type=int, help="hold out this many records, drawn by --seed")
-    held_out.add_argument("--eval-fraction", type=float, help="hold out this share of the records")
-    data.add_argument(
-        "--template",
-        type=unescape,
-        default=argparse.SUPPRESS,
-        help=rf"prompt of text/label records; \n is a new line; default {escape(TEMPLATE)!r}, "
-        "the text alone for classification",
-    )
-    data.add_argument(
-        "--completion-template",
-        type=unescape,
-        default=argparse.SUPPRESS,
-        help=f"their completion; default {COMPLETION_TEMPLATE!r}; not for classification",
-    )
-    data.add_argument(
-        "--max-length", type=int, help="most tokens of a record; the model's context if not given"
-    )
-    data.add_argument(
-        "--truncate-prompt",
-        action="store_true",
-        help="cut the start of prompts that are too long; the end of texts to classify",
-    )
-    data.add_argument(
-        "--append-eos",
-        action=argparse.BooleanOptionalAction,
-        help="train on an end token after completions; if not given: after completions, not after labels",
-    )
+    add_data_arguments(data, held_out=True)
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument("--adapter", choices=METHODS, default="llama-adapter", help="method")
     add_method_arguments(adapter)
@@ -98,16 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json", metavar="FILE", help="write configuration, history and memory to this file")
 
 
-def unescape(text: str) -> str:
-    """New lines and tabs as one can type them in any shell."""
-    return text.replace("\\n", "\n").replace("\\t", "\t")
-
-
-def escape(text: str) -> str:
-    """What :func:`unescape` makes the text of."""
-    return text.replace("\n", "\\n").replace("\t", "\\t")
-
-
 def run(args: argparse.Namespace) -> int:
     from accelerate import Accelerator
 
@@ -125,13 +81,14 @@ def run(args: argparse.Namespace) -> int:
         max_grad_norm=args.max_grad_norm,
         seed=args.seed,
         max_length=args.max_length,
-        truncate_prompt=args.truncate_prompt,
+        truncation=args.truncation,
         append_eos=args.append_eos,
+        parse_special_tokens=args.parse_special_tokens,
     )
     adapter = method_config(args, args.adapter)
     # What can be wrong is found out before the minutes that loading a model may take.
     require_fresh_or_resume(args.output_dir, args.resume)
-    train, held_out = _read(args, accelerator.is_main_process)
+    train, held_out = read_data(args, accelerator.is_main_process)
     if accelerator.is_main_process and args.json:
         require_writable(Path(args.json).parent)
     labels = class_names(train, held_out or ()) if args.task == "classification" else []
@@ -139,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         model, tokenizer = load_classifier(args.model, args.gguf_file, args.dtype, labels, args.seed)
     else:
         model, tokenizer = load_model(args.model, args.gguf_file, args.dtype)
+    if accelerator.is_main_process:
+        mention_special_tokens(args, tokenizer, train)
     _seed(args.seed)
     attach(model, adapter)
     try:
@@ -163,40 +122,8 @@ def run(args: argparse.Namespace) -> int:
             asked = {key: getattr(args, key) for key in ("model", "dtype", "data", "eval_data")}
             record = result.to_dict()
             write_json(args.json, {**record, "config": {**asked, **record["config"]}})
-        print(_summary(args, result, train[0].label is not None, labels))
+        print(_summary(args, result, prompt_template(args, train[0]), labels))
     return 0
-
-
-def _templates(args: argparse.Namespace) -> dict[str, str]:
-    given = {key: getattr(args, key) for key in ("template", "completion_template") if hasattr(args, key)}
-    if args.task == "generation":
-        return {"template": TEMPLATE, "completion_template": COMPLETION_TEMPLATE, **given}
-    if "completion_template" in given:
-        raise UserError("--completion-template: a classification has no completions")
-    return {"template": TEXT_TEMPLATE, "completion_template": "{label}", **given}
-
-
-def _read(args: argparse.Namespace, tell: bool) -> tuple[list[Example], list[Example] | None]:
-    templates: dict[str, Any] = _templates(args)
-    train = read_examples(args.data, **templates)
-    if args.eval_data is not None:
-        held_out = read_examples(args.eval_data, **templates)
-        if (held_out[0].label is None) != (train[0].label is None):
-            raise UserError(f"{args.eval_data} and {args.data} hold records of different kinds")
-        kept = without_prompts_of(train, held_out)
-        if tell and len(kept) < len(train):
-            print(
-                f"fastadapter: {len(train) - len(kept)} training records left out, "
-                f"because {args.eval_data} holds their prompts",
-                file=sys.stderr,
-            )
-        return kept, held_out
-    if args.eval_fraction is not None and not 0 < args.eval_fraction < 1:
-        raise UserError(f"--eval-fraction must be between 0 and 1, got {args.eval_fraction}")
-    count = args.eval_count
-    if args.eval_fraction is not None:
-        count = max(1, round(args.eval_fraction * len(train)))
-    return (train, None) if count is None else split_examples(train, count, args.seed)
 
 
 def _seed(seed: int) -> None:
@@ -205,7 +132,9 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _summary(args: argparse.Namespace, result: FinetuneResult, labelled: bool, labels: list[str]) -> str:
+def _summary(
+    args: argparse.Namespace, result: FinetuneResult, template: str | None, labels: list[str]
+) -> str:
     share = result.trainable_parameters / result.total_parameters
     seconds = sum(epoch["seconds"] for epoch in result.epochs)
     tokens = sum(epoch["tokens"] for epoch in result.epochs)
@@ -225,7 +154,7 @@ def _summary(args: argparse.Namespace, result: FinetuneResult, labelled: bool, l
     use = ["fastadapter", "generate", "--model", args.model, "--adapter", args.output_dir]
     if args.gguf_file:
         use += ["--gguf-file", args.gguf_file]
-    if labelled:
-        use += ["--template", escape(_templates(args)["template"])]
+    if template is not None:
+        use += ["--template", escape(template)]
     lines.append(f"use it: {shlex.join(use)} --prompt ...")
     return "\n".join(lines)

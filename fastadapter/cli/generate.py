@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastadapter.checkpoints import load
-from fastadapter.cli.finetune import unescape
+from fastadapter.cli.data_options import unescape
 from fastadapter.cli.loading import add_model_arguments, device_and_dtype, load_model
 from fastadapter.integrations.verbs.choose import rows
 from fastadapter.training import UserError, write_json
@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--file", help="one prompt per line; or .jsonl or .csv with a field prompt")
     parser.add_argument(
         "--template", type=unescape, help=r"put each prompt in place of {text}; \n is a new line"
+    )
+    parser.add_argument(
+        "--parse-special-tokens",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="special tokens such as </s> in a prompt are tokens; otherwise they are text",
     )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="per prompt")
     parser.add_argument("--do-sample", action="store_true", help="draw tokens; otherwise the most likely one")
@@ -68,7 +74,10 @@ def run(args: argparse.Namespace) -> int:
     for name, path in paths.items():
         load(model, path, name)
     model.to(device)
-    encoded = [(source, prompt, encode_prompt(tokenizer, prompt)) for source, prompt in prompts]
+    encoded = [
+        (source, prompt, encode_prompt(tokenizer, prompt, parse_special_tokens=args.parse_special_tokens))
+        for source, prompt in prompts
+    ]
     context = context_length(model)
     for source, _, ids in encoded:
         if not ids:

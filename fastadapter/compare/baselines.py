@@ -101,7 +101,10 @@ def features(
     require_head(model, labels)
     numbers = {label: number for number, label in enumerate(labels)}
     limit = text_limit(model, tokenizer, config)
-    options: dict[str, Any] = {"max_length": config.max_length or limit, "truncate": config.truncate_prompt}
+    options: dict[str, Any] = {
+        "max_length": config.max_length or limit,
+        "truncate": config.truncation != "error",
+    }
     pad_token_id = pad_token(model, tokenizer)
     vectors, truth, seconds = [], [], []
     for examples in (train, test):

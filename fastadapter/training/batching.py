@@ -86,9 +86,10 @@ def collate(
     rows: list[int] = []
     for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
         input_ids[row, :length] = torch.tensor(example.input_ids)
-        positions += range(row * width + example.prompt_len - 1, row * width + length - 1)
-        targets += example.input_ids[example.prompt_len :]
-        rows += [row] * example.num_supervised
+        supervised = example.supervised
+        positions += [row * width + at - 1 for at in supervised]
+        targets += [example.input_ids[at] for at in supervised]
+        rows += [row] * len(supervised)
     moved = [input_ids, torch.tensor(positions, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64)]
     if not causal and min(lengths) < width:
         moved.append((torch.arange(width) < torch.tensor(lengths)[:, None]).long())

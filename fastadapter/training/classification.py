@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fastadapter.checkpoints import CheckpointError
 from fastadapter.training.batching import to_device
 from fastadapter.training.config import TrainingConfig, UserError
-from fastadapter.training.data import Example
+from fastadapter.training.data import Example, tokenize
 from fastadapter.training.evaluation import Tick
 from fastadapter.training.report import write_json
 from fastadapter.training.tasks import Sums, require_max_length
@@ -39,7 +39,7 @@ class ClassificationTask:
 
     Raises: UserError: records without labels; one class only in training; a held-out class that training
         lacks; more classes than the head has; a text without tokens, or too long without
-        ``truncate_prompt``; a model without a classification head.
+        ``truncation``; a model without a classification head.
     """
 
     by_accuracy = True
@@ -61,7 +61,8 @@ class ClassificationTask:
         limit = text_limit(model, tokenizer, config)
         encoding: dict[str, Any] = {
             "max_length": config.max_length or limit,
-            "truncate": config.truncate_prompt,
+            "truncate": config.truncation != "error",
+            "parse_special_tokens": config.parse_special_tokens,
         }
         numbers = {label: number for number, label in enumerate(self.labels)}
         self.train = encode_texts(tokenizer, train, numbers, **encoding)
@@ -122,9 +123,8 @@ def class_names(train: Sequence[Example], held_out: Sequence[Example] = ()) -> l
         raise UserError("train holds no examples")
     for example in (*train, *held_out):
         if example.label is None:
-            raise UserError(
-                f"{example.source}: classification needs text/label records, this is a prompt/completion record"
-            )
+            kind = "prompt/completion record" if example.messages is None else "conversation"
+            raise UserError(f"{example.source}: classification needs text/label records, this is a {kind}")
     names = sorted({str(example.label) for example in train})
     if len(names) == 1:
         raise UserError(
@@ -159,6 +159,7 @@ def encode_texts(
     *,
     max_length: int | None = None,
     truncate: bool = False,
+    parse_special_tokens: bool = False,
 ) -> list[Row]:
     """Tokens, with the tokenizer's special ones, and class numbers.
 
@@ -166,11 +167,18 @@ def encode_texts(
         max_length: most tokens of a text; ``None``: no limit.
         truncate: cut a text that is too long, on the side and around the special tokens as the tokenizer does;
             otherwise it is an error.
+        parse_special_tokens: special tokens that somebody wrote into a text are tokens; otherwise they are text.
     """
     if not examples:
         return []
-    options = {"truncation": True, "max_length": max_length} if truncate and max_length is not None else {}
-    encoded = tokenizer([example.prompt for example in examples], **options)["input_ids"]
+    cut = {"truncation": True, "max_length": max_length} if truncate and max_length is not None else {}
+    encoded = tokenize(
+        tokenizer,
+        [example.prompt for example in examples],
+        [example.source for example in examples],
+        parse_special_tokens=parse_special_tokens,
+        **cut,
+    )
     rows = []
     for example, ids in zip(examples, encoded, strict=True):
         if not ids:
@@ -178,7 +186,7 @@ def encode_texts(
         if max_length is not None and len(ids) > max_length:
             raise UserError(
                 f"{example.source}: the text has {len(ids)} tokens, at most {max_length} fit; "
-                "shorten it or set truncate_prompt"
+                "shorten it or set truncation"
             )
         rows.append(Row(tuple(ids), numbers[str(example.label)]))
     return rows
@@ -255,6 +263,7 @@ def classify(
     batch_size: int = 32,
     max_length: int | None = None,
     truncate: bool = False,
+    parse_special_tokens: bool = False,
     tick: Tick | None = None,
 ) -> list[str]:
     """The most likely class of every text, by name.
@@ -263,7 +272,7 @@ def classify(
         model: a transformers model for sequence classification; put in eval mode for the duration.
         labels: names of its classes, as from :func:`read_labels`.
         batch_size: rows per forward pass.
-        max_length, truncate: as in training; ``None``: the model's context.
+        max_length, truncate, parse_special_tokens: as in training; ``None``: the model's context.
     Raises: UserError: a text without tokens or too long, or more labels than the head has.
 
     >>> classify(model, tokenizer, ["A delight."], read_labels("out"))  # doctest: +SKIP
@@ -277,6 +286,7 @@ def classify(
         {labels[0]: 0},
         max_length=max_length or text_limit(model, tokenizer),
         truncate=truncate,
+        parse_special_tokens=parse_special_tokens,
     )
     ids = [row.input_ids for row in rows]
     scores = class_scores(model, ids, len(labels), pad_token(model, tokenizer), batch_size, tick)

@@ -23,6 +23,7 @@ class TrainingInterrupted(Exception):
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TRUNCATION = ("error", "prompt", "end")
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,12 @@ class TrainingConfig:
         max_grad_norm: the gradient's norm is clipped to this; 0: not clipped.
         seed: of the data order and of everything random in the model.
         max_length: longest prompt and completion in tokens; ``None``: the model's context.
-        truncate_prompt: cut the start of a prompt that is too long; otherwise it is an error.
+        truncation: what becomes of a longer one. ``"error"``: it is refused; ``"prompt"``: the start of its prompt is
+            cut; ``"end"``: its end is cut. Of a text to classify the end is cut in both cases.
         append_eos: train on an end-of-sequence token after each completion; ``None``: after completions of
             prompt/completion records, not after labels, which are compared, not generated.
+        parse_special_tokens: special tokens such as ``</s>`` that stand in a record are tokens; otherwise they are
+            text like any other.
     Raises: TypeError, UserError: naming the field, what was expected and what came.
 
     >>> TrainingConfig(num_train_epochs=3).learning_rate
@@ -65,8 +69,9 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     seed: int = 0
     max_length: int | None = None
-    truncate_prompt: bool = False
+    truncation: str = "error"
     append_eos: bool | None = None
+    parse_special_tokens: bool = False
 
     def __post_init__(self):
         for name in ("num_train_epochs", "batch_size", "gradient_accumulation_steps", "eval_batch_size"):
@@ -74,6 +79,8 @@ class TrainingConfig:
         _require_int("seed", self.seed, 0, 2**32 - 2**16)  # numpy takes 32 bits; each process adds its index
         if self.max_length is not None:
             _require_int("max_length", self.max_length, 2)
+        if self.truncation not in TRUNCATION:
+            raise UserError(f"truncation must be one of {', '.join(TRUNCATION)}, got {self.truncation!r}")
         if not isinstance(self.betas, tuple) or len(self.betas) != 2:
             raise TypeError(f"betas must be two numbers, got {self.betas!r}")
         _require_number("learning_rate", self.learning_rate, 0.0, above=True)

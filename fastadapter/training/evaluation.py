@@ -41,7 +41,7 @@ def prepare(
 
     Args:
         completions: of every label in the training data; empty for prompt/completion examples.
-        encoding: ``append_eos``, ``max_length``, ``truncate_prompt`` of :func:`encode_examples`.
+        encoding: options of :func:`encode_examples`.
     Raises: UserError: naming the record: a label that the training data lacks, or what ``encode_examples``
         refuses.
     """
@@ -69,7 +69,8 @@ def predict_labels(
     batch_size: int = 32,
     append_eos: bool = False,
     max_length: int | None = None,
-    truncate_prompt: bool = False,
+    truncation: str = "error",
+    parse_special_tokens: bool = False,
     tick: Tick | None = None,
 ) -> list[str]:
     """The label whose completion the model finds most likely, for every example.
@@ -81,7 +82,7 @@ def predict_labels(
         examples: their prompts count; the completion and label they carry do not.
         labels: completion of each label, as from :func:`label_completions`.
         batch_size: rows per forward pass.
-        append_eos, max_length, truncate_prompt: as in training.
+        append_eos, max_length, truncation, parse_special_tokens: as in training.
         tick: called after each forward pass with the share of the work that is done, up to 1.0.
     Returns: one label per example; of two equally likely labels the first.
     Raises: UserError: no labels; one label's tokens begin another's (the first would always win;
@@ -89,7 +90,12 @@ def predict_labels(
     """
     if not labels:
         raise UserError("labels must name at least one label and its completion")
-    encoding = {"append_eos": append_eos, "max_length": max_length, "truncate_prompt": truncate_prompt}
+    encoding = {
+        "append_eos": append_eos,
+        "max_length": max_length,
+        "truncation": truncation,
+        "parse_special_tokens": parse_special_tokens,
+    }
     candidates = _candidates(tokenizer, examples, labels, encoding)
     scores, _ = score_candidates(model, candidates, batch_size, tick)
     names = list(labels)
@@ -129,7 +135,7 @@ def score_candidates(
     rows, width = len(candidates), len(candidates[0])
     device, causal = next(model.parameters()).device, looks_back_only(model)
     shared = all(
-        each.num_supervised == 1 and each.input_ids[:-1] == row[0].input_ids[:-1]
+        each.prompt_len == len(each.input_ids) - 1 and each.input_ids[:-1] == row[0].input_ids[:-1]
         for row in candidates
         for each in row
     )

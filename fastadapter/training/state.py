@@ -49,7 +49,7 @@ def digest_examples(rows: Iterable[Sequence[Encoded]]) -> str:
     """SHA-256 over the tokens of rows of candidates."""
     sha = hashlib.sha256()
     for row in rows:
-        sha.update(repr([(each.prompt_len, each.input_ids) for each in row]).encode())
+        sha.update(repr([(each.prompt_len, each.given, each.input_ids) for each in row]).encode())
     return sha.hexdigest()
 
 

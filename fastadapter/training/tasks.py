@@ -114,9 +114,11 @@ def _encoding(model: nn.Module, train: Sequence[Example], config: TrainingConfig
     labelled = {example.label is not None for example in train}
     if len(labelled) > 1:
         raise UserError("train mixes examples with and without labels")
+    completions = labelled == {False} and train[0].messages is None
     context = require_max_length(model, config)
     return {
-        "append_eos": config.append_eos if config.append_eos is not None else labelled == {False},
+        "append_eos": config.append_eos if config.append_eos is not None else completions,
         "max_length": config.max_length or context,
-        "truncate_prompt": config.truncate_prompt,
+        "truncation": config.truncation,
+        "parse_special_tokens": config.parse_special_tokens,
     }

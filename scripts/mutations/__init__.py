@@ -1,6 +1,7 @@
 """The mistakes that scripts/mutate.py plants."""
 
 from .cpp import CPP
+from .data import DATA
 from .integrations import INTEGRATIONS
 from .ops import OPS
 from .record import Mutation
@@ -8,4 +9,4 @@ from .training import TRAINING
 from .triton_bottleneck import BOTTLENECK
 from .triton_prefix_term import PREFIX_TERM
 
-MUTATIONS: list[Mutation] = [*OPS, *PREFIX_TERM, *BOTTLENECK, *CPP, *TRAINING, *INTEGRATIONS]
+MUTATIONS: list[Mutation] = [*OPS, *PREFIX_TERM, *BOTTLENECK, *CPP, *TRAINING, *DATA, *INTEGRATIONS]

@@ -215,7 +215,7 @@ def test_a_long_text_is_cut_when_asked(tmp_path):
         make_tokenizer(),
         [*make_texts(6), LONG],
         None,
-        TrainingConfig(truncate_prompt=True),
+        TrainingConfig(truncation="end"),
     )
     assert task.lengths[-1] == CONTEXT and task.held_out_rows == 0
 

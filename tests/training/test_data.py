@@ -58,10 +58,10 @@ GOOD = '{"prompt": "p", "completion": "c"}\n'
         ("a.jsonl", GOOD + '{"prompt": null, "completion": "c"}', "line 2: field 'prompt' is missing"),
         ("a.jsonl", GOOD + '{"prompt": 1, "completion": "c"}', "line 2: field 'prompt' must be a string, got int"),
         ("a.jsonl", '{"prompt": "p", "completion": " "}', "line 1: field 'completion' is empty"),
-        ("a.jsonl", '{"prompt": "p", "prompt": "q", "completion": "c"}', "line 1.*a field occurs twice"),
+        ("a.jsonl", '{"prompt": "p", "prompt": "q", "completion": "c"}', "line 1.*field 'prompt' occurs twice"),
         ("a.jsonl", '{"text": "t"}', "line 1: field 'label' is missing"),
-        ("a.jsonl", '{"question": "t"}', "line 1: has neither .* its fields are 'question'"),
-        ("a.jsonl", '{"prompt": "p", "label": "l"}', "line 1: has fields of both"),
+        ("a.jsonl", '{"question": "t"}', "line 1: is no record of .*; its fields are 'question'; columns can"),
+        ("a.jsonl", '{"prompt": "p", "label": "l"}', "line 1: is no record of .*; its fields are 'prompt', 'label'"),
         ("a.jsonl", GOOD + '{"text": "t", "label": "l"}', "line 2: a text/label record in a file of prompt/completion"),
         ("a.jsonl", "", "holds no records"),
         ("a.jsonl", "\n \n", "holds no records"),
@@ -71,7 +71,7 @@ GOOD = '{"prompt": "p", "completion": "c"}\n'
         ("a.csv", 'text,label\n"x,good\n', "line 2: malformed CSV"),
         ("a.csv", "text,label\n,good\n", "line 2: field 'text' is empty"),
         ("a.csv", "text,label\n", "holds no records"),
-        ("a.parquet", "PAR1", "expected a name that ends in .jsonl or .csv"),
+        ("a.txt", "PAR1", "expected a name that ends in .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
     ],
 )  # fmt: skip
 def test_bad_files_are_named_with_the_line(tmp_path, name, text, message):
@@ -148,7 +148,7 @@ def test_special_tokens_around_the_prompt():
     )
     encoded = encode_examples(tokenizer, [Example("w1 w2 w3", " good")])[0]
     assert words(encoded) == ["<s>", "w1", "w2", "w3", "good"] and encoded.prompt_len == 4
-    cut = encode_examples(tokenizer, [Example("w1 w2 w3", " good")], max_length=4, truncate_prompt=True)[0]
+    cut = encode_examples(tokenizer, [Example("w1 w2 w3", " good")], max_length=4, truncation="prompt")[0]
     assert words(cut) == ["<s>", "w2", "w3", "good"] and cut.prompt_len == 3
 
 
@@ -159,10 +159,10 @@ def test_what_does_not_fit_is_refused_unless_truncation_is_asked_for():
         UserError, match=r"x.jsonl line 7: prompt and completion have 6 tokens, at most 5 fit"
     ):
         encode_examples(tokenizer, [example], max_length=5)
-    cut = encode_examples(tokenizer, [example], max_length=4, truncate_prompt=True)[0]
+    cut = encode_examples(tokenizer, [example], max_length=4, truncation="prompt")[0]
     assert words(cut) == ["w3", "w4", "good", "bad"] and cut.num_supervised == 2
     with pytest.raises(UserError, match="its completion alone fills that"):
-        encode_examples(tokenizer, [example], max_length=2, truncate_prompt=True)
+        encode_examples(tokenizer, [example], max_length=2, truncation="prompt")
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no end-of-sequence token"):
         encode_examples(tokenizer, [example], append_eos=True)
