@@ -11,7 +11,7 @@ import torch
 
 from fastadapter.integrations.verbs.choose import rows
 from fastadapter.training import UserError
-from fastadapter.training.data import context_length, encode_prompt
+from fastadapter.training.data import Message, context_length, encode_conversation, encode_prompt
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Answerer:
         stop: texts before which an answer ends.
         mixed: whether every prompt says which adapter it is for; otherwise the active one acts.
         seed: of the drawing.
-        parse_special_tokens: special tokens in a prompt are tokens; otherwise they are text.
+        parse_special_tokens: special tokens that somebody wrote into a prompt are tokens; otherwise they are text.
     """
 
     def __init__(
@@ -62,23 +62,21 @@ class Answerer:
 
     def encode(self, source: str, text: str, adapter: str | None = None) -> Prompt:
         """A prompt of plain text. Raises: UserError: it has no tokens, or too many."""
-        ids = encode_prompt(self.tokenizer, text, parse_special_tokens=self.parse_special_tokens)
+        how = {"parse_special_tokens": self.parse_special_tokens}
+        ids = encode_prompt(self.tokenizer, text, **how)
         return self._fitting(Prompt(source, text, tuple(ids), adapter))
 
-    def encode_chat(self, source: str, messages: list[dict[str, str]], adapter: str | None = None) -> Prompt:
+    def encode_chat(self, source: str, messages: Sequence[Message], adapter: str | None = None) -> Prompt:
         """A conversation, in the form that the tokenizer's chat template gives it, at the assistant's turn.
 
         Raises: UserError: the tokenizer has no template, or that refuses the messages; too many tokens.
         """
-        import jinja2
-
         if not self.tokenizer.chat_template:
             raise UserError(f"{source}: the model's tokenizer has no chat template")
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise UserError(f"{source}: the tokenizer's chat template refuses it: {error}") from None
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        how = {"parse_special_tokens": self.parse_special_tokens}
+        ids = encode_conversation(self.tokenizer, messages, source=source, **how)
+        turns = [turn._asdict() for turn in messages]
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return self._fitting(Prompt(source, text, tuple(ids), adapter))
 
     def _fitting(self, prompt: Prompt) -> Prompt:

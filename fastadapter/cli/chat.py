@@ -8,6 +8,7 @@ from fastadapter.cli.answers import Answerer
 from fastadapter.cli.records import RecordFile, line, show
 from fastadapter.cli.texts import read_stdin, require_text
 from fastadapter.training import UserError
+from fastadapter.training.data import Message
 
 EXIT, RESET = "/exit", "/reset"
 
@@ -17,9 +18,9 @@ def converse(answerer: Answerer, system_prompt: str | None, output: RecordFile |
 
     Raises: UserError: the tokenizer has no chat template; a turn that does not fit, unless somebody types, who is told.
     """
-    start = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    start = [Message("system", system_prompt)] if system_prompt else []
     # a template that is missing or refuses a system prompt is no matter of any turn
-    answerer.encode_chat("--chat", [*start, {"role": "user", "content": "?"}])
+    answerer.encode_chat("--chat", [*start, Message("user", "?")])
     messages = list(start)
     typed = _somebody_types()
     for number, (source, text) in enumerate(_typed() if typed else read_stdin()):
@@ -29,7 +30,7 @@ def converse(answerer: Answerer, system_prompt: str | None, output: RecordFile |
             messages = list(start)
             continue
         try:
-            prompt = answerer.encode_chat(source, [*messages, {"role": "user", "content": text}])
+            prompt = answerer.encode_chat(source, [*messages, Message("user", text)])
         except UserError as error:
             if not typed:
                 raise
@@ -44,10 +45,7 @@ def converse(answerer: Answerer, system_prompt: str | None, output: RecordFile |
             show(line(answer))
         else:
             show("\n" if tell else f"{answer['completion']}\n")
-        messages += [
-            {"role": "user", "content": text},
-            {"role": "assistant", "content": answer["completion"]},
-        ]
+        messages += [Message("user", text), Message("assistant", answer["completion"])]
 
 
 def _somebody_types() -> bool:

@@ -8,19 +8,28 @@ from typing import Any
 import torch
 
 from fastadapter.checkpoints import load
-from fastadapter.cli.loading import add_any_base, add_model_arguments, device_and_dtype, load_classifier
+from fastadapter.cli.loading import add_any_base, add_model_arguments, device_and_dtype
 from fastadapter.cli.options import require_number, unescape
 from fastadapter.cli.records import RecordFile, add_output_arguments, line, require_output, show
-from fastadapter.cli.runs import GENERATION, Known, complete, read_known, resolve_template
+from fastadapter.cli.runs import (
+    GENERATION,
+    Known,
+    complete,
+    load_base,
+    parses_special_tokens,
+    read_known,
+    resolve_template,
+)
 from fastadapter.cli.texts import field, read_file, read_stdin, require_text
 from fastadapter.training import Example, UserError
 from fastadapter.training.classification import (
-    class_logits,
     encode_texts,
     pad_token,
     require_head,
     text_limit,
+    text_outputs,
 )
+from fastadapter.training.config import TRUNCATION
 from fastadapter.training.data import require_template
 
 Text = tuple[str, str]  # where it stands, and what it says
@@ -29,10 +38,11 @@ _SHOWN_CHARACTERS = 80
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, known=True)
-    parser.add_argument_group("adapter").add_argument(
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument(
         "--adapter", required=True, metavar="PATH", help="file or folder of an adapter with a head"
     )
-    add_any_base(parser)
+    add_any_base(adapter)
     given = parser.add_argument_group("texts")
     source = given.add_mutually_exclusive_group()
     source.add_argument("--text", nargs="+", help="one text or several; the lines of stdin if none is given")
@@ -49,9 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most tokens of a text; if not given, that of the training",
     )
     given.add_argument(
-        "--truncate",
+        "--truncation",
+        choices=TRUNCATION,
+        help="of longer texts: refuse them, or cut their end, as prompt does too; if not given, as in training",
+    )
+    given.add_argument(
+        "--parse-special-tokens",
         action=argparse.BooleanOptionalAction,
-        help="cut the end of texts that are too long, otherwise an error; if not given, as in training",
+        help="special tokens such as </s> in a text are tokens, otherwise text; if not given, as in training",
     )
     given.add_argument("--batch-size", type=int, default=32, metavar="N", help="texts per forward pass")
     add_output_arguments(parser)
@@ -71,8 +86,10 @@ def run(args: argparse.Namespace) -> int:
     template = resolve_template(args.template, known)
     if args.max_length is None:
         args.max_length = known.of_run("training", "max_length")
-    if args.truncate is None:
-        args.truncate = known.of_run("training", "truncation") not in (None, "error")
+    if args.truncation is None:
+        args.truncation = known.of_run("training", "truncation") or "error"
+    if args.parse_special_tokens is None:
+        args.parse_special_tokens = parses_special_tokens([known])
     texts = _texts(args)
     first = next(texts, None)  # before the model is loaded, if nothing is there
     if first is None:
@@ -80,18 +97,26 @@ def run(args: argparse.Namespace) -> int:
     device = device_and_dtype(args)
     output = None
     if args.output is not None:
-        settings = {key: getattr(args, key) for key in ("model", "revision", "gguf_file", "dtype")}
-        settings |= {"max_length": args.max_length, "truncate": args.truncate, "template": template}
-        output = RecordFile(args.output, {**settings, "adapter": known.digest}, resume=args.resume)
+        keys = "model revision gguf_file dtype max_length truncation parse_special_tokens".split()
+        settings = {
+            **{key: getattr(args, key) for key in keys},
+            "template": template,
+            "adapter": known.digest,
+        }
+        output = RecordFile(args.output, settings, resume=args.resume)
     labels = known.labels or []
-    # the file of the adapter holds the head's weights
-    model, tokenizer = load_classifier(
-        args.model, args.gguf_file, args.dtype, labels, seed=0, revision=args.revision
-    )
+    model, tokenizer = load_base(args, known)
     load(model, known.path, strict_base=not args.any_base)
     model.to(device)
     require_head(model, labels)
-    scorer = Scorer(model, tokenizer, known, max_length=args.max_length, truncate=args.truncate)
+    scorer = Scorer(
+        model,
+        tokenizer,
+        known,
+        max_length=args.max_length,
+        truncate=args.truncation != "error",
+        parse_special_tokens=args.parse_special_tokens,
+    )
     if output is not None:
         output.start()
     _classify_all(args, scorer, _from(first, texts), template, output)
@@ -104,6 +129,7 @@ class Scorer:
     Args:
         max_length: most tokens of a text; ``None``: the model's context.
         truncate: cut the end of a text that is longer; otherwise it is an error.
+        parse_special_tokens: special tokens that somebody wrote into a text are tokens; otherwise they are text.
     Raises: UserError: ``max_length`` is more than the model's context.
     """
 
@@ -115,33 +141,23 @@ class Scorer:
         *,
         max_length: int | None = None,
         truncate: bool = False,
+        parse_special_tokens: bool = False,
     ):
-        self.model, self.tokenizer, self.labels, self.truncate = (
-            model.eval(),
-            tokenizer,
-            known.labels,
-            truncate,
-        )
+        self.model, self.tokenizer, self.labels = model, tokenizer, known.labels
+        self.how = {"truncate": truncate, "parse_special_tokens": parse_special_tokens}
         limit = text_limit(model, tokenizer)
         if max_length is not None and limit is not None and max_length > limit:
             raise UserError(f"--max-length must be at most {limit}, the model's context, got {max_length}")
         self.max_length = max_length or limit
         self.pad_token_id = pad_token(model, tokenizer)
 
-    @torch.no_grad()
     def __call__(self, texts: Sequence[Text]) -> list[dict[str, Any]]:
         """What is found in each text: ``label`` and ``probabilities``, or ``value``."""
         examples = [Example(text, "", "", source) for source, text in texts]
-        encoded = encode_texts(
-            self.tokenizer, examples, {"": 0}, max_length=self.max_length, truncate=self.truncate
-        )
-        outputs = class_logits(
-            self.model,
-            [row.input_ids for row in encoded],
-            len(self.labels) if self.labels else 1,
-            self.pad_token_id,
-            self.model.device,
-        ).double()
+        encoded = encode_texts(self.tokenizer, examples, {"": 0}, max_length=self.max_length, **self.how)
+        ids = [row.input_ids for row in encoded]
+        width = len(self.labels) if self.labels else 1
+        outputs = text_outputs(self.model, ids, width, self.pad_token_id, len(ids))
         if not torch.isfinite(outputs).all():
             raise UserError("the model's output is not finite; with --dtype fp32 it may be")
         if self.labels is None:

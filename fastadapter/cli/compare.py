@@ -30,6 +30,7 @@ from fastadapter.training import (
     write_json,
 )
 from fastadapter.training.classification import TEXT_TEMPLATE
+from fastadapter.training.config import TRUNCATION
 from fastadapter.training.report import require_writable
 
 # All reviews whose rating is clear enough to have a sign.
@@ -67,7 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-length", type=int, help="most tokens of a text; the model's context if not given"
     )
     data.add_argument(
-        "--truncate", action="store_true", help="cut texts that are too long; otherwise an error"
+        "--truncation",
+        choices=TRUNCATION,
+        default="error",
+        help="of longer texts: refuse them, or cut their end, as prompt does too",
     )
     what = parser.add_argument_group("comparison")
     what.add_argument(
@@ -124,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         "num_train_epochs": args.num_train_epochs,
         "batch_size": args.batch_size,
         "max_length": args.max_length,
-        "truncation": "end" if args.truncate else "error",
+        "truncation": args.truncation,
     }
     for seed in args.seeds:
         TrainingConfig(seed=seed, **training)  # refuses what makes no sense

@@ -12,11 +12,9 @@ from fastadapter.cli.loading import (
     add_any_base,
     add_model_arguments,
     device_and_dtype,
-    load_classifier,
-    load_model,
 )
 from fastadapter.cli.options import require_number
-from fastadapter.cli.runs import GENERATION, Known, complete, read_known
+from fastadapter.cli.runs import GENERATION, Known, complete, load_base, read_known
 from fastadapter.training import TrainingConfig, evaluate, write_json
 from fastadapter.training.data import Example
 from fastadapter.training.metrics import require_packages, table
@@ -58,11 +56,7 @@ def run(args: argparse.Namespace) -> int:
         require_packages()
     labels = _labels(args, known, examples)
     device = device_and_dtype(args)
-    where = (args.model, args.gguf_file, args.dtype)
-    if known.task == GENERATION:
-        model, tokenizer = load_model(*where, args.revision)
-    else:
-        model, tokenizer = load_classifier(*where, known.labels or [], seed=0, revision=args.revision)
+    model, tokenizer = load_base(args, known)
     load(model, known.path, strict_base=not args.any_base)
     model.to(device)
     with tqdm(total=1.0, desc="evaluating", bar_format="{l_bar}{bar}| {elapsed}", disable=None) as bar:

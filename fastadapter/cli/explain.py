@@ -8,10 +8,8 @@ from fastadapter.cli.loading import (
     add_any_base,
     add_model_arguments,
     device_and_dtype,
-    load_classifier,
-    load_model,
 )
-from fastadapter.cli.runs import GENERATION, complete, read_known
+from fastadapter.cli.runs import complete, load_base, read_known
 from fastadapter.explain import explain
 from fastadapter.integrations.verbs.attach import attach
 from fastadapter.methods import LlamaAdapterConfig
@@ -20,10 +18,11 @@ from fastadapter.verify import verify
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, known=True)
-    parser.add_argument_group("adapter").add_argument(
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument(
         "--adapter", metavar="PATH", help="file or folder of an adapter; a fresh LLaMA-Adapter if not given"
     )
-    add_any_base(parser)
+    add_any_base(adapter)
     output = parser.add_argument_group("output")
     output.add_argument("--verify", action="store_true", help="also run the self-check on the model")
     output.add_argument("--json", action="store_true", help="print JSON")
@@ -33,11 +32,7 @@ def run(args: argparse.Namespace) -> int:
     known = read_known(args.adapter) if args.adapter is not None else None
     complete(args, [known] if known is not None else [])
     device = device_and_dtype(args)
-    where = (args.model, args.gguf_file, args.dtype)
-    if known is None or known.task == GENERATION:
-        model, _ = load_model(*where, args.revision)
-    else:
-        model, _ = load_classifier(*where, known.labels or [], seed=0, revision=args.revision)
+    model, _ = load_base(args, known)
     model.to(device)
     if known is not None:
         load(model, known.path, strict_base=not args.any_base)

@@ -64,6 +64,8 @@ def tell(error: BaseException) -> int:
 
 def expected(error: BaseException) -> str | None:
     """The message for the user, if the exception is one of ours or of the system's; ``None``: neither."""
+    if type(error).__module__.partition(".")[0] == _PACKAGE or _is_ours(error):
+        return str(error)
     if (memory := _out_of_memory(error)) is not None:
         return memory
     if isinstance(error, ImportError):
@@ -75,8 +77,6 @@ def expected(error: BaseException) -> str | None:
     # safetensors has a class of its own for what the system says
     if (found := re.search(r"\(os error (\d+)\)", str(error))) and int(found[1]) in _FULL:
         return f"the disk: {os.strerror(int(found[1]))}"
-    if type(error).__module__.partition(".")[0] == _PACKAGE or _is_ours(error):
-        return str(error)
     return None
 
 

@@ -11,12 +11,10 @@ from typing import Any
 from fastadapter.cli.data_options import (
     add_data_arguments,
     describe_data,
-    prompt_template,
     read_data,
 )
 from fastadapter.cli.loading import add_model_arguments, device_and_dtype, load_classifier, load_model
 from fastadapter.cli.method_options import add_method_arguments, method_config
-from fastadapter.cli.options import escape
 from fastadapter.cli.training_options import (
     add_output_arguments,
     add_training_arguments,
@@ -117,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
             asked = {key: getattr(args, key) for key in ("model", "dtype", "data", "eval_data")}
             record = result.to_dict()
             write_json(args.json, {**record, "config": {**asked, **record["config"]}})
-        print(_summary(args, result, prompt_template(args, train[0]), labels))
+        print(_summary(args, result, labels))
     return 0
 
 
@@ -147,9 +145,7 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _summary(
-    args: argparse.Namespace, result: FinetuneResult, template: str | None, labels: list[str]
-) -> str:
+def _summary(args: argparse.Namespace, result: FinetuneResult, labels: list[str]) -> str:
     share = result.trainable_parameters / result.total_parameters
     seconds = sum(epoch["seconds"] for epoch in result.epochs)
     tokens = sum(epoch["tokens"] for epoch in result.epochs)
@@ -171,12 +167,7 @@ def _summary(
             lines += ["", table(outcome["metrics"]), ""]
     if labels:
         lines.append(f"classes {', '.join(labels)}, in that order in {args.output_dir}/{LABELS_FILE}")
-        return "\n".join(lines)
-    use = ["fastadapter", "generate", "--model", args.model, "--adapter", args.output_dir]
-    for option in ("gguf_file", "revision"):
-        if getattr(args, option):
-            use += [f"--{option.replace('_', '-')}", getattr(args, option)]
-    if template is not None:
-        use += ["--template", escape(template)]
-    lines.append(f"use it: {shlex.join(use)} --prompt ...")
+    # the folder knows the rest
+    command, given = ("generate", "--prompt") if args.task == "generation" else ("classify", "--text")
+    lines.append(f"use it: {shlex.join(['fastadapter', command, '--adapter', args.output_dir])} {given} ...")
     return "\n".join(lines)

@@ -17,9 +17,8 @@ from fastadapter.cli.loading import (
     add_any_base,
     add_model_arguments,
     device_and_dtype,
-    load_classifier,
-    load_model,
 )
+from fastadapter.cli.runs import complete, load_base, read_known
 from fastadapter.training import UserError
 
 _NAME = "default"
@@ -27,7 +26,7 @@ _TOKENS = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    add_model_arguments(parser, known=True)
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument(
         "--adapter",
@@ -55,12 +54,10 @@ def run(args: argparse.Namespace) -> int:
         require_something_to_fold(read_config(found["metadata"]))
     except ValueError as error:
         raise UserError(f"--adapter {args.adapter} cannot be folded: {error}") from None
+    known = read_known(args.adapter)
+    complete(args, [known])
     device = device_and_dtype(args)
-    if found["task"] in ("classification", "regression"):
-        labels = found["labels"] or ["value"]
-        model, tokenizer = load_classifier(args.model, args.gguf_file, args.dtype, labels, seed=0)
-    else:
-        model, tokenizer = load_model(args.model, args.gguf_file, args.dtype)
+    model, tokenizer = load_base(args, known)
     load(model, args.adapter, _NAME, strict_base=not args.any_base)
     model.to(device)
     before = _logits(model)

@@ -10,20 +10,30 @@ from tqdm import tqdm
 from fastadapter.checkpoints import load
 from fastadapter.cli.answers import Answerer, Prompt
 from fastadapter.cli.chat import converse
-from fastadapter.cli.loading import add_any_base, add_model_arguments, device_and_dtype, load_model
+from fastadapter.cli.loading import add_any_base, add_model_arguments, device_and_dtype
 from fastadapter.cli.options import require_number, unescape
 from fastadapter.cli.records import RecordFile, add_output_arguments, line, require_output, show
-from fastadapter.cli.runs import GENERATION, Known, complete, read_known, resolve_template
+from fastadapter.cli.runs import (
+    GENERATION,
+    Known,
+    complete,
+    load_base,
+    parses_special_tokens,
+    read_known,
+    resolve_template,
+)
 from fastadapter.cli.sampling import add_sampling_arguments, sampling
 from fastadapter.cli.texts import field, is_records, read_file, read_stdin, require_text
 from fastadapter.integrations.verbs.attach import require_adapter_name
 from fastadapter.training import UserError
-from fastadapter.training.data import require_template
+from fastadapter.training.data import Message, require_template
+from fastadapter.training.data.chat import conversation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, known=True)
-    which = parser.add_argument_group("adapter").add_mutually_exclusive_group()
+    adapter = parser.add_argument_group("adapter")
+    which = adapter.add_mutually_exclusive_group()
     which.add_argument(
         "--adapter", metavar="PATH", help="file or folder of an adapter; the bare model if not given"
     )
@@ -33,24 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=PATH",
         help="several; each record of --file FILE.jsonl says which in its field adapter, null for the bare model",
     )
-    add_any_base(parser)
+    add_any_base(adapter)
     given = parser.add_argument_group("prompts")
     source = given.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="one prompt; the lines of stdin if none is given")
     source.add_argument(
         "--file",
-        help="one prompt per line; or .jsonl, .csv and the like with a field prompt, text or messages",
+        help="one prompt per line; or .jsonl, .csv and the like with a field prompt, text, messages or conversations",
     )
     source.add_argument(
         "--chat",
         action="store_true",
         help="a conversation: a turn per line of stdin; /exit ends, /reset starts anew",
-    )
-    given.add_argument(
-        "--parse-special-tokens",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="special tokens such as </s> in a prompt are tokens; otherwise they are text",
     )
     given.add_argument(
         "--template",
@@ -66,6 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--system-prompt",
         metavar="TEXT",
         help="message before all others; if not given, that of the training",
+    )
+    given.add_argument(
+        "--parse-special-tokens",
+        action=argparse.BooleanOptionalAction,
+        help="special tokens such as </s> in a prompt are tokens, otherwise text; if not given, as in training",
     )
     given.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts answered together")
     add_sampling_arguments(parser)
@@ -88,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     output = None
     if args.output is not None:
         output = RecordFile(args.output, _settings(args, known, options, templates), resume=args.resume)
-    model, tokenizer = load_model(args.model, args.gguf_file, args.dtype, args.revision)
+    model, tokenizer = load_base(args, next(iter(known.values()), None))
     for name, each in known.items():
         load(model, each.path, name, strict_base=not args.any_base)
     answerer = Answerer(
@@ -148,7 +157,9 @@ def _adapters(args: argparse.Namespace) -> dict[str, Known]:
 
 def _complete_chat(args: argparse.Namespace, known: list[Known]) -> None:
     """What the command line does not say about the form of the prompts."""
-    trained = {bool(each.of_run("chat")) for each in known if each.run is not None}
+    if args.parse_special_tokens is None:
+        args.parse_special_tokens = parses_special_tokens(known)
+    trained = {bool(each.of_run("chat")) for each in known}
     if args.apply_chat_template is None and not args.chat:
         if len(trained) > 1:
             raise UserError(
@@ -209,8 +220,9 @@ def _entries(args: argparse.Namespace, adapters: dict[str, Known]) -> list[tuple
             name = record["adapter"]
             if name is not None and name not in adapters:
                 raise UserError(f"{source}: no adapter {name!r}; --adapters names {', '.join(adapters)}")
-        if "messages" in record:
-            entries.append((source, _messages(source, record["messages"]), name))
+        turns = next((each for each in ("messages", "conversations") if each in record), None)
+        if turns is not None:
+            entries.append((source, _messages(source, record, turns), name))
         else:
             entries.append((source, field(source, record, ("prompt", "text")), name))
     if not entries:
@@ -218,19 +230,16 @@ def _entries(args: argparse.Namespace, adapters: dict[str, Known]) -> list[tuple
     return entries
 
 
-def _messages(source: str, value: Any) -> list[dict[str, str]]:
+def _messages(source: str, record: dict[str, Any], name: str) -> list[Message]:
     """A conversation up to a turn of the user's; the assistant's last turn is left away, for that is to be made."""
-    fine = isinstance(value, list) and all(
-        isinstance(each, dict) and isinstance(each.get("role"), str) and isinstance(each.get("content"), str)
-        for each in value
-    )
-    if not fine:
-        raise UserError(f"{source}: field 'messages' must be a list of objects with role and content")
-    messages = [{"role": each["role"], "content": require_text(source, each["content"])} for each in value]
-    if messages and messages[-1]["role"] == "assistant":
+    system = record.get("system")
+    if system is not None:
+        system = require_text(f"{source}: field 'system'", system)
+    messages = list(conversation(record[name], name, source, system))
+    if messages[-1].role == "assistant":
         messages.pop()
-    if not messages or messages[-1]["role"] != "user":
-        raise UserError(f"{source}: field 'messages' has no turn of the user's to answer")
+    if not messages or messages[-1].role != "user":
+        raise UserError(f"{source}: field {name!r} has no turn of the user's to answer")
     return messages
 
 
@@ -242,13 +251,13 @@ def _encode(
     template: str | None,
     name: str | None,
 ) -> Prompt:
-    system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+    system = [Message("system", args.system_prompt)] if args.system_prompt else []
     if isinstance(content, list):
-        own = any(each["role"] == "system" for each in content)
+        own = any(each.role == "system" for each in content)
         return answerer.encode_chat(source, content if own else [*system, *content], name)
     text = template.format(text=content) if template is not None else content
     if args.apply_chat_template:
-        return answerer.encode_chat(source, [*system, {"role": "user", "content": text}], name)
+        return answerer.encode_chat(source, [*system, Message("user", text)], name)
     return answerer.encode(source, text, name)
 
 
@@ -262,7 +271,8 @@ def _settings(
     digests = {name: each.digest for name, each in known.items()}
     drawing = {"seed": args.seed, "batch_size": args.batch_size} if args.do_sample else {}
     model = {key: getattr(args, key) for key in ("model", "revision", "gguf_file", "dtype")}
-    form = {"apply_chat_template": args.apply_chat_template, "system_prompt": args.system_prompt}
+    keys = ("apply_chat_template", "system_prompt", "parse_special_tokens")
+    form = {key: getattr(args, key) for key in keys}
     return {
         **model, **options, **form, **drawing, "stop": args.stop, "adapters": digests,
         "templates": {str(name): template for name, template in templates.items()},

@@ -5,13 +5,18 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastadapter.checkpoints import CheckpointError
+from fastadapter.checkpoints.about import read_about
 from fastadapter.checkpoints.files import find, read_tensors
-from fastadapter.cli.loading import DTYPES
+from fastadapter.checkpoints.fingerprint import portable_name
+from fastadapter.checkpoints.native import read_base
+from fastadapter.cli import assets
+from fastadapter.cli.loading import DTYPES, load_classifier, load_model
 from fastadapter.training import UserError
 from fastadapter.training.classification import LABELS_FILE, TEXT_TEMPLATE
 from fastadapter.training.run_record import read_run
@@ -26,14 +31,14 @@ class Known:
     """An adapter's file or folder, and what is written there.
 
     Attributes:
-        run: the record of the training run; ``None``: there is none.
+        run: the record of the training run, or what the file of the weights says of it.
         task: what the adapter was trained for.
         labels: of a classification, class 0 first.
         digest: SHA-256 of the weights' file.
     """
 
     path: str
-    run: dict[str, Any] | None
+    run: dict[str, Any]
     task: str
     labels: list[str] | None
     digest: str
@@ -73,19 +78,32 @@ def read_known(path: str, name: str = "default") -> Known:
         )
     if not os.path.isdir(path) and file != Path(path):
         raise UserError(f"--adapter {path}: expected a folder or a .safetensors file, got another file")
-    read_tensors(file)
+    _, metadata = read_tensors(file)
     run, record_folder = read_run(folder), folder
     if run is None and folder.name == _BEST:
         run, record_folder = read_run(folder.parent), folder.parent
+    if run is None:
+        run = _said_by_file(file, metadata)
     task, labels = _task(run, folder if (folder / LABELS_FILE).exists() else record_folder)
     return Known(path, run, task, labels, hashlib.sha256(file.read_bytes()).hexdigest())
 
 
-def _task(run: dict[str, Any] | None, folder: Path) -> tuple[str, list[str] | None]:
-    if run is not None:
-        task, labels = run.get("task"), run.get("labels")
-    else:
-        task, labels = GENERATION, None
+def _said_by_file(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """A record made of an adapter's file alone. A name in it that may be a folder's last part is not looked for."""
+    try:
+        said, base = read_about(metadata), read_base(metadata)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    name = said.get("base_name") or base.get("name")
+    if name is not None and "/" not in name and name not in assets.MODELS and not os.path.isdir(name):
+        name = None
+    return {**said, "base": {"name": name, "revision": base.get("revision"), "gguf_file": None}}
+
+
+def _task(run: dict[str, Any], folder: Path) -> tuple[str, list[str] | None]:
+    task, labels = run.get("task"), run.get("labels")
+    if task is None:
+        task = GENERATION
         path = folder / LABELS_FILE
         if path.exists():
             try:
@@ -124,7 +142,9 @@ def complete(args: argparse.Namespace, adapters: list[Known]) -> None:
         for option in ("revision", "gguf_file"):
             given, trained = getattr(args, option), base.get(option)
             if given is None:
-                setattr(args, option, trained)
+                # a folder that the hub filled knows its revision, but has no other
+                here = option == "revision" and (os.path.isdir(args.model) or args.model in assets.MODELS)
+                setattr(args, option, None if here else trained)
             elif given != trained:
                 _tell(
                     f"--{option.replace('_', '-')} {given} in place of {trained or 'none'}, "
@@ -160,8 +180,31 @@ def _there(known: Known, base: dict[str, Any]) -> str:
     return name
 
 
-def _same_model(one: str, other: str) -> bool:
-    return one == other or (os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other))
+def _same_model(given: str, trained: str) -> bool:
+    """Whether two names are of one model; the last part of a folder's path stands for it in a file."""
+    if os.path.isdir(given) and os.path.isdir(trained):
+        return os.path.samefile(given, trained)
+    return trained in (given, portable_name(given))
+
+
+def load_base(args: argparse.Namespace, known: Known | None) -> tuple[Any, Any]:
+    """The model that an adapter was trained on, with the head that its task needs, and its tokenizer.
+
+    Args:
+        args: with the options of the model completed (:func:`complete`).
+        known: ``None``: there is no adapter, a language model is wanted.
+    Raises: UserError: it cannot be loaded.
+    """
+    where = (args.model, args.gguf_file, args.dtype)
+    try:
+        if known is None or known.task == GENERATION:
+            return load_model(*where, args.revision)
+        # the adapter's file holds the head's weights
+        return load_classifier(*where, known.labels or [], seed=0, revision=args.revision)
+    except UserError as error:
+        if known is None or args.model != known.of_run("base", "name"):
+            raise
+        raise UserError(f"{error} ({known.path} names this model; --model says where it is)") from error
 
 
 def resolve_template(given: str | None, known: Known | None) -> str | None:
@@ -172,11 +215,25 @@ def resolve_template(given: str | None, known: Known | None) -> str | None:
     trained = known.template if known is not None else None
     if given is None:
         return trained
-    if known is not None and known.run is not None and given != (trained or TEXT_TEMPLATE):
+    if known is not None and given != (trained or TEXT_TEMPLATE):
         _tell(
             f"--template {given!r} in place of {trained or TEXT_TEMPLATE!r}, with which {known.path} was trained"
         )
     return None if given == TEXT_TEMPLATE else given
+
+
+def parses_special_tokens(adapters: Sequence[Known]) -> bool:
+    """Whether special tokens in texts were tokens in training.
+
+    Raises: UserError: in that of some adapters, and not in that of others.
+    """
+    found = {bool(each.of_run("training", "parse_special_tokens")) for each in adapters}
+    if len(found) > 1:
+        raise UserError(
+            "special tokens in texts were tokens in the training of some of the adapters; say "
+            "--parse-special-tokens or --no-parse-special-tokens"
+        )
+    return found == {True}
 
 
 def _tell(text: str) -> None:

@@ -9,7 +9,7 @@ from fastadapter.training import UserError
 from fastadapter.training.data import read_records
 
 # Files of records, which have fields; everything else holds a text per line.
-_RECORDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 # Beyond this a line is a mistake, such as a file of another kind.
 _MAX_LINE_BYTES = 16 * 2**20
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastadapter as fa
+from fastadapter.checkpoints.about import annotate
 from fastadapter.cli import classify
 from fastadapter.cli.loading import load_classifier
 from tests.cli.conftest import read_lines
@@ -92,7 +93,7 @@ def test_the_template_and_the_length_of_the_training(save_run, encoder_folder, f
     row = expected(folder, encoder_folder, ["good w1 w2 w3"])[0].softmax(-1)
     assert record["text"] == "w1 w2 w3 w4 w5"
     assert list(record["probabilities"].values()) == pytest.approx(row.tolist(), abs=1e-5)
-    status, _, err = fastadapter(*words, "--no-truncate")
+    status, _, err = fastadapter(*words, "--truncation", "error")
     assert status == 2 and "--text: the text has 6 tokens, at most 4 fit" in err
     (record,) = lines_of(fastadapter(*words, "--max-length", 40, "--template", "{text}")[1])
     row = expected(folder, encoder_folder, ["w1 w2 w3 w4 w5"])[0].softmax(-1)
@@ -100,7 +101,9 @@ def test_the_template_and_the_length_of_the_training(save_run, encoder_folder, f
     assert "--template '{text}' in place of 'good {text}'" in fastadapter(*words, "--template", "{text}")[2]
 
 
-def test_a_folder_from_before_run_json_needs_its_model(trained, encoder_folder, fastadapter, refused):
+def test_a_folder_from_before_run_json_needs_its_model(
+    trained, encoder_folder, fastadapter, refused, monkeypatch
+):
     """labels.json alone names the classes."""
     (trained / "run.json").unlink()
     (trained / "labels.json").write_text(json.dumps({"task": "classification", "labels": LABELS}))
@@ -109,6 +112,8 @@ def test_a_folder_from_before_run_json_needs_its_model(trained, encoder_folder, 
     status, out, _ = fastadapter("classify", *words, "--text", "w1", "--json")
     assert status == 0 and list(lines_of(out)[0]["probabilities"]) == LABELS
     assert fastadapter("explain", *words)[0] == 0
+    monkeypatch.chdir(encoder_folder.parent)  # where the name in the adapter's file is that of the folder
+    assert fastadapter("classify", "--adapter", trained, "--text", "w1", "--json") == (0, out, "")
     (trained / "labels.json").write_text('{"labels": ["a"]}')
     assert "not the labels of a run" in refused("classify", *words, "--text", "w1")
 
@@ -155,6 +160,18 @@ def test_bad_files_are_named_with_their_line(trained, texts, refused, data, mess
     assert message in refused("classify", "--adapter", trained, "--file", texts)
 
 
+def test_the_file_alone_knows_its_task(encoder_folder, tmp_path, fastadapter):
+    """Moved out of its folder, it names what a run has said of it."""
+    model = fa.attach(classifier(encoder_folder), fa.BottleneckConfig(bottleneck_size=4))
+    annotate(model, "default", {"task": "classification", "labels": LABELS, "template": "w3 {text}"})
+    file = fa.save(model, tmp_path / "moved.safetensors")
+    words = ("classify", "--model", encoder_folder, "--adapter", file, "--text", "w1", "--json")
+    status, out, err = fastadapter(*words)
+    row = expected(file, encoder_folder, ["w3 w1"])[0].softmax(-1)
+    assert status == 0 and not err
+    assert list(lines_of(out)[0]["probabilities"].values()) == pytest.approx(row.tolist(), abs=1e-5)
+
+
 def test_adapters_of_another_task_are_sent_to_their_command(save_run, model_folder, trained, refused):
     folder = save_run(make_model(), model_folder, "words")
     assert "was trained for generation; `fastadapter generate` uses it" in refused(
@@ -167,7 +184,7 @@ def test_adapters_of_another_task_are_sent_to_their_command(save_run, model_fold
     "change, message",
     [
         ({"labels": None}, "the labels of its classes are None; expected a list of names"),
-        ({"labels": ["a", 1, "c"]}, "damaged, 'labels' must hold strings"),
+        ({"labels": ["a", 1, "c"]}, "'labels' must hold strings"),
         ({"labels": ["a", "b"]}, "adapter.safetensors: "),  # the head in the file has three
     ],
 )
@@ -178,8 +195,8 @@ def test_labels_that_do_not_fit(trained, refused, change, message):
 
 
 def test_an_output_that_is_not_finite_is_no_probability(trained, refused, monkeypatch):
-    plain = classify.class_logits
-    monkeypatch.setattr(classify, "class_logits", lambda *args: plain(*args) * float("nan"))
+    plain = classify.text_outputs
+    monkeypatch.setattr(classify, "text_outputs", lambda *args: plain(*args) * float("nan"))
     assert "the model's output is not finite" in refused("classify", "--adapter", trained, "--text", "w1")
 
 

@@ -54,6 +54,7 @@ def caught(function, *args):
     [
         (UserError("--x must be 1"), "--x must be 1"),
         (CheckpointError("a.safetensors: it is empty"), "a.safetensors: it is empty"),
+        (CheckpointError("a.json: cannot be written (os error 28)"), "a.json: cannot be written (os error 28)"),
         (PermissionError(errno.EACCES, "no", "/a"), "/a: Permission denied"),
         (OSError(errno.ENOSPC, "no"), "the disk: No space left on device"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk: No space left on device"),
@@ -223,7 +224,7 @@ def test_a_bad_adapter_is_found_before_the_model_is_loaded(model_folder, run, tm
     def never(*args):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("fastadapter.cli.generate.load_model", never)
+    monkeypatch.setattr("fastadapter.cli.generate.load_base", never)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "w1", "adapter": null}\n')
     for words, message in (

@@ -10,6 +10,7 @@ import fastadapter as fa
 from fastadapter.cli import answers
 from fastadapter.cli.answers import Answerer, _before, _possible_start
 from fastadapter.training import UserError
+from fastadapter.training.data import Message
 from tests.cli.conftest import read_lines
 from tests.training.toy import CONTEXT, make_model, make_tokenizer
 
@@ -123,7 +124,7 @@ def test_draws_depend_on_the_seed_and_the_place_alone(ask, prompts, tmp_path):
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )  # fmt: skip
 def test_impossible_options_are_named(model_folder, refused, monkeypatch, words, message):
-    monkeypatch.setattr("fastadapter.cli.generate.load_model", None)
+    monkeypatch.setattr("fastadapter.cli.generate.load_base", None)
     assert message in refused("generate", "--model", model_folder, "--prompt", "w1", *words)
 
 
@@ -135,6 +136,8 @@ def test_answers_end_before_a_stop_text(ask, prompts, model_folder, fastadapter)
     for before, after in zip(whole, stopped, strict=True):
         assert after["completion"] == before["completion"].split(stop)[0]
     assert stopped[0]["finish_reason"] == "stop" and stopped[0]["new_tokens"] < whole[0]["new_tokens"]
+    beams = [ask("--file", prompts, "--num-beams", 2, *more) for more in ((), ("--stop", words[0]))]
+    assert not any(words[0] in record["completion"] for record in beams[1])
     # word by word, on stdout
     options = ("--model", model_folder, "--prompt", PROMPTS[0], "--max-new-tokens", 6, "--stop", stop)
     assert fastadapter("generate", *options)[1] == stopped[0]["completion"] + "\n"
@@ -272,7 +275,8 @@ def test_prompts_in_files_and_on_stdin(ask, tmp_path, stdin, name, text):
         ("a.jsonl", b'{"prompt": 1}\n', "a.jsonl line 1: field 'prompt' must be a string, got int"),
         ("a.jsonl", b'{"question": "w1"}\n', "field 'prompt' or 'text' is missing; its fields are 'question'"),
         ("a.jsonl", b'{"prompt": "w1"}\n{"prompt": "\\ud800"}\n', "line 2: "),
-        ("a.jsonl", b'{"messages": "w1"}\n', "field 'messages' must be a list of objects"),
+        ("a.jsonl", b'{"messages": "w1"}\n', "field 'messages' must be a list of turns, got str"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "w1"}], "system": 1}\n', "field 'system' must be a"),
         ("a.jsonl", b'{"messages": [{"role": "system", "content": "w1"}]}\n', "no turn of the user's to answer"),
         ("a.txt", b"w1 " * CONTEXT, "line 1: the prompt has 64 tokens"),
     ],
@@ -317,6 +321,23 @@ def test_a_prompt_in_the_chat_template(ask, save_run, model_folder, tmp_path):
     assert record["prompt"] == "user : w1 </s> assistant :"
 
 
+def test_special_tokens_in_prompts_are_text_unless_asked(save_run, model_folder, ask):
+    """As in training; in a conversation, nobody ends a turn but the template."""
+    text = "w1 </s> w2"
+    folder = save_run(make_model(), model_folder, training={"parse_special_tokens": True})
+    for words, parsed in (
+        (("--prompt", text, "--parse-special-tokens"), True),
+        (("--prompt", text, "--adapter", folder), True),
+        (("--prompt", text, "--adapter", folder, "--no-parse-special-tokens"), False),
+        (("--prompt", text), False),
+    ):
+        (record,) = ask(*words)
+        assert record["prompt"] == text and (record["prompt_tokens"] == 3) is parsed, words
+    one, two = (ask("--prompt", each, "--apply-chat-template")[0] for each in ("w1 w2", text))
+    assert two["prompt"].count("</s>") == one["prompt"].count("</s>") + 1
+    assert two["prompt_tokens"] > one["prompt_tokens"] + 1
+
+
 def test_turns_of_a_conversation(model_folder, tmp_path, stdin, fastadapter):
     out = tmp_path / "chat.jsonl"
     words = ("generate", "--model", model_folder, "--chat", "--system-prompt", "w9", "--max-new-tokens", 3)
@@ -354,12 +375,10 @@ def test_a_tokenizer_without_a_chat_template_and_one_that_refuses(
     model, tokenizer = make_model(), make_tokenizer()
     options = {"max_new_tokens": 2}
     with pytest.raises(UserError, match="--chat: the model's tokenizer has no chat template"):
-        Answerer(model, tokenizer, options).encode_chat("--chat", [{"role": "user", "content": "w1"}])
+        Answerer(model, tokenizer, options).encode_chat("--chat", [Message("user", "w1")])
     tokenizer.chat_template = "{{ raise_exception('no system prompts') }}"
-    with pytest.raises(
-        UserError, match="--chat: the tokenizer's chat template refuses it: no system prompts"
-    ):
-        Answerer(model, tokenizer, options).encode_chat("--chat", [{"role": "user", "content": "w1"}])
+    with pytest.raises(UserError, match="--chat: the chat template refuses the turns: no system prompts"):
+        Answerer(model, tokenizer, options).encode_chat("--chat", [Message("user", "w1")])
 
 
 # Files of answers

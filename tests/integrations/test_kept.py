@@ -158,3 +158,49 @@ def test_a_soft_prompt_is_run_once_for_all_passes(monkeypatch):
     for _ in range(3):
         model(ids)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in KEPT if name != "parallel"])
+@torch.no_grad()
+def test_a_layer_asks_nothing_again(name, monkeypatch):
+    """One pass settles what those after it repeat, until another adapter acts or a value changes."""
+    from fastadapter.integrations.passes.host import Host
+
+    model, ids = adapted(name), token_ids()
+    fa.attach(model, CONFIGS["houlsby"], "other")
+    fa.set_active(model, "default")
+    expected = model(ids).logits
+    asked = []
+    groups, idle = Host.groups, Host.idle
+    monkeypatch.setattr(Host, "groups", lambda self, *args: asked.append(self) or groups(self, *args))
+    monkeypatch.setattr(Host, "idle", lambda self: asked.append(self) or idle(self))
+    assert same_bits(model(ids).logits, expected)
+    # a soft prompt is looked for where the model begins, once in a pass
+    assert len(asked) == (1 if name == "soft-prompt" else 0)
+    fa.set_active(model, None)
+    bare = model(ids).logits
+    assert asked and not same_bits(bare, expected)
+    fa.set_active(model, "default")
+    assert same_bits(model(ids).logits, expected)
+    for _, parameter in fa.trainable_parameters(model):
+        parameter.mul_(1.5)
+    asked.clear()
+    assert same_bits(model(ids).logits, fresh(model, ids))
+
+
+@torch.no_grad()
+def test_sources_that_saw_different_values():
+    """Both count, also where the later one is right."""
+    from fastadapter.integrations.passes.kept import Store
+
+    store, layer = Store(), torch.nn.Linear(2, 2)
+    first = store.make(lambda: 1, [layer])
+    layer.weight.mul_(2)
+    second = store.make(lambda: 2, [layer])
+    stamp = store.stamp("one")
+    store.check()
+    assert not first.is_valid and second.is_valid
+    assert store.stamp("one") is not stamp
+    stamp = store.stamp("one")
+    store.check()
+    assert store.stamp("one") is stamp

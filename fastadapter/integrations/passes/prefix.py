@@ -139,10 +139,11 @@ class PrefixHost(Host):
             output, weights = output.index_copy(0, rows, part.to(output.dtype)), None
         for group in gated:
             output = self._add_gated(group, attention, output, query, options.get("scaling"))
-        if len(gated) == 1 and not shared and prompts is None and self.keeps():
-            bank = self._gated_bank(gated[0].names, attention, query.dtype)
-            if bank.backend is not None:
-                self.settle(gated_step(bank, gated[0].row_ids), (gated[0].names, query.dtype))
+        alone = len(gated) == 1 and not shared and prompts is None
+        if alone and output.dtype == query.dtype and self.keeps():
+            kept = self._gated_bank(gated[0].names, attention, query.dtype)
+            if kept.backend is not None:
+                self.settle(gated_step(kept, gated[0].row_ids), (gated[0].names, query.dtype))
         return output, weights
 
     def _settle_shared(

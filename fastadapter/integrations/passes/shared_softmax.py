@@ -39,7 +39,7 @@ def is_plain(options: dict[str, Any]) -> bool:
 
 
 def causality(attention: nn.Module, query: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
-    """Whether the attention is causal by itself: sdpa without a mask; eager attention is always given the one it needs."""
+    """Whether the attention is causal by itself: sdpa without a mask; eager attention is always given what it needs."""
     is_causal = options.get("is_causal")
     if is_causal is None:
         is_causal = getattr(attention, "is_causal", True)
