@@ -104,20 +104,23 @@ struct Entries {
   // `ids` of nullopt: every row uses entry 0 of a bank of one.
   Entries(const char* op, const std::optional<Tensor>& ids, int64_t num_rows, int64_t bank_size)
       : rows(num_rows) {
-    std::vector<int64_t> row_id(num_rows, 0);
-    if (ids) {
-      STD_TORCH_CHECK(ids->dim() == 1 && ids->size(0) == num_rows, op, ": row_ids must have shape (",
-                      num_rows, ",)");
-      STD_TORCH_CHECK(ids->scalar_type() == ScalarType::Int, op, ": row_ids must be int32, got ",
-                      torch::headeronly::toString(ids->scalar_type()));
-      const int32_t* data = static_cast<const int32_t*>(ids->data_ptr());
-      for (int64_t i = 0; i < num_rows; ++i) {
-        row_id[i] = data[i * ids->stride(0)];
-        STD_TORCH_CHECK(row_id[i] >= -1 && row_id[i] < bank_size, op, ": row_ids must be in [-1, ", bank_size,
-                        "), got ", row_id[i]);
-      }
-    } else {
+    if (!ids) {
       STD_TORCH_CHECK(bank_size == 1, op, ": row_ids must be given for a bank of ", bank_size, ", got None");
+      std::iota(rows.begin(), rows.end(), 0);
+      if (num_rows > 0) id = {0}, begin = {0};
+      begin.push_back(num_rows);
+      return;
+    }
+    std::vector<int64_t> row_id(num_rows);
+    STD_TORCH_CHECK(ids->dim() == 1 && ids->size(0) == num_rows, op, ": row_ids must have shape (", num_rows,
+                    ",)");
+    STD_TORCH_CHECK(ids->scalar_type() == ScalarType::Int, op, ": row_ids must be int32, got ",
+                    torch::headeronly::toString(ids->scalar_type()));
+    const int32_t* data = static_cast<const int32_t*>(ids->data_ptr());
+    for (int64_t i = 0; i < num_rows; ++i) {
+      row_id[i] = data[i * ids->stride(0)];
+      STD_TORCH_CHECK(row_id[i] >= -1 && row_id[i] < bank_size, op, ": row_ids must be in [-1, ", bank_size,
+                      "), got ", row_id[i]);
     }
     std::iota(rows.begin(), rows.end(), 0);
     std::stable_sort(rows.begin(), rows.end(), [&](int64_t a, int64_t b) { return row_id[a] < row_id[b]; });

@@ -18,7 +18,9 @@ from fastadapter.training.data import (
     INSTRUCTION_TEMPLATE,
     MAX_RECORD_BYTES,
     TEMPLATE,
+    any_of,
     require_template,
+    special_tokens,
 )
 
 
@@ -55,7 +57,7 @@ def add_data_arguments(group: Any, *, held_out: bool) -> None:
     group.add_argument(
         "--template",
         type=unescape,
-        help=rf"prompt of text/label records; \n is a new line; if not given {escape(TEMPLATE)!r}, "
+        help=rf"prompt of text/label records; \n is a new line; if not given '{escape(TEMPLATE)}', "
         "the text alone for classes and numbers",
     )
     group.add_argument(
@@ -129,6 +131,28 @@ def read_data(args: argparse.Namespace, tell: bool) -> tuple[list[Example], list
     return (train, None) if count is None else split_examples(train, count, args.seed)
 
 
+def mention_special_tokens(args: argparse.Namespace, tokenizer: Any, examples: Sequence[Example]) -> None:
+    """Say on stderr if records hold special tokens that are taken as text, as those would that a template has made."""
+    if args.parse_special_tokens:
+        return
+    pattern = any_of([word for word in special_tokens(tokenizer) if len(word) > 1])
+    found = [
+        match.group()
+        for example in examples
+        if (match := pattern.search("\n".join((example.prompt, example.completion, *_said(example)))))
+    ]
+    if found:
+        print(
+            f"fastadapter: {len(found)} of {len(examples)} records hold special tokens, the first of them "
+            f"{found[0]!r}, which are taken as text; --parse-special-tokens makes tokens of them",
+            file=sys.stderr,
+        )
+
+
+def _said(example: Example) -> list[str]:
+    return [turn.content for turn in example.messages or ()]
+
+
 def templates(args: argparse.Namespace) -> dict[str, str]:
     """``template`` and ``completion_template`` of text/label records."""
     given = {
@@ -147,8 +171,7 @@ def prompt_template(args: argparse.Namespace, example: Example) -> str | None:
     """What was put around the texts that became prompts, with ``{text}`` in their place; None: nothing was."""
     if example.label is not None:
         return templates(args)["template"]
-    before, _ = INSTRUCTION_TEMPLATE.split("{text}")
-    return INSTRUCTION_TEMPLATE if example.messages is None and example.prompt.startswith(before) else None
+    return INSTRUCTION_TEMPLATE if _is_instruction(example) else None
 
 
 def describe_data(
@@ -171,7 +194,7 @@ def describe_data(
         "columns": dict(args.columns or {}),
         "system_prompt": args.system_prompt,
         "data": {
-            "files": [Path(file).name if Path(file).exists() else file for file in files if file],
+            "files": [_shown(file) for file in files if file],
             "digest": sha.hexdigest(),
             "train_records": len(train),
             "eval_records": len(held_out or ()),
@@ -219,7 +242,11 @@ def _read(args: argparse.Namespace, path: str, how: dict[str, Any]) -> list[Exam
         ("completion_template", "text/label"),
         ("system_prompt", "conversation"),
     ):
-        if getattr(args, option) is not None and kind != wanted:
+        given = getattr(args, option)
+        # A run on instructions says that its template is Alpaca's, which its records have by themselves.
+        if given == INSTRUCTION_TEMPLATE and _is_instruction(examples[0]):
+            continue
+        if given is not None and kind != wanted:
             raise UserError(
                 f"--{option.replace('_', '-')} is for {wanted} records, but {path} has {kind} records"
             )
@@ -228,7 +255,18 @@ def _read(args: argparse.Namespace, path: str, how: dict[str, Any]) -> list[Exam
     return examples
 
 
+def _is_instruction(example: Example) -> bool:
+    before = INSTRUCTION_TEMPLATE.partition(".")[0]  # the form with an input begins in the same way
+    return example.messages is None and example.label is None and example.prompt.startswith(before)
+
+
 def _kind(example: Example) -> str:
     if example.messages is not None:
         return "conversation"
     return "prompt/completion" if example.label is None else "text/label"
+
+
+def _shown(file: str) -> str:
+    """A file or folder by its last name alone: where it lies on this machine is of no use to a reader."""
+    here = Path(file).exists() or Path(file.rpartition(":")[0] or file).exists()
+    return Path(file).name if here else file

@@ -11,6 +11,7 @@ from typing import Any
 from fastadapter.cli.data_options import (
     add_data_arguments,
     describe_data,
+    mention_special_tokens,
     read_data,
 )
 from fastadapter.cli.loading import add_model_arguments, device_and_dtype, load_classifier, load_model
@@ -88,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
         )
     else:
         model, tokenizer = load_model(args.model, args.gguf_file, args.dtype, args.revision)
+    if accelerator.is_main_process:
+        mention_special_tokens(args, tokenizer, train)
     _seed(args.seed)
     attach(model, adapter)
     try:

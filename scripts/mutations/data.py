@@ -13,7 +13,7 @@ DATA = [
         FORMATS,
         a_line_is_read_whole=("file.readline(limit + 2)", "file.readline()"),
         half_characters_pass=('    if "\\\\ud" in text or "\\\\uD" in text:\n', '    if "\\\\ud" in text:\n'),
-        open_quotes_swallow_the_file=("            size += len(line)\n", ""),
+        open_quotes_swallow_the_file=("            size += length\n", ""),
         fields_have_the_limit_of_csv=("        csv.field_size_limit(limit)", "        pass"),
         lines_of_a_list_are_forgotten=(
             '            self.lines += self.buffer.count("\\n", 0, self.at)\n',
@@ -52,7 +52,10 @@ DATA = [
             "        for start, end in spans:\n",
             "        for start, end in spans[-1:]:\n",
         ),
-        marks_are_not_looked_at=("self._marked if _MARKS.search(self.template)", "self._marked if False"),
+        marks_are_not_looked_at=(
+            "self._marked if _MARKS.search(self.template.text)",
+            "self._marked if False",
+        ),
         what_was_said_is_parsed=("at % 2 == 0) for at, part", "True) for at, part"),
         other_turns_may_change_it=("text.startswith(through) and ", ""),
         weights_are_ignored=("if turn.get(name) not in harmless:", "if False:", RECORDS),

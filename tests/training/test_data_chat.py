@@ -108,6 +108,9 @@ def test_what_somebody_wrote_is_no_turn_and_no_end():
     ("{% for m in messages %}w1{% if loop.last %}w2{% endif %}{% endfor %}", TURNS, "renders turn 2 differently"),
     ("{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}w1{% endif %}", TURNS,
      "renders turn 2 differently when it is asked for or when other turns follow"),
+    # As templates do that drop what a model thought before: an answer is shorter when other turns follow.
+    ("{% for m in messages %}{{ m.role }} : {{ m.content if m.role == 'user' or loop.last }} {% endfor %}"
+     "{% if add_generation_prompt %}assistant : {% endif %}", TURNS, "renders turn 2 differently"),
     (TEMPLATE, TURNS[:1], "no turn is the assistant's"),
     (TEMPLATE, TURNS[1:], "the first turn is the assistant's"),
 ])  # fmt: skip
@@ -191,18 +194,22 @@ def test_identity_tells_what_is_trained_on():
     assert len({digest_examples([[each]]) for each in kinds}) == 4
 
 
-@pytest.mark.parametrize("scheme", ["always", "first"])
-def test_pieces_of_a_text_get_no_space_of_their_own(scheme):
-    """A tokenizer of the Llama 2 kind puts a space in front of a text, but not in the middle of one."""
+def letters(scheme="first"):
+    """A tokenizer of the Llama 2 kind: a token for each letter, space and line break, and a space before every text."""
     vocabulary = {
         token: index for index, token in enumerate(["<unk>", "<s>", "</s>", "▁", "\n", *"abcdefgh:"])
     }
     backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_pieces_of_a_text_get_no_space_of_their_own(scheme):
+    tokenizer = letters(scheme)
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}a:{{ m.content }}\nb:{% else %}{{ m.content }}\n{% endif %}"
         "{% endfor %}"
@@ -217,6 +224,24 @@ def test_pieces_of_a_text_get_no_space_of_their_own(scheme):
     assert (
         list(encoded.input_ids) == tokenizer("a:cd\nb:ef\na:g\nb:h\n", add_special_tokens=False)["input_ids"]
     )
+
+
+def test_white_space_of_the_template_is_not_the_answers():
+    tokenizer = letters()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'a:' if m.role == 'user' else 'b:\n' }}{{ m.content }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}b:\n{% endif %}"
+    )
+    turns = [
+        Message("user", "c"),
+        Message("assistant", "ef"),
+        Message("user", "g"),
+        Message("assistant", "\nh"),
+    ]
+    encoded = encode_examples(tokenizer, [talk(*turns)])[0]
+    answers = [encoded.input_ids[at] for at in encoded.supervised]
+    assert tokenizer.convert_ids_to_tokens(answers) == ["e", "f", "</s>", "\n", "h", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(encoded.input_ids[: encoded.prompt_len])[-3:] == ["b", ":", "\n"]
 
 
 @pytest.fixture(scope="module")

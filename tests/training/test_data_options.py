@@ -126,6 +126,12 @@ def test_what_a_run_says_of_its_data(parse):
     asked = parse([{"instruction": "Sing {it}.", "output": "la"}])
     said = describe_data(asked, *read_data(asked, tell=False))
     assert said["template"].format(text="Sing {it}.") == read_data(asked, tell=False)[0][0].prompt
+    # Who evaluates that run is told the same template, and reads the same records.
+    asked.template = said["template"]
+    assert (
+        read_data(asked, tell=False)[0]
+        == read_data(parse([{"instruction": "Sing {it}.", "output": "la"}]), True)[0]
+    )
     texts = parse(TEXTS, task="classification")
     said = describe_data(texts, *read_data(texts, tell=False))
     assert (said["template"], said["completion_template"]) == ("{text}", None)
@@ -164,6 +170,7 @@ def test_finetune_takes_every_kind(tmp_path, capsys, name):
     assert (
         main(["finetune", "--model", str(folder), "--data", str(file), "--device", "cpu", *words, *out]) == 0
     )
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
+    assert ("8 of 8 records hold special tokens, the first of them '</s>'" in said) == (name == "columns")
     assert "on 8 records" in printed and (tmp_path / "out" / "adapter.safetensors").exists()
     assert ("--template" in printed) == (name == "instruction")

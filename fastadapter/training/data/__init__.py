@@ -13,7 +13,7 @@ from fastadapter.training.data.records import (
     require_template,
 )
 from fastadapter.training.data.split import label_completions, split_examples, without_prompts_of
-from fastadapter.training.data.tokens import special_tokens, tokenize
+from fastadapter.training.data.tokens import any_of, special_tokens, tokenize
 
 __all__ = [
     "COMPLETION_TEMPLATE",
@@ -24,6 +24,7 @@ __all__ = [
     "MAX_RECORD_BYTES",
     "Message",
     "TEMPLATE",
+    "any_of",
     "context_length",
     "encode_conversation",
     "encode_conversations",

@@ -86,7 +86,7 @@ def encode_conversation(
     parse_special_tokens: bool = False,
 ) -> list[int]:
     """Tokens of the turns so far, up to where the assistant's next one begins: what ``generate`` continues."""
-    chat = _Chat(tokenizer, messages, source, parse_special_tokens)
+    chat = _Chat(_Template(tokenizer, source, parse_special_tokens), messages, source)
     pieces = chat.pieces(chat.render(chat.messages, more=True))
     return [token for ids in tokenize_pieces(tokenizer, [pieces], [source])[0] for token in ids]
 
@@ -104,12 +104,15 @@ def encode_conversations(
     Raises: UserError: naming the record: there is no chat template, it refuses the turns, or it renders turns
         differently when others follow.
     """
+    if not examples:
+        return []
+    template = _Template(tokenizer, examples[0].source, parse_special_tokens)
     rows: list[list[Piece]] = []
     trained: list[list[bool]] = []
     for example in examples:
         messages = example.messages or ()
         answered(messages, example.source)
-        chat = _Chat(tokenizer, messages, example.source, parse_special_tokens)
+        chat = _Chat(template, messages, example.source)
         pieces: list[Piece] = []
         flags: list[bool] = []
         for text, flag in chat.segments():
@@ -127,33 +130,41 @@ def encode_conversations(
     return encoded
 
 
-class _Chat:
-    """One conversation and the template; special tokens in what was said are numbered marks while it renders."""
+class _Template:
+    """The tokenizer's chat template, and which special tokens are text in what was said."""
 
-    def __init__(self, tokenizer: Any, messages: Sequence[Message], source: str, parse_special_tokens: bool):
-        self.tokenizer, self.source = tokenizer, source
+    def __init__(self, tokenizer: Any, source: str, parse_special_tokens: bool):
         try:
-            self.template: str = tokenizer.get_chat_template()
+            self.text: str = tokenizer.get_chat_template()
         except (AttributeError, ValueError) as error:
             raise UserError(
                 f"{source}: a conversation needs a chat template, and the tokenizer has none: "
                 "use the tokenizer of a chat model, or records of prompt and completion"
             ) from error
-        self.special = [] if parse_special_tokens else sorted(special_tokens(tokenizer))
+        self.tokenizer = tokenizer
+        special = sorted(special_tokens(tokenizer))
+        self.hidden = [] if parse_special_tokens else special
+        self.pattern = any_of(self.hidden)
+        self.number = {word: at for at, word in enumerate(self.hidden)}
+        self.end = re.compile(f"({any_of(special).pattern})\\s+$")
+
+
+class _Chat:
+    """One conversation; special tokens in what was said are numbered marks while the template renders it."""
+
+    def __init__(self, template: _Template, messages: Sequence[Message], source: str):
+        self.template, self.tokenizer, self.source = template, template.tokenizer, source
         said = "".join(turn.content for turn in messages)
         # Two characters that nobody has said.
         unused = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in said)
         self.open, self.close = next(unused), next(unused)
-        self.messages = self._hide(messages)
         self.mark = re.compile(f"{self.open}([0-9]+){self.close}")
+        self.messages = [
+            Message(turn.role, template.pattern.sub(self._mark_of, turn.content)) for turn in messages
+        ]
 
-    def _hide(self, messages: Sequence[Message]) -> list[Message]:
-        pattern = any_of(self.special)
-
-        def number(found: re.Match[str]) -> str:
-            return f"{self.open}{self.special.index(found.group())}{self.close}"
-
-        return [Message(turn.role, pattern.sub(number, turn.content)) for turn in messages]
+    def _mark_of(self, found: re.Match[str]) -> str:
+        return f"{self.open}{self.template.number[found.group()]}{self.close}"
 
     def render(self, messages: Sequence[Message], *, more: bool = False) -> str:
         """The template's text of some turns; ``more``: with the opening of the assistant's next one."""
@@ -171,7 +182,7 @@ class _Chat:
     def segments(self) -> list[tuple[str, bool]]:
         """Text up to the last answer in parts, and whether each is trained on."""
         last = max(at for at, turn in enumerate(self.messages) if turn.role == "assistant")
-        text, spans = (self._marked if _MARKS.search(self.template) else self._by_prefixes)(last)
+        text, spans = (self._marked if _MARKS.search(self.template.text) else self._by_prefixes)(last)
         segments, done = [], 0
         for start, end in spans:
             segments += [(text[done:start], False), (text[start:end], True)]
@@ -182,7 +193,7 @@ class _Chat:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         texts, spans = self._ask(lambda turns: render_jinja_template(
-            conversations=[turns], chat_template=self.template, return_assistant_tokens_mask=True,
+            conversations=[turns], chat_template=self.template.text, return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map), self.messages[: last + 1])  # fmt: skip
         found = [(start, end) for start, end in spans[0] if start < end]
         if not found:
@@ -191,20 +202,19 @@ class _Chat:
 
     def _by_prefixes(self, last: int) -> tuple[str, list[tuple[int, int]]]:
         text = self.render(self.messages[: last + 1])
-        ends = re.compile(f"({any_of(sorted(special_tokens(self.tokenizer))).pattern})\\s+$")
         spans = []
         for at, turn in enumerate(self.messages[: last + 1]):
             if turn.role != "assistant":
                 continue
             opening = self.render(self.messages[:at], more=True)
-            through = self.render(self.messages[: at + 1])
+            through = text if at == last else self.render(self.messages[: at + 1])
             if not (text.startswith(through) and through.startswith(opening) and len(opening) < len(through)):
                 raise UserError(
                     f"{self.source}: the chat template renders turn {at + 1} differently when it is asked for or when "
                     "other turns follow, so the tokens of the answer cannot be told; a template with "
                     "{% generation %} around what the assistant says tells them"
                 )
-            ended = ends.search(through, len(opening))
+            ended = self.template.end.search(through, len(opening))
             spans.append((len(opening), ended.end(1) if ended else len(through)))
         return text, spans
 
@@ -217,6 +227,7 @@ class _Chat:
                 "leave them out, or allow them by parse_special_tokens"
             )
         pieces = [
-            Piece(self.special[int(part)] if at % 2 else part, at % 2 == 0) for at, part in enumerate(parts)
+            Piece(self.template.hidden[int(part)] if at % 2 else part, at % 2 == 0)
+            for at, part in enumerate(parts)
         ]
         return [piece for piece in pieces if piece.text]

@@ -66,7 +66,8 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
-def _lines(path: Path, limit: int) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, limit: int) -> Iterator[tuple[int, int, str]]:
+    """Number, bytes and text of every line."""
     with _open(path) as file:
         number = 0
         while raw := file.readline(limit + 2):  # so much and no more, however long the line is
@@ -76,7 +77,7 @@ def _lines(path: Path, limit: int) -> Iterator[tuple[int, str]]:
             if number == 1:
                 _require_plain(path, raw)
             try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, len(raw), raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(f"{path} line {number}: not UTF-8: {error.reason}") from None
 
@@ -133,7 +134,7 @@ def _object(value: Any, text: str, source: str) -> Record:
 
 
 def _read_jsonl(path: Path, limit: int) -> Iterator[Record]:
-    for number, line in _lines(path, limit):
+    for number, _, line in _lines(path, limit):
         if not line.strip():
             continue
         source = f"{path} line {number}"
@@ -263,8 +264,8 @@ def _read_csv(path: Path, limit: int, delimiter: str = ",") -> Iterator[Record]:
 
     def lines() -> Iterator[str]:
         nonlocal size
-        for _, line in _lines(path, limit):
-            size += len(line)
+        for _, length, line in _lines(path, limit):
+            size += length
             if size > limit + 2:
                 _too_large(f"{path} line {first}", limit, "; is a quote left open?")
             yield line

@@ -74,12 +74,16 @@ def tokenize_pieces(
         options = {"add_special_tokens": False, **({} if parse else asked)}
         texts = [rows[row][at].text for row, at in keys]
         shown = [text if at == 0 else f"\n{text}" for text, (_, at) in zip(texts, keys, strict=True)]
-        for key, text, ids in zip(keys, texts, tokenizer(shown, **options)["input_ids"], strict=True):
-            if key[1] and ids[: len(newline)] == newline:
-                ids = ids[len(newline) :]
+        found.update(zip(keys, tokenizer(shown, **options)["input_ids"], strict=True))
+        joined = []  # pieces that begin with white space, which shares a token with the line break
+        for key, text in zip(keys, texts, strict=True):
+            if key[1] and found[key][: len(newline)] == newline:
+                found[key] = found[key][len(newline) :]
             elif key[1]:
-                ids = tokenizer(text, **options)["input_ids"]
-            found[key] = list(ids)
+                joined.append((key, text))
+        if joined:
+            alone = tokenizer([text for _, text in joined], **options)["input_ids"]
+            found.update(zip((key for key, _ in joined), alone, strict=True))
         if not parse:
             _require_split(tokenizer, texts, [sources[row] for row, _ in keys], asked)
     return [[found[row, at] for at in range(len(pieces))] for row, pieces in enumerate(rows)]
