@@ -24,6 +24,7 @@ from tests.training.toy import STATE, make_adapted, run
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
+    torch.set_num_threads(1)  # as in the tests, whose fixture comes later than this one
     run(folder)
     return folder
 

@@ -17,6 +17,7 @@ from transformers import StaticCache
 import fastadapter as fa
 from fastadapter.training import TrainingConfig
 from fastadapter.training.classification import ClassificationTask
+from fastadapter.training.folder import RunFolder
 from fastadapter.training.run import Run
 from fastadapter.training.targets import AdapterTarget
 from fastadapter.training.tasks import GenerationTask
@@ -107,7 +108,9 @@ class Waits(TorchDispatchMode):
 
 
 def begin(model, task, folder, config):
-    run = Run(model, task, AdapterTarget(model, "default"), config, folder, Accelerator(cpu=True))
+    accelerator = Accelerator(cpu=True)
+    target, folder = AdapterTarget(model, "default"), RunFolder(folder, accelerator)
+    run = Run(model, task, target, config, folder, accelerator)
     run.begin(False, 1000, False)
     model.train()
     return run
