@@ -99,12 +99,19 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def _name(model: nn.Module) -> str | None:
-    """What ``from_pretrained`` was given; of a folder the last part, since a file travels and its reader has no such."""
+    """What ``from_pretrained`` was given, as :func:`portable_name`."""
     given = getattr(getattr(model, "config", None), "_name_or_path", None)
-    if not isinstance(given, str) or not given:
-        return None
-    is_path = os.path.isabs(given) or os.path.exists(given)
-    return os.path.basename(os.path.normpath(given)) if is_path else given
+    return portable_name(given) if isinstance(given, str) and given else None
+
+
+def portable_name(given: str) -> str:
+    """The name of a model; of a folder its last part: a file travels, and its readers have no such path.
+
+    >>> portable_name("/models/little-llama"), portable_name("some/base")
+    ('little-llama', 'some/base')
+    """
+    is_path = os.path.isabs(given) or given.startswith((".", "~")) or os.path.isdir(given)
+    return os.path.basename(os.path.realpath(os.path.expanduser(given))) if is_path else given
 
 
 def _weights_digest(chosen: dict[str, Tensor]) -> str | None:

@@ -115,9 +115,9 @@ def load(
     to the model's own, in its dtype; :func:`detach` of the last adapter restores them.
 
     The base model must be the one that the adapter was made on, as far as its configuration and some weights tell. It
-    may be in another dtype, quantised, sharded, offloaded, resized, or have another head for its task. Weights that were
-    quantised and widened again (GGUF), fine-tuned or merged are others. A file from before there was a record of the
-    base is loaded with a warning.
+    may be in another dtype, quantised, sharded, offloaded, resized, or have another head for its task. Weights that
+    were quantised and widened again (GGUF), fine-tuned or merged are others. A file from before there was a record of
+    the base is loaded with a warning.
 
     Args:
         model: the model, or a wrapper around it.

@@ -169,7 +169,7 @@ def test_a_resized_vocabulary_is_the_same_base_untied_weights_are_compared(saved
     quietly(untied, tmp_path / "tied")
     fa.detach(untied)
     untied.lm_head.weight.data *= 1.5
-    with pytest.raises(fa.CheckpointError, match="other weights in lm_head.weight"):
+    with pytest.raises(fa.CheckpointError, match="other weights in lm_head"):
         fa.load(untied, tmp_path / "tied")
 
 
