@@ -38,23 +38,23 @@ class RunFolder:
         self.lock.release()
 
     def claim(self, resume: bool) -> None:
-        """Make the folder and lock it. Every process must call this; all raise what the first one meets.
+        """Make the folder and lock it. Every process must call this; where one raises, all do.
 
         Raises: UserError: it holds a run that is not to be resumed, or cannot be; another run is at work there; or
             nothing can be written.
         """
-        require_fresh_or_resume(self.path, resume)
         error: UserError | None = None
-        if self.accelerator.is_main_process:
-            try:
+        try:
+            require_fresh_or_resume(self.path, resume)
+            if self.accelerator.is_main_process:
                 report.require_writable(self.path)
                 self.lock.acquire()
                 require_fresh_or_resume(self.path, resume)  # a run may have come and gone in between
-            except UserError as raised:
-                error = raised
+        except UserError as raised:
+            error = raised
         failed = torch.tensor([float(error is not None)], device=self.accelerator.device)
         if float(self.accelerator.gather(failed).sum()):
-            raise error or UserError(f"output_dir {self.path}: the first process cannot have it")
+            raise error or UserError(f"output_dir {self.path}: another process of this run cannot use it")
 
     def begin(self, target: Any, identity: Mapping[str, Any], counts: tuple[int, int]) -> None:
         """Find out what ``run.json`` will say, and what the files of the adapter will."""
