@@ -131,7 +131,8 @@ def _gates(path: Path, header: Header, options: Mapping[str, Any]) -> dict[str, 
     """
     from safetensors import SafetensorError, safe_open
 
-    names = [name for name in header if _GATE.search(name) and header[name][0] in _FLOATS]
+    found = [name for name in header if _GATE.search(name) and header[name][0] in _FLOATS]
+    names = [name for name in found if not name.startswith("exp_avg")]  # the optimiser's moments of them
     try:
         with safe_open(path, framework="pt") as file:
             parts = [file.get_tensor(name).flatten().double() for name in sorted(names)]

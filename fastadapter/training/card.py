@@ -12,7 +12,7 @@ from fastadapter.checkpoints.atomic import write_atomically
 from fastadapter.checkpoints.fingerprint import portable_name
 
 CARD_FILE = "README.md"
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _MARK = re.compile(r"<!-- written by fastadapter, (\w{64}): .*-->\n")
 _CLASSES = {"generation": "AutoModelForCausalLM"}
 _PIPELINES = {"generation": "text-generation"}
@@ -93,15 +93,17 @@ def _lines(folder: Path, record: Mapping[str, Any]) -> Iterator[str]:
     yield ""
 
 
+def _on_hub(record: Mapping[str, Any], name: str | None) -> bool:
+    """Whether the base is called by a name of the hub: a folder of one's own, or a packaged model, has none there."""
+    return name is not None and name == record["base"]["name"] and bool(_HUB_NAME.fullmatch(name))
+
+
 def _front_matter(record: Mapping[str, Any], name: str | None) -> Iterator[str]:
     from huggingface_hub import ModelCardData
 
-    given = record["base"]["name"]
-    # The hub takes names of its own only; a folder of one's own has none.
-    on_hub = name == given and name is not None and _HUB_NAME.fullmatch(name) and "/" in name
     task = record["task"]
     data = ModelCardData(
-        base_model=name if on_hub else None,
+        base_model=name if _on_hub(record, name) else None,
         library_name="fastadapter",
         pipeline_tag=_PIPELINES.get(task, "text-classification"),
         tags=["fastadapter", "adapter", record["method"], task],
@@ -164,7 +166,8 @@ def _python(folder: Path, record: Mapping[str, Any], name: str | None) -> Iterat
     yield ""
     yield "import fastadapter as fa"
     yield ""
-    yield f"model = {kind}.from_pretrained({', '.join(options)})"
+    where = "" if _on_hub(record, name) else "  # the folder of the base model"
+    yield f"model = {kind}.from_pretrained({', '.join(options)}){where}"
     yield f"fa.load(model, {folder.resolve().name!r})"
     yield "```"
     yield ""

@@ -179,6 +179,8 @@ class _Run:
             self.total_steps,
             self.accelerator.device,
         )
+        if resume and not self.saved:
+            self.reporter.line(f"{self.output_dir} holds nothing to resume: a new run begins")
 
     def agree(self) -> None:
         """Wait until every process has looked for a run, before the first one writes, and compare what they found."""
