@@ -106,17 +106,17 @@ def finetune(
     accelerator, config = accelerator or Accelerator(), config or TrainingConfig()
     rows = TASKS[task](unwrap(model), tokenizer, train, evaluation_data, config)
     model.to(accelerator.device)
-    folder = RunFolder(output_dir, accelerator, details)
-    with folder, nullcontext() if trainable is None else training_only(model, trainable):
+    with nullcontext() if trainable is None else training_only(model, trainable):
         target = AdapterTarget(model, name) if trainable is None else ParameterTarget(model)
-        run = _Run(model, rows, target, config, folder, accelerator)
-        run.begin(resume, save_steps, progress)
-        try:
-            return run.go()
-        finally:
-            run.reporter.close()
-            run.buffer.release()
-            unwrap(model).eval()
+        run = _Run(model, rows, target, config, Path(output_dir), accelerator, details)
+        with run.folder:
+            run.begin(resume, save_steps, progress)
+            try:
+                return run.go()
+            finally:
+                run.reporter.close()
+                run.buffer.release()
+                unwrap(model).eval()
 
 
 class _Run:
@@ -128,11 +128,13 @@ class _Run:
         task: Task,
         target: Target,
         config: TrainingConfig,
-        folder: RunFolder,
+        output_dir: Path,
         accelerator: Any,
+        details: Mapping[str, Any] | None = None,
     ):
         self.model, self.task, self.target, self.config = model, task, target, config
-        self.folder, self.output_dir, self.accelerator = folder, folder.path, accelerator
+        self.output_dir, self.accelerator = output_dir, accelerator
+        self.folder = RunFolder(output_dir, accelerator, details)
         self.steps_per_epoch = math.ceil(len(task.lengths) / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.num_train_epochs
         self.parameters = target.parameters
@@ -172,7 +174,7 @@ class _Run:
             set_seed(self.config.seed, device_specific=True)
             for _, parameter in self.parameters:
                 parameter.data.copy_(broadcast(parameter.data))
-        self.folder.begin(self.target, self.identity, (len(self.task.lengths), self.task.held_out_rows))
+        self.folder.begin(self.target, self.identity)
         self.reporter = report.Reporter(
             progress and self.accelerator.is_main_process,
             self.progress.step,

@@ -1,5 +1,6 @@
 """``run.json``: what a run was asked, with what, and what came of it, for people and for the commands that use it."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -57,15 +58,12 @@ DETAILS = (
 )
 
 
-def describe_run(
-    model: nn.Module, identity: Mapping[str, Any], counts: tuple[int, int], details: Mapping[str, Any]
-) -> dict[str, Any]:
+def describe_run(model: nn.Module, identity: Mapping[str, Any], details: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a run that is about to begin.
 
     Args:
         model: the frozen model, with what is trained in place.
         identity: what tells the run from others: ``training``, ``adapter``, ``data``, ``num_processes``, ``task``.
-        counts: records to train on, and held out.
         details: some of :data:`DETAILS`: ``base`` holds ``name``, ``revision`` and ``gguf_file``, as they were given;
             ``files`` are the names of the data's files.
     """
@@ -98,8 +96,8 @@ def describe_run(
         "data": {
             "files": [os.path.basename(str(file)) for file in details.get("files") or []],
             "digest": hashlib.sha256(json.dumps(identity["data"], sort_keys=True).encode()).hexdigest(),
-            "train_records": counts[0],
-            "eval_records": counts[1],
+            "train_records": identity["data"]["train_rows"],
+            "eval_records": identity["data"]["eval_rows"],
         },
         "training": {**identity["training"], "num_processes": identity["num_processes"]},
         "epochs": [],
@@ -111,9 +109,13 @@ def describe_run(
 def write_run(folder: str | Path, record: Mapping[str, Any]) -> None:
     """Write ``run.json`` into ``folder``, whole or not at all; numbers that are not finite become null.
 
-    Raises: CheckpointError: it cannot be written; an older one is intact.
+    One that says the same already stays. Raises: CheckpointError: it cannot be written; an older one is intact.
     """
-    write_json(Path(folder) / RUN_FILE, _finite(dict(record)))
+    path, value = Path(folder) / RUN_FILE, _finite(dict(record))
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if path.stat().st_size <= _MAX_BYTES and json.loads(path.read_bytes()) == value:
+            return
+    write_json(path, value)
 
 
 def read_run(folder: str | Path) -> dict[str, Any] | None:

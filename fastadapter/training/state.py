@@ -198,9 +198,9 @@ def load_state(
 
 def _as_saved(saved: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
     """The identity in the form of a state that has a digest of the model's configuration in place of its fields."""
-    if not isinstance(saved["model"]["config"], str):
+    model = identity.get("model", {})
+    if not isinstance(saved.get("model", {}).get("config"), str) or "config" not in model:
         return identity
-    model = identity["model"]
     digest = hashlib.sha256(json.dumps(model["config"], sort_keys=True).encode()).hexdigest()
     return {**identity, "model": {**model, "config": digest}}
 
