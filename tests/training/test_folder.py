@@ -184,6 +184,11 @@ def test_other_versions_are_said_in_one_line(copied, capsys):
     run(copied, resume=True)
     (line,) = (each for each in capsys.readouterr().err.splitlines() if "other versions" in each)
     assert f"torch was '2.0.1', now '{torch.__version__}'" in line and "transformers" not in line
+    identity = json.loads(metadata["identity"])
+    identity["model"]["config"]["a_field_that_went"] = 1  # releases of transformers remove and add some
+    other = {"versions": json.dumps(versions), "identity": json.dumps(identity)}
+    write_tensors(copied / STATE, tensors, {**metadata, **other})
+    run(copied, resume=True)
     del metadata["versions"]  # of a release that wrote none
     write_tensors(copied / STATE, tensors, metadata)
     run(copied, resume=True)
