@@ -189,6 +189,7 @@ def test_other_versions_are_said_in_one_line(copied, capsys):
     other = {"versions": json.dumps(versions), "identity": json.dumps(identity)}
     write_tensors(copied / STATE, tensors, {**metadata, **other})
     run(copied, resume=True)
+    assert "other versions" in capsys.readouterr().err
     del metadata["versions"]  # of a release that wrote none
     write_tensors(copied / STATE, tensors, metadata)
     run(copied, resume=True)
