@@ -111,7 +111,7 @@ def write_run(folder: str | Path, record: Mapping[str, Any]) -> None:
 
     One that says the same already stays. Raises: CheckpointError: it cannot be written; an older one is intact.
     """
-    path, value = Path(folder) / RUN_FILE, _finite(dict(record))
+    path, value = Path(folder) / RUN_FILE, finite(dict(record))
     with contextlib.suppress(OSError, ValueError, RecursionError):
         if path.stat().st_size <= _MAX_BYTES and json.loads(path.read_bytes()) == value:
             return
@@ -156,6 +156,9 @@ def read_run(folder: str | Path) -> dict[str, Any] | None:
     for key in ("command", "labels"):
         if not all(isinstance(each, str) for each in record[key] or []):
             raise CheckpointError(f"{path}: damaged, {key!r} must hold strings")
+    files = (record["data"] or {}).get("files")
+    if not isinstance(files, list | None) or not all(isinstance(each, str) for each in files or []):
+        raise CheckpointError(f"{path}: damaged, 'data.files' must hold strings")
     for key in ("name", "revision", "gguf_file"):
         if not isinstance(record["base"].get(key), _TEXT):
             raise CheckpointError(f"{path}: damaged, 'base.{key}' must be str or null")
@@ -166,9 +169,10 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"it holds {name}")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with null for numbers that JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

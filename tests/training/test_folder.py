@@ -245,6 +245,7 @@ DAMAGED = {
         "'finished' must be bool, got int",
     ),
     "labels": (lambda text: text.replace('"labels": null', '"labels": [1]'), "'labels' must hold strings"),
+    "files": (lambda text: text.replace('"files": []', '"files": 3'), "'data.files' must hold strings"),
     "base": (
         lambda text: text.replace('"gguf_file": null', '"gguf_file": 3'),
         "'base.gguf_file' must be str",
