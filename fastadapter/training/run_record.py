@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ DETAILS = (
     "chat",
     "columns",
     "system_prompt",
-    "files",
+    "data",
 )
 
 
@@ -65,7 +64,7 @@ def describe_run(model: nn.Module, identity: Mapping[str, Any], details: Mapping
         model: the frozen model, with what is trained in place.
         identity: what tells the run from others: ``training``, ``adapter``, ``data``, ``num_processes``, ``task``.
         details: some of :data:`DETAILS`: ``base`` holds ``name``, ``revision`` and ``gguf_file``, as they were given;
-            ``files`` are the names of the data's files.
+            ``data`` holds ``files``, ``digest``, ``train_records`` and ``eval_records``.
     """
     inner = unwrap(model)
     print_of_base = fingerprint(inner)
@@ -93,17 +92,19 @@ def describe_run(model: nn.Module, identity: Mapping[str, Any], details: Mapping
         "columns": dict(details.get("columns") or {}),
         "system_prompt": details.get("system_prompt"),
         "dtype": base_dtype(inner),
-        "data": {
-            "files": [os.path.basename(str(file)) for file in details.get("files") or []],
-            "digest": hashlib.sha256(json.dumps(identity["data"], sort_keys=True).encode()).hexdigest(),
-            "train_records": identity["data"]["train_rows"],
-            "eval_records": identity["data"]["eval_rows"],
-        },
+        "data": dict(details.get("data") or _data(identity["data"])),
         "training": {**identity["training"], "num_processes": identity["num_processes"]},
         "epochs": [],
         "eval": {},
         "finished": False,
     }
+
+
+def _data(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of records that came from no file: the digest is of their tokens."""
+    digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    counts = {"train_records": found["train_rows"], "eval_records": found["eval_rows"]}
+    return {"files": [], "digest": digest, **counts}
 
 
 def write_run(folder: str | Path, record: Mapping[str, Any]) -> None:
