@@ -6,6 +6,7 @@ FOLDING = "tests/integrations/test_folding.py"
 ENCODER = "tests/integrations/test_soft_prompt_encoder.py tests/integrations/test_soft_prompt_rows.py"
 ROWS = "tests/integrations/test_rows.py"
 METHODS = "tests/integrations/test_methods.py"
+KEPT = "tests/integrations/test_kept.py"
 
 INTEGRATIONS = [
     *of_file(
@@ -22,27 +23,24 @@ INTEGRATIONS = [
         FOLDING,
         originals_are_views=('.to("cpu", copy=True)', ".cpu()"),
         trained_stay_frozen=("        model.get_parameter(key).requires_grad_(True)\n", "        pass\n"),
-        half_folded_after_an_error=(
-            "            restore_weights(model, folded)\n            raise",
-            "            raise",
-        ),
         tied_weights_are_written=("    if others:\n", "    if False:\n"),
         overflow_is_written=("if not torch.isfinite(value).all():", "if False:"),
     ),
     *of_file(
         "fastadapter/integrations/passes/soft_prompt_encoder.py",
         ENCODER,
-        filler_is_seen=(
-            "visible = slots >= width - own",
-            "visible = slots >= width * 0 - own",
-        ),
         padding_gets_positions=("text = torch.where(own == self.padding, own, text)", "pass"),
         text_stays_at_its_positions=("text = own + moved_by", "text = own + 0 * moved_by"),
-        prompt_sees_padding=("seen = mask.amax(2, keepdim=True)", "seen = torch.zeros_like(mask[:, :, :1])"),
         a_failed_pass_leaves_its_prompt=(
             "register_forward_hook(self._leave, always_call=True)",
             "register_forward_hook(self._leave)",
         ),
+    ),
+    *of_file(
+        "fastadapter/integrations/passes/soft_prompt.py",
+        ENCODER,
+        filler_is_seen=("visible = slots >= width - own", "visible = slots >= width * 0 - own"),
+        prompt_sees_padding=("seen = mask.amax(2, keepdim=True)", "seen = torch.zeros_like(mask[:, :, :1])"),
         hidden_states_keep_the_prompt=(
             "each if each is None or each.shape[1] == text_len else",
             "each if True else",
@@ -50,16 +48,39 @@ INTEGRATIONS = [
         tuples_are_forgotten=("return output.to_tuple() if run.as_tuple else output", "return output"),
     ),
     *of_file(
-        "fastadapter/integrations/passes/host.py",
+        "fastadapter/integrations/passes/choice.py",
         ROWS,
         beams_are_not_repeated=("for _ in range(self.factor))", "for _ in range(1))"),
-        a_kept_bank_outlives_its_sources=("if kept is None or kept[0] != now:", "if kept is None:"),
+        stamps_are_never_asked_for=("state.store.stamp(choice) if keeps", "state.store if keeps", KEPT),
+    ),
+    *of_file(
+        "fastadapter/integrations/passes/kept.py",
+        KEPT,
+        written_values_are_not_noticed=(
+            "            and list(map(_version, self._tensors)) == self._versions\n",
+            "",
+        ),
+        exchanged_parameters_are_not_noticed=(
+            "all(map(operator.is_, map(dict.get, self._holders, self._names), self._tensors))",
+            "True",
+        ),
+        exchanged_modules_are_not_noticed=(
+            "            and all(map(operator.is_, map(dict.get, self._parents, self._children), self._modules))\n",
+            "",
+        ),
+        steps_outlive_what_they_hold=("            self._stamps = {}\n            with", "            with"),
+        the_later_of_two_sources_counts=(", id(row[2]), *row[3:]): row", "): row"),
+    ),
+    *of_file(
+        "fastadapter/integrations/passes/host.py",
+        ROWS,
+        a_kept_bank_outlives_its_sources=("if kept is None or not kept.is_valid:", "if kept is None:", KEPT),
         rows_of_the_first_mix_are_kept=("key = (rows, device)", "key = device"),
     ),
     *of_file(
         "fastadapter/integrations/passes/shared_softmax.py",
         METHODS,
-        causal_beside_a_mask=("mask is None and query.shape[2] > 1", "query.shape[2] > 1"),
+        causal_beside_a_mask=("        and mask is None\n        and query", "        and query"),
         position_bias_lost=("    if bias is not None:\n", "    if False:\n", f"{METHODS} -m '' -k t5"),
         position_bias_without_gradient=("    if dropout or bias_gradient:", "    if dropout:"),
         no_attention_dropout=("    if dropout or bias_gradient:", "    if bias_gradient:"),
