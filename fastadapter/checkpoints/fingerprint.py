@@ -140,7 +140,7 @@ def unlike(saved: dict[str, Any], model: nn.Module, brought: Iterable[str] = ())
     different, absent = [], []
     try:
         old, new = saved.get("config", {}), json.loads(json.dumps(_facts(configuration(model)), default=str))
-        found = differences(_shared(old, new), _shared(new, old))
+        found = differences(shared(old, new), shared(new, old))
         for name, (shape, values) in saved.get("weights", {}).items():
             before = torch.frombuffer(bytearray(bytes.fromhex(values)), dtype=torch.float32)
             if name in own and list(own[name].shape) == shape and not _same(before, _few(own[name])):
@@ -181,10 +181,10 @@ def _facts(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _shared(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def shared(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """The fields that both have: releases of transformers add and remove some."""
     return {
-        key: _shared(value, other[key]) if isinstance(value, dict) and isinstance(other[key], dict) else value
+        key: shared(value, other[key]) if isinstance(value, dict) and isinstance(other[key], dict) else value
         for key, value in one.items()
         if key in other
     }

@@ -126,19 +126,13 @@ def _details(
     args: argparse.Namespace, train: Sequence[Example], held_out: Sequence[Example] | None
 ) -> dict[str, Any]:
     """What ``run.json`` says of the command line and the data."""
-    about = describe_data(args, train, held_out)
-    files = about.pop("data")["files"]
+    base = {"name": args.model, "revision": args.revision, "gguf_file": args.gguf_file}
     labels = sorted({str(example.label) for example in train if example.label is not None})
     return {
         "command": ["fastadapter", *args.argv],
-        "base": {
-            "name": args.model,
-            "revision": getattr(args, "revision", None),
-            "gguf_file": args.gguf_file,
-        },
-        "files": files,
+        "base": base,
         "labels": labels if args.task != "regression" else [],
-        **about,
+        **describe_data(args, train, held_out),
     }
 
 

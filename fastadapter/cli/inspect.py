@@ -9,7 +9,7 @@ from typing import Any
 
 from fastadapter.checkpoints.describe import describe_file, describe_folder
 from fastadapter.training import UserError
-from fastadapter.training.run_record import read_run
+from fastadapter.training.run_record import finite, read_run
 
 _DIGITS = 12  # of a digest
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         for each in found["files"]:
             del each["metadata"]
-        print(json.dumps(found, indent=2, allow_nan=False))
+        print(json.dumps(finite(found), indent=2, allow_nan=False))
     else:
         print("\n".join(_clean(line) for line in _lines(found)))
     return 0

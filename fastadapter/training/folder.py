@@ -56,9 +56,9 @@ class RunFolder:
         if float(self.accelerator.gather(failed).sum()):
             raise error or UserError(f"output_dir {self.path}: another process of this run cannot use it")
 
-    def begin(self, target: Any, identity: Mapping[str, Any], counts: tuple[int, int]) -> None:
+    def begin(self, target: Any, identity: Mapping[str, Any]) -> None:
         """Find out what ``run.json`` will say, and what the files of the adapter will."""
-        self.record = describe_run(target.model, identity, counts, self.details)
+        self.record = describe_run(target.model, identity, self.details)
         if isinstance(target, AdapterTarget):
             facts = {key: each for key, each in self.record.items() if key in FIELDS}
             name = self.record["base"]["name"]

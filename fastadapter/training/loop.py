@@ -12,7 +12,6 @@ from fastadapter.training import metrics, report
 from fastadapter.training.classification import ClassificationTask
 from fastadapter.training.config import TrainingConfig, UserError
 from fastadapter.training.data import Example
-from fastadapter.training.folder import RunFolder
 from fastadapter.training.regression import RegressionTask
 from fastadapter.training.run import Run
 from fastadapter.training.targets import AdapterTarget, ParameterTarget, training_only
@@ -58,6 +57,9 @@ def finetune(
 
     A base model in fp16, and an accelerator with ``mixed_precision="fp16"``, get their loss scaled, dynamically, as
     by ``torch.amp.GradScaler``; a step whose gradient overflows is skipped.
+
+    ``run.json`` says what was asked and what came of it, epoch by epoch, and ``README.md`` how to use the adapter.
+    While the run lasts, the folder is locked: a second run in it is refused.
 
     ``run.json`` says what was asked and what came of it, epoch by epoch, and ``README.md`` how to use the adapter.
     While the run lasts, the folder is locked: a second run in it is refused.
@@ -116,14 +118,14 @@ def finetune(
         metrics.require_packages()
     rows = TASKS[task](unwrap(model), tokenizer, train, evaluation_data, config)
     model.to(accelerator.device)
-    folder = RunFolder(output_dir, accelerator, details)
-    with folder, nullcontext() if trainable is None else training_only(model, trainable):
+    with nullcontext() if trainable is None else training_only(model, trainable):
         target = AdapterTarget(model, name) if trainable is None else ParameterTarget(model)
-        run = Run(model, rows, target, config, folder, accelerator)
-        run.begin(resume, save_steps, progress, restart_schedule)
-        try:
-            return run.go()
-        finally:
-            run.close()
-            run.buffer.release()
-            unwrap(model).eval()
+        run = Run(model, rows, target, config, Path(output_dir), accelerator, details)
+        with run.folder:
+            run.begin(resume, save_steps, progress, restart_schedule)
+            try:
+                return run.go()
+            finally:
+                run.close()
+                run.buffer.release()
+                unwrap(model).eval()

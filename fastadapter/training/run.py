@@ -3,6 +3,8 @@
 import math
 import signal
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -34,11 +36,13 @@ class Run:
         task: Task,
         target: Target,
         config: TrainingConfig,
-        folder: RunFolder,
+        output_dir: Path,
         accelerator: Any,
+        details: Mapping[str, Any] | None = None,
     ):
         self.model, self.task, self.target, self.config = model, task, target, config
-        self.folder, self.output_dir, self.accelerator = folder, folder.path, accelerator
+        self.output_dir, self.accelerator = output_dir, accelerator
+        self.folder = RunFolder(output_dir, accelerator, details)
         self.steps_per_epoch = math.ceil(len(task.lengths) / config.batch_size)
         self.total_steps = config.total_steps(self.steps_per_epoch)
         if config.num_warmup_steps(self.total_steps) > self.total_steps:
@@ -80,8 +84,7 @@ class Run:
             set_seed(self.config.seed, device_specific=True)
             for _, parameter in self.parameters:
                 parameter.data.copy_(broadcast(parameter.data))
-        held_out_rows = self.task.held_out.rows if self.task.held_out is not None else 0
-        self.folder.begin(self.target, self.identity, (len(self.task.lengths), held_out_rows))
+        self.folder.begin(self.target, self.identity)
         self.reporter = report.Reporter(
             progress and self.accelerator.is_main_process,
             self.progress.step,

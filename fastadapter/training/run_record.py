@@ -1,9 +1,9 @@
 """``run.json``: what a run was asked, with what, and what came of it, for people and for the commands that use it."""
 
+import contextlib
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,21 +53,18 @@ DETAILS = (
     "chat",
     "columns",
     "system_prompt",
-    "files",
+    "data",
 )
 
 
-def describe_run(
-    model: nn.Module, identity: Mapping[str, Any], counts: tuple[int, int], details: Mapping[str, Any]
-) -> dict[str, Any]:
+def describe_run(model: nn.Module, identity: Mapping[str, Any], details: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a run that is about to begin.
 
     Args:
         model: the frozen model, with what is trained in place.
         identity: what tells the run from others: ``training``, ``adapter``, ``data``, ``num_processes``, ``task``.
-        counts: records to train on, and held out.
         details: some of :data:`DETAILS`: ``base`` holds ``name``, ``revision`` and ``gguf_file``, as they were given;
-            ``files`` are the names of the data's files.
+            ``data`` holds ``files``, ``digest``, ``train_records`` and ``eval_records``.
     """
     inner = unwrap(model)
     print_of_base = fingerprint(inner)
@@ -95,12 +92,7 @@ def describe_run(
         "columns": dict(details.get("columns") or {}),
         "system_prompt": details.get("system_prompt"),
         "dtype": base_dtype(inner),
-        "data": {
-            "files": [os.path.basename(str(file)) for file in details.get("files") or []],
-            "digest": hashlib.sha256(json.dumps(identity["data"], sort_keys=True).encode()).hexdigest(),
-            "train_records": counts[0],
-            "eval_records": counts[1],
-        },
+        "data": dict(details.get("data") or _data(identity["data"])),
         "training": {**identity["training"], "num_processes": identity["num_processes"]},
         "epochs": [],
         "eval": {},
@@ -108,12 +100,23 @@ def describe_run(
     }
 
 
+def _data(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of records that came from no file: the digest is of their tokens."""
+    digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    counts = {"train_records": found["train_rows"], "eval_records": found["eval_rows"]}
+    return {"files": [], "digest": digest, **counts}
+
+
 def write_run(folder: str | Path, record: Mapping[str, Any]) -> None:
     """Write ``run.json`` into ``folder``, whole or not at all; numbers that are not finite become null.
 
-    Raises: CheckpointError: it cannot be written; an older one is intact.
+    One that says the same already stays. Raises: CheckpointError: it cannot be written; an older one is intact.
     """
-    write_json(Path(folder) / RUN_FILE, _finite(dict(record)))
+    path, value = Path(folder) / RUN_FILE, finite(dict(record))
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if path.stat().st_size <= _MAX_BYTES and json.loads(path.read_bytes()) == value:
+            return
+    write_json(path, value)
 
 
 def read_run(folder: str | Path) -> dict[str, Any] | None:
@@ -154,6 +157,9 @@ def read_run(folder: str | Path) -> dict[str, Any] | None:
     for key in ("command", "labels"):
         if not all(isinstance(each, str) for each in record[key] or []):
             raise CheckpointError(f"{path}: damaged, {key!r} must hold strings")
+    files = (record["data"] or {}).get("files")
+    if not isinstance(files, list | None) or not all(isinstance(each, str) for each in files or []):
+        raise CheckpointError(f"{path}: damaged, 'data.files' must hold strings")
     for key in ("name", "revision", "gguf_file"):
         if not isinstance(record["base"].get(key), _TEXT):
             raise CheckpointError(f"{path}: damaged, 'base.{key}' must be str or null")
@@ -164,9 +170,10 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"it holds {name}")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with null for numbers that JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastadapter.checkpoints import CheckpointError
 from fastadapter.checkpoints.about import versions
 from fastadapter.checkpoints.files import read_tensors, write_tensors
-from fastadapter.checkpoints.fingerprint import configuration, differences, sample
+from fastadapter.checkpoints.fingerprint import configuration, differences, sample, shared
 from fastadapter.ops.backends import GPU_TYPES
 from fastadapter.training.config import UserError, up_to_date
 from fastadapter.training.data import Encoded
@@ -170,8 +170,10 @@ def load_state(
     if continued is not None:
         identity = continued(saved, progress)
     try:
-        different = differences(saved, _as_saved(saved, json.loads(json.dumps(identity))))
-        updated = differences(json.loads(metadata.get("versions", "{}")), versions())
+        updated = differences(json.loads(metadata["versions"]), versions()) if "versions" in metadata else []
+        different = differences(
+            *_comparable(saved, json.loads(json.dumps(identity)), same_fields=not updated)
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its record of the run is damaged: {error!r}") from error
     if different:
@@ -205,7 +207,7 @@ def load_state(
         _restore_generators(states, accelerator.device)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{path}: holds no state of a random generator: {error}") from error
-    if "versions" in metadata and updated and accelerator.is_main_process:
+    if updated and accelerator.is_main_process:
         print(
             f"fastadapter: {path} was saved with other versions ({'; '.join(updated)}); the run goes on, perhaps not "
             "with the same bits",
@@ -224,13 +226,25 @@ def load_state(
     return progress
 
 
-def _as_saved(saved: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
-    """The identity in the form of a state that has a digest of the model's configuration in place of its fields."""
-    if not isinstance(saved["model"]["config"], str):
-        return identity
-    model = identity["model"]
-    digest = hashlib.sha256(json.dumps(model["config"], sort_keys=True).encode()).hexdigest()
-    return {**identity, "model": {**model, "config": digest}}
+def _comparable(
+    saved: dict[str, Any], current: dict[str, Any], same_fields: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two identities in forms that can be compared.
+
+    A state of an earlier release has a digest of the model's configuration in place of its fields. Releases of
+    transformers add and remove fields: unless ``same_fields``, only those that both have count.
+    """
+    old, new = saved.get("model", {}).get("config"), current.get("model", {}).get("config")
+    if isinstance(old, str) and isinstance(new, dict):
+        new = hashlib.sha256(json.dumps(new, sort_keys=True).encode()).hexdigest()
+    elif isinstance(old, dict) and isinstance(new, dict) and not same_fields:
+        old, new = shared(old, new), shared(new, old)
+    else:
+        return saved, current
+    return (
+        {**saved, "model": {**saved["model"], "config": old}},
+        {**current, "model": {**current["model"], "config": new}},
+    )
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ def test_the_command_is_in_the_record(work):
     assert record["labels"] == ["bad", "good"] and record["chat"] is False and record["finished"]
     record = read_run(work / "classified")
     assert record["task"] == "classification" and record["labels"] == ["bad", "good"]
-    assert record["template"] == "{text}"
+    assert record["template"] == "{text}" and record["completion_template"] is None
 
 
 def test_the_adapters_tell_the_same(work):

@@ -15,10 +15,10 @@ import torch
 from fastadapter.checkpoints import CheckpointError
 from fastadapter.checkpoints.about import read_about
 from fastadapter.checkpoints.files import read_tensors, write_tensors
-from fastadapter.training import TrainingInterrupted, UserError, run_record, tasks
+from fastadapter.training import TrainingConfig, TrainingInterrupted, UserError, finetune, run_record, tasks
 from fastadapter.training.lock import LOCK_FILE, FolderLock, require_unlocked
 from fastadapter.training.run_record import read_run, write_run
-from tests.training.toy import STATE, make_adapted, run
+from tests.training.toy import STATE, make_adapted, make_examples, make_model, make_tokenizer, run
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +185,12 @@ def test_other_versions_are_said_in_one_line(copied, capsys):
     run(copied, resume=True)
     (line,) = (each for each in capsys.readouterr().err.splitlines() if "other versions" in each)
     assert f"torch was '2.0.1', now '{torch.__version__}'" in line and "transformers" not in line
+    identity = json.loads(metadata["identity"])
+    identity["model"]["config"]["a_field_that_went"] = 1  # releases of transformers remove and add some
+    other = {"versions": json.dumps(versions), "identity": json.dumps(identity)}
+    write_tensors(copied / STATE, tensors, {**metadata, **other})
+    run(copied, resume=True)
+    assert "other versions" in capsys.readouterr().err
     del metadata["versions"]  # of a release that wrote none
     write_tensors(copied / STATE, tensors, metadata)
     run(copied, resume=True)
@@ -240,6 +246,7 @@ DAMAGED = {
         "'finished' must be bool, got int",
     ),
     "labels": (lambda text: text.replace('"labels": null', '"labels": [1]'), "'labels' must hold strings"),
+    "files": (lambda text: text.replace('"files": []', '"files": 3'), "'data.files' must hold strings"),
     "base": (
         lambda text: text.replace('"gguf_file": null', '"gguf_file": 3'),
         "'base.gguf_file' must be str",
@@ -272,11 +279,28 @@ def test_fields_that_an_older_record_lacks_are_null(tmp_path, finished):
 
 
 def test_a_detail_nobody_knows_is_refused(tmp_path):
-    from fastadapter.training import finetune
-    from tests.training.toy import make_examples, make_tokenizer
-
     with pytest.raises(UserError, match=r"details: expected some of command, base, .*, got 'mood'"):
         finetune(
             make_adapted(), make_tokenizer(), make_examples(4), output_dir=tmp_path / "a", details={"mood": 1}
         )
     assert not (tmp_path / "a").exists() and "mood" not in run_record.DETAILS
+
+
+def test_a_run_of_the_models_own_parameters_has_a_record_and_no_card(tmp_path):
+    tokenizer, examples = make_tokenizer(), make_examples(4)
+    config = TrainingConfig(num_train_epochs=1)
+    options = {"output_dir": tmp_path, "trainable": ["lm_head.*"], "progress": False}
+    finetune(make_model(), tokenizer, examples, None, config, **options)
+    record = read_run(tmp_path)
+    assert (
+        record["method"] == "parameters" and record["finished"] and record["eval"]["accuracy_after"] is None
+    )
+    assert not (tmp_path / "README.md").exists() and (tmp_path / "weights.safetensors").exists()
+
+
+def test_resuming_where_nothing_is_starts_a_run_and_says_so(tmp_path, capsys):
+    tokenizer, examples = make_tokenizer(), make_examples(4)
+    config = TrainingConfig(num_train_epochs=1)
+    for _ in range(2):
+        finetune(make_adapted(), tokenizer, examples, None, config, output_dir=tmp_path / "run", resume=True)
+    assert capsys.readouterr().err.count("holds nothing to resume: a new run begins") == 1

@@ -17,7 +17,6 @@ from transformers import StaticCache
 import fastadapter as fa
 from fastadapter.training import TrainingConfig
 from fastadapter.training.classification import ClassificationTask
-from fastadapter.training.folder import RunFolder
 from fastadapter.training.run import Run
 from fastadapter.training.targets import AdapterTarget
 from fastadapter.training.tasks import GenerationTask
@@ -108,9 +107,7 @@ class Waits(TorchDispatchMode):
 
 
 def begin(model, task, folder, config):
-    accelerator = Accelerator(cpu=True)
-    target, folder = AdapterTarget(model, "default"), RunFolder(folder, accelerator)
-    run = Run(model, task, target, config, folder, accelerator)
+    run = Run(model, task, AdapterTarget(model, "default"), config, folder, Accelerator(cpu=True))
     run.begin(False, 1000, False)
     model.train()
     return run
