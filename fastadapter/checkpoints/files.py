@@ -1,9 +1,7 @@
 """One safetensors file, written atomically and read with suspicion.
 
-Writing goes to a temporary name in the same folder, is synced, renamed over the target, and the folder is synced:
-after a kill at any point the old or the new file is there, whole. Reading checks the kind of file, the header and
-its claims before any payload is touched, and a digest of the contents after; parsing itself is left to the
-safetensors library.
+The same tensors and metadata give the same bytes. Reading checks the kind of file, the header and its claims before any
+payload is touched, and a digest of the contents after; parsing itself is left to the safetensors library.
 """
 
 import contextlib
@@ -11,13 +9,14 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from fastadapter.checkpoints.atomic import CheckpointError, write_atomically
 
 DEFAULT_NAME = "adapter.safetensors"
 DIGEST = "digest"
@@ -36,10 +35,6 @@ _MAGIC = (
 
 # Given to a check before the payload is read: dtype and shape of each tensor by name.
 Header = dict[str, tuple[str, tuple[int, ...]]]
-
-
-class CheckpointError(Exception):
-    """A file that cannot be trusted, read or written; the message names the file and the reason."""
 
 
 def resolve(path: str | os.PathLike) -> Path:
@@ -72,41 +67,20 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata:
 
     target = resolve(path)
     payload = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = save(payload, metadata={**metadata, DIGEST: _digest(payload, metadata)})
+    data = _with_metadata(save(payload), {**metadata, DIGEST: _digest(payload, metadata)})
     write_atomically(target, data)
     return target
 
 
-def write_atomically(target: Path, data: bytes) -> None:
-    """Replace ``target`` by ``data``, so that a crash leaves the old file or the new one.
-
-    Raises: CheckpointError: it could not be written; the old file is intact.
-    """
-    try:
-        target = Path(os.path.realpath(target))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-        try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            with os.fdopen(descriptor, "wb") as file:
-                if mode is not None:
-                    os.fchmod(file.fileno(), mode)
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
-            raise
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written: {error.strerror or error}") from error
+def _with_metadata(data: bytes, metadata: dict[str, str]) -> bytes:
+    """A file of safetensors with metadata in the order of its fields; the library's own is another in every process."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    raw = json.dumps(
+        {"__metadata__": dict(sorted(metadata.items())), **header}, separators=(",", ":")
+    ).encode()
+    raw += b" " * (-len(raw) % 8)  # tensors begin at a multiple of eight bytes, as the format wants
+    return len(raw).to_bytes(8, "little") + raw + data[end:]
 
 
 def read_tensors(
@@ -126,22 +100,38 @@ def read_tensors(
     from safetensors.torch import load
 
     target = resolve(path)
-    try:
+    with _named_errors(target, (ValueError, SafetensorError)):
         data = _read_regular_file(target)
         header, metadata = _parse_header(data)
         if check is not None:
             check(header, metadata)
         tensors = load(data)
-    except OSError as error:
-        raise CheckpointError(f"{target}: {error.strerror or error}") from error
-    except (ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{target}: {error}") from error
     digest = metadata.pop(DIGEST, None)
     if digest is None:
         raise CheckpointError(f"{target}: it holds no content digest, so it was not written by fastadapter")
     if digest != _digest(tensors, metadata):
         raise CheckpointError(f"{target}: its contents do not match its digest; the file is damaged")
     return tensors, metadata
+
+
+def read_header(path: str | os.PathLike) -> tuple[Header, dict[str, str]]:
+    """Dtypes and shapes of the tensors of any safetensors file, and its metadata; no payload is read.
+
+    Raises: CheckpointError: as :func:`read_tensors`; only a change since it was written is not noticed.
+    """
+    target = resolve(path)
+    with _named_errors(target):
+        return _parse_header(_read_regular_file(target, header_only=True))
+
+
+@contextlib.contextmanager
+def _named_errors(target: Path, expected: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{target}: {error.strerror or error}") from error
+    except expected as error:
+        raise CheckpointError(f"{target}: {error}") from error
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
@@ -153,7 +143,7 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _read_regular_file(path: Path) -> bytes:
+def _read_regular_file(path: Path, header_only: bool = False) -> bytes:
     # Without O_NONBLOCK, opening a named pipe would wait for a writer for ever.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with os.fdopen(descriptor, "rb") as file:
@@ -166,7 +156,8 @@ def _read_regular_file(path: Path) -> bytes:
         # Magic numbers only explain a refusal: the first bytes of a good file are a length and can be any of them.
         if not plausible or start[8:9] != b"{":
             raise ValueError(_what_else(start, info.st_size))
-        return start + file.read(info.st_size - len(start))
+        end = 8 + header_bytes if header_only else info.st_size
+        return (start + file.read(max(0, end - len(start))))[:end]
 
 
 def _what_else(start: bytes, size: int) -> str:

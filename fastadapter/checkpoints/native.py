@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastadapter.checkpoints.about import FIELDS, about, read_about
 from fastadapter.checkpoints.files import CheckpointError, Header, find, read_tensors, resolve, write_tensors
 from fastadapter.checkpoints.fingerprint import fingerprint, unlike
 from fastadapter.checkpoints.tensors import require_fitting_base, saved_tensors, set_tensors
@@ -18,7 +19,7 @@ from fastadapter.integrations.parts.wrappers import unwrap
 from fastadapter.integrations.passes.choice import Choice
 from fastadapter.integrations.verbs.attach import install
 from fastadapter.integrations.verbs.record import attachments, require_unfolded
-from fastadapter.methods import METHODS
+from fastadapter.methods import METHODS, MethodConfig
 
 FORMATS = ("fastadapter",)
 _VERSION = "1"
@@ -67,12 +68,16 @@ def write_adapter(model: nn.Module, path: str | os.PathLike, name: str, tensors:
     Where they are sharded every process must call this; the first one writes.
     """
     config = attachments(model).configs[name]
+    facts = about(model, name)
+    base = _base_description(model) | fingerprint(model)
+    base["name"] = facts.pop("base_name", None) or base["name"]
     metadata = {
         "format": "fastadapter",
         "format_version": _VERSION,
         "method": config.method,
         "config": json.dumps(config.to_dict(), sort_keys=True),
-        "base": json.dumps(_base_description(model) | fingerprint(model), sort_keys=True, default=str),
+        "base": json.dumps(base, sort_keys=True, default=str),
+        "about": json.dumps(facts, sort_keys=True),
     }
     if any(is_sharded(each) for each in tensors.values()):
         return _write_together(path, {key: whole(each) for key, each in tensors.items()}, metadata)
@@ -100,14 +105,19 @@ def load(
     *,
     activate: bool = True,
     allow_nonfinite: bool = False,
+    strict_base: bool = True,
 ) -> nn.Module:
     """Load an adapter into ``model``, attaching it as ``name`` first unless one of the same shape is there.
 
     Strict: every tensor of the file must be expected and every expected one there. The adapter becomes the active
     one for calls from this thread; other threads that chose none go on with what the model had, its default, which is
     this adapter only if it is the first. Parameters of the base model that were trained beside the adapter are written
-    to the model's own, in its dtype; :func:`detach` of the last adapter restores them. A base model that is not the one
-    the adapter was made on, as far as can be told by its configuration and some weights, is warned about.
+    to the model's own, in its dtype; :func:`detach` of the last adapter restores them.
+
+    The base model must be the one that the adapter was made on, as far as its configuration and some weights tell. It
+    may be in another dtype, quantised, sharded, offloaded, resized, or have another head for its task. Weights that
+    were quantised and widened again (GGUF), fine-tuned or merged are others. A file from before there was a record of
+    the base is loaded with a warning.
 
     Args:
         model: the model, or a wrapper around it.
@@ -115,6 +125,7 @@ def load(
         name: what to call the adapter. In a folder where ``save_pretrained`` wrote several, which to load.
         activate: ``False``: what acts stays what it is.
         allow_nonfinite: accept weights that hold NaN or Inf.
+        strict_base: ``False``: warn about another base model, as long as all sizes fit, in place of an error.
     Returns: ``model``.
     Raises:
         CheckpointError: the file is missing, foreign, damaged or made for another model; the model is untouched.
@@ -127,11 +138,16 @@ def load(
     found: dict[str, Any] = {}
 
     def check(header: Header, metadata: dict[str, str]) -> None:
-        found["config"] = _read_config(metadata)
-        found["base"] = _read_json(metadata, "base")
-        _check_base(found["base"], _base_description(model))
+        found["config"] = read_config(metadata)
+        base = read_base(metadata)
+        facts = read_about(metadata)
+        found["about"] = {key: each for key, each in facts.items() if key in FIELDS}
+        if base.get("name"):
+            found["about"]["base_name"] = base["name"]
+        if strict_base:
+            _check_base(base, _base_description(model))
         require_fitting_base(model, header)
-        found["unlike"] = unlike(found["base"], model)
+        found["warning"] = _other_base(base, model, header, strict_base)
         field = "prompt_len" if hasattr(found["config"], "prompt_len") else "prefix_len"
         length = getattr(found["config"], field, None)
         sizes = {shape for key, (_, shape) in header.items() if f".{key}".endswith(".prompt")}
@@ -165,13 +181,30 @@ def load(
                 install(outer, config, name, activate=activate, fill=fill)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if found["unlike"]:
-        warnings.warn(
-            f"fastadapter: {path} was made on another base model, so that its adapter may not do here what it was "
-            f"trained for: {'; '.join(found['unlike'])}",
-            stacklevel=2,
-        )
+    attachments(model).about[name] = found["about"]
+    if found["warning"]:
+        warnings.warn(f"fastadapter: {path}: {found['warning']}", stacklevel=2)
     return outer
+
+
+def _other_base(base: dict[str, Any], model: nn.Module, header: Header, strict: bool) -> str | None:
+    """What to warn of about the base model of a file.
+
+    Raises: ValueError: it is another than ``model``, and ``strict``.
+    """
+    brought = [key.replace(".own.", ".", 1) for key in header if ".own." in key]
+    different = unlike(base, model, brought)
+    if not different:
+        return None if "weights" in base else "it does not tell which base model it was made on"
+    what = f"it was made on another base model{_named(base)}: {'; '.join(different)}"
+    if strict:
+        raise ValueError(f"{what} (strict_base=False, on the command line --any-base, loads it all the same)")
+    return f"{what}; its adapter may not do here what it was trained for"
+
+
+def _named(base: dict[str, Any]) -> str:
+    revision = f" at {base['revision']}" if base.get("revision") else ""
+    return f" ({base['name']}{revision})" if base.get("name") else ""
 
 
 def _base_description(model: nn.Module) -> dict[str, Any]:
@@ -180,9 +213,21 @@ def _base_description(model: nn.Module) -> dict[str, Any]:
     return {field: value for field, value in values.items() if isinstance(value, int | str)}
 
 
-def _check_base(saved: Any, own: dict[str, Any]) -> None:
-    if not isinstance(saved, dict):
+def read_base(metadata: dict[str, str]) -> dict[str, Any]:
+    """What a file says of its base model.
+
+    Raises: ValueError: it is malformed.
+    """
+    base = _read_json(metadata, "base")
+    if not isinstance(base, dict):
         raise ValueError("its metadata field 'base' is not a JSON object")
+    for field in ("name", "revision", "fingerprint", "weights_digest"):
+        if not isinstance(base.get(field), str | None):
+            raise ValueError(f"its record of the base model is malformed: {field} is no text")
+    return base
+
+
+def _check_base(saved: dict[str, Any], own: dict[str, Any]) -> None:
     for field in _BASE_FIELDS:
         if field in saved and field in own and saved[field] != own[field]:
             raise ValueError(
@@ -199,7 +244,11 @@ def _read_json(metadata: dict[str, str], field: str) -> Any:
         raise ValueError(f"its metadata field {field!r} is nested too deeply") from None
 
 
-def _read_config(metadata: dict[str, str]):
+def read_config(metadata: dict[str, str]) -> MethodConfig:
+    """The configuration that a file holds.
+
+    Raises: ValueError: the file is foreign, of another version, or malformed.
+    """
     if metadata.get("format") != "fastadapter":
         raise ValueError("it is a safetensors file, but not one of fastadapter's adapters")
     if metadata.get("format_version") != _VERSION:

@@ -10,6 +10,8 @@ _COMMANDS = {
     "finetune": "train an adapter on prompt/completion or text/label pairs",
     "compare": "train a model in every way of the article on the same records: one table, three plots",
     "generate": "answer prompts with a model and an adapter",
+    "inspect": "show what is in an adapter's file or folder, without its model",
+    "fold": "put an adapter into a model's own files, as far as that is possible",
     "explain": "show what an adapter adds to a model and which backend runs it",
     "bench": "measure, compare with peers, and audit what the GPU kernels compile to",
     "doctor": "show versions, extension, devices and the backend of every op",
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
             module = importlib.import_module(f"fastadapter.cli.{name}")
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(argv=argv))
     from fastadapter import CheckpointError, VerificationError
 
     try:

@@ -4,7 +4,7 @@ import argparse
 import json
 
 from fastadapter.checkpoints import load
-from fastadapter.cli.loading import add_model_arguments, device_and_dtype, load_model
+from fastadapter.cli.loading import add_any_base, add_model_arguments, device_and_dtype, load_model
 from fastadapter.explain import explain
 from fastadapter.integrations.verbs.attach import attach
 from fastadapter.methods import LlamaAdapterConfig
@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter", metavar="PATH", help="file or folder of an adapter; a fresh one if not given"
     )
+    add_any_base(parser)
     parser.add_argument("--verify", action="store_true", help="also run the self-check on the model")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     model, _ = load_model(args.model, args.gguf_file, args.dtype)
     model.to(device)
     if args.adapter is not None:
-        load(model, args.adapter)
+        load(model, args.adapter, strict_base=not args.any_base)
     else:
         attach(model, LlamaAdapterConfig())
     explanation = explain(model)

@@ -3,10 +3,13 @@
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fastadapter.cli.data_options import (
     add_data_arguments,
+    describe_data,
     escape,
     mention_special_tokens,
     prompt_template,
@@ -17,6 +20,7 @@ from fastadapter.cli.method_options import add_method_arguments, method_config
 from fastadapter.integrations.verbs.attach import attach
 from fastadapter.methods import METHODS
 from fastadapter.training import (
+    Example,
     FinetuneResult,
     TrainingConfig,
     TrainingInterrupted,
@@ -25,7 +29,9 @@ from fastadapter.training import (
     write_json,
 )
 from fastadapter.training.classification import LABELS_FILE
-from fastadapter.training.loop import TASKS, require_fresh_or_resume
+from fastadapter.training.folder import require_fresh_or_resume
+from fastadapter.training.lock import require_unlocked
+from fastadapter.training.loop import TASKS
 from fastadapter.training.report import require_writable
 
 _DEFAULTS = TrainingConfig()
@@ -88,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
     adapter = method_config(args, args.adapter)
     # What can be wrong is found out before the minutes that loading a model may take.
     require_fresh_or_resume(args.output_dir, args.resume)
+    if accelerator.is_main_process:
+        require_unlocked(args.output_dir)
     train, held_out = read_data(args, accelerator.is_main_process)
     if accelerator.is_main_process and args.json:
         require_writable(Path(args.json).parent)
@@ -112,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
             save_steps=args.save_steps,
             accelerator=accelerator,
+            details=_details(args, train, held_out),
         )
     except TrainingInterrupted as stop:
         if accelerator.is_main_process:
@@ -124,6 +133,14 @@ def run(args: argparse.Namespace) -> int:
             write_json(args.json, {**record, "config": {**asked, **record["config"]}})
         print(_summary(args, result, prompt_template(args, train[0]), labels))
     return 0
+
+
+def _details(
+    args: argparse.Namespace, train: Sequence[Example], held_out: Sequence[Example] | None
+) -> dict[str, Any]:
+    """What ``run.json`` says of the command line."""
+    base = {"name": args.model, "revision": getattr(args, "revision", None), "gguf_file": args.gguf_file}
+    return {"command": ["fastadapter", *args.argv], "base": base, **describe_data(args, train, held_out)}
 
 
 def _seed(seed: int) -> None:

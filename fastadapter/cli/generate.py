@@ -10,7 +10,7 @@ import torch
 
 from fastadapter.checkpoints import load
 from fastadapter.cli.data_options import unescape
-from fastadapter.cli.loading import add_model_arguments, device_and_dtype, load_model
+from fastadapter.cli.loading import add_any_base, add_model_arguments, device_and_dtype, load_model
 from fastadapter.integrations.verbs.choose import rows
 from fastadapter.training import UserError, write_json
 from fastadapter.training.data import context_length, encode_prompt, read_records, require_template
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=PATH",
         help="several; each record of --file FILE.jsonl says which in its field adapter, null for the bare model",
     )
+    add_any_base(parser)
     parser.add_argument(
         "--batch-size", type=int, default=8, help="prompts that are answered together with --adapters"
     )
@@ -70,9 +71,9 @@ def run(args: argparse.Namespace) -> int:
     device = device_and_dtype(args)
     model, tokenizer = load_model(args.model, args.gguf_file, args.dtype)
     if args.adapter is not None:
-        load(model, args.adapter)
+        load(model, args.adapter, strict_base=not args.any_base)
     for name, path in paths.items():
-        load(model, path, name)
+        load(model, path, name, strict_base=not args.any_base)
     model.to(device)
     encoded = [
         (source, prompt, encode_prompt(tokenizer, prompt, parse_special_tokens=args.parse_special_tokens))

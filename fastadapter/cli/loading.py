@@ -35,6 +35,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_any_base(parser: Any) -> None:
+    """For every command that loads an adapter."""
+    parser.add_argument(
+        "--any-base",
+        action="store_true",
+        help="load the adapter into another model than it was trained on, as long as all sizes fit",
+    )
+
+
 def device_and_dtype(args: argparse.Namespace) -> torch.device:
     """The device that ``--device`` asks for; ``args.dtype`` becomes the dtype that "auto" means there.
 

@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +23,7 @@ from fastadapter.training.config import (
     UserError,
 )
 from fastadapter.training.data import Example
+from fastadapter.training.folder import RunFolder
 from fastadapter.training.step import GradientBuffer, StopSignals
 from fastadapter.training.targets import AdapterTarget, ParameterTarget, Target, training_only
 from fastadapter.training.tasks import GenerationTask, Task
@@ -45,6 +46,7 @@ def finetune(
     save_steps: int = 50,
     progress: bool = True,
     accelerator: Any = None,
+    details: Mapping[str, Any] | None = None,
 ) -> report.FinetuneResult:
     """Train the adapter ``name`` of ``model`` on the completions or the classes of ``train``.
 
@@ -53,6 +55,9 @@ def finetune(
     and ``last/training_state.safetensors``, which ``resume`` continues from: with the same arguments, on the
     same machine, the result is bit for bit that of a run without interruption, whenever it was killed. SIGINT
     and SIGTERM end the run after the current step and a save.
+
+    ``run.json`` says what was asked and what came of it, epoch by epoch, and ``README.md`` how to use the adapter.
+    While the run lasts, the folder is locked: a second run in it is refused.
 
     A classification run also leaves ``labels.json``, the names of the classes. Without an adapter, ``trainable``
     names parameters of the model itself; they are saved as ``weights.safetensors``.
@@ -72,12 +77,14 @@ def finetune(
         name: the adapter to train; it must be the active one and hold every trainable parameter.
         trainable: names of the model's own parameters (``*`` matches anything) to train in place of an adapter;
             the others are frozen for the duration.
-        resume: continue the run in ``output_dir``, or start one if there is none. Otherwise a folder with a
-            run is refused.
+        resume: continue the run in ``output_dir``, or start one if nothing of a run is there; one whose state is gone
+            is an error. Otherwise a folder with a run is refused.
         save_steps: optimiser steps between two saves; the state is also saved at the start and after each
             epoch.
         progress: bars and lines on stderr.
         accelerator: an ``accelerate.Accelerator``; one is made if ``None``.
+        details: what the caller alone knows, for ``run.json``: some of
+            :data:`fastadapter.training.run_record.DETAILS`.
     Returns: history, accuracies, memory.
     Raises:
         UserError: before anything is written, what is wrong with data, configuration, folder or a run to
@@ -101,28 +108,15 @@ def finetune(
     model.to(accelerator.device)
     with nullcontext() if trainable is None else training_only(model, trainable):
         target = AdapterTarget(model, name) if trainable is None else ParameterTarget(model)
-        run = _Run(model, rows, target, config, Path(output_dir), accelerator)
-        run.begin(resume, save_steps, progress)
-        try:
-            return run.go()
-        finally:
-            run.reporter.close()
-            run.buffer.release()
-            unwrap(model).eval()
-
-
-def require_fresh_or_resume(output_dir: str | Path, resume: bool) -> None:
-    """Raise UserError if ``output_dir`` holds a run that is not to be resumed."""
-    output_dir = Path(output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"output_dir {output_dir} is not a folder")
-    files = (state.STATE_FILE, Path(AdapterTarget.file), Path(ParameterTarget.file))
-    holds = [file for file in files if (output_dir / file).exists()]
-    if holds and not resume:
-        raise UserError(f"{output_dir} holds a run ({holds[0]}); resume it, or choose another output_dir")
-    if resume and holds and holds[0] != state.STATE_FILE:
-        what = "an adapter" if holds[0] == Path(AdapterTarget.file) else "trained parameters"
-        raise UserError(f"{output_dir} holds {what} but no {state.STATE_FILE} to resume from")
+        run = _Run(model, rows, target, config, Path(output_dir), accelerator, details)
+        with run.folder:
+            run.begin(resume, save_steps, progress)
+            try:
+                return run.go()
+            finally:
+                run.reporter.close()
+                run.buffer.release()
+                unwrap(model).eval()
 
 
 class _Run:
@@ -136,9 +130,11 @@ class _Run:
         config: TrainingConfig,
         output_dir: Path,
         accelerator: Any,
+        details: Mapping[str, Any] | None = None,
     ):
         self.model, self.task, self.target, self.config = model, task, target, config
         self.output_dir, self.accelerator = output_dir, accelerator
+        self.folder = RunFolder(output_dir, accelerator, details)
         self.steps_per_epoch = math.ceil(len(task.lengths) / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.num_train_epochs
         self.parameters = target.parameters
@@ -167,7 +163,7 @@ class _Run:
 
         self.save_steps = save_steps
         self.state_file = self.output_dir / state.STATE_FILE
-        require_fresh_or_resume(self.output_dir, resume)
+        self.folder.claim(resume)
         self.saved = resume and self.state_file.exists()
         if self.saved:
             self.progress = state.load_state(
@@ -178,14 +174,15 @@ class _Run:
             set_seed(self.config.seed, device_specific=True)
             for _, parameter in self.parameters:
                 parameter.data.copy_(broadcast(parameter.data))
-        if self.accelerator.is_main_process:
-            report.require_writable(self.output_dir)
+        self.folder.begin(self.target, self.identity)
         self.reporter = report.Reporter(
             progress and self.accelerator.is_main_process,
             self.progress.step,
             self.total_steps,
             self.accelerator.device,
         )
+        if resume and not self.saved:
+            self.reporter.line(f"{self.output_dir} holds nothing to resume: a new run begins")
 
     def agree(self) -> None:
         """Wait until every process has looked for a run, before the first one writes, and compare what they found."""
@@ -204,6 +201,7 @@ class _Run:
                 self.task.write(self.output_dir)
             if not self.saved:
                 self.save()  # a disk too full for the state is found out now, not after an hour
+            self.folder.update(progress.epochs, self.outcome())
             if self.task.held_out_rows and progress.before is None:
                 progress.before = self.evaluate("before the first step")
                 self.save()
@@ -219,6 +217,7 @@ class _Run:
                     self.interrupt(stop)
         if self.accelerator.is_main_process:
             self.target.save(self.output_dir)
+        self.folder.update(progress.epochs, self.outcome(), finished=True)
         self.accelerator.wait_for_everyone()
         return self.result()
 
@@ -295,6 +294,7 @@ class _Run:
             0.0,
         )
         self.save()
+        self.folder.update(progress.epochs, self.outcome())
         self.reporter.line(line)
 
     def evaluate(self, when: str) -> dict[str, float]:
@@ -339,7 +339,8 @@ class _Run:
             f"{self.output_dir} can be resumed",
         )
 
-    def result(self) -> report.FinetuneResult:
+    def outcome(self) -> dict[str, Any]:
+        """Of the held-out records, as far as the run is."""
         progress = self.progress
         outcome: dict[str, Any] = {"accuracy_before": None, "accuracy_after": None}
         if progress.before and progress.best:
@@ -352,6 +353,10 @@ class _Run:
                 "rows": self.task.held_out_rows,
                 "best_epoch": progress.best["epoch"],
             }
+        return outcome
+
+    def result(self) -> report.FinetuneResult:
+        progress = self.progress
         return report.FinetuneResult(
             config={
                 key: self.identity[key]
@@ -359,7 +364,7 @@ class _Run:
                 if key in self.identity
             },
             epochs=progress.epochs,
-            eval=outcome,
+            eval=self.outcome(),
             losses=progress.losses,
             trainable_parameters=sum(parameter.numel() for _, parameter in self.parameters),
             total_parameters=sum(parameter.numel() for parameter in unwrap(self.model).parameters()),

@@ -9,6 +9,7 @@ import hashlib
 import json
 import random
 import struct
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from fastadapter.checkpoints import CheckpointError
+from fastadapter.checkpoints.about import versions
 from fastadapter.checkpoints.files import read_tensors, write_tensors
-from fastadapter.checkpoints.fingerprint import configuration, differences, sample
+from fastadapter.checkpoints.fingerprint import configuration, differences, sample, shared
 from fastadapter.ops.backends import GPU_TYPES
 from fastadapter.training.config import UserError
 from fastadapter.training.data import Encoded
@@ -53,7 +55,7 @@ def digest_examples(rows: Iterable[Sequence[Encoded]]) -> str:
     return sha.hexdigest()
 
 
-def identify_model(model: Any) -> dict[str, str]:
+def identify_model(model: Any) -> dict[str, Any]:
     """What tells one frozen model from another: class, dtypes, attention, configuration and weights."""
     sha, dtypes = hashlib.sha256(), set()
     for name, parameter in model.named_parameters():
@@ -66,9 +68,7 @@ def identify_model(model: Any) -> dict[str, str]:
         "class": type(model).__name__,
         "dtype": ", ".join(sorted(dtypes)),
         "attention": str(model.config._attn_implementation),
-        "config": hashlib.sha256(
-            json.dumps(configuration(model), sort_keys=True, default=str).encode()
-        ).hexdigest(),
+        "config": json.loads(json.dumps(configuration(model), default=str)),
         "weights": sha.hexdigest(),
     }
 
@@ -115,6 +115,7 @@ def _write(
         "format": _FORMAT,
         "progress": json.dumps(record),
         "identity": json.dumps(identity, sort_keys=True),
+        "versions": json.dumps(versions(), sort_keys=True),
     }
     write_tensors(path, tensors, metadata)
 
@@ -127,6 +128,8 @@ def load_state(
     accelerator: Any,
 ) -> Progress:
     """Put a saved state back into the parameters, the optimiser and the random generators.
+
+    A state of other versions of the libraries is taken; a line on stderr names them, since bits may differ then.
 
     Raises:
         UserError: the run was started with another configuration, model, data or number of processes; each
@@ -142,7 +145,10 @@ def load_state(
         if not isinstance(progress.step, int) or not isinstance(progress.epochs, list):
             raise ValueError("its position is no number")
         saved = json.loads(metadata["identity"])
-        different = differences(saved, json.loads(json.dumps(identity)))
+        updated = differences(json.loads(metadata["versions"]), versions()) if "versions" in metadata else []
+        different = differences(
+            *_comparable(saved, json.loads(json.dumps(identity)), same_fields=not updated)
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its record of the run is damaged: {error!r}") from error
     if different:
@@ -176,6 +182,12 @@ def load_state(
         _restore_generators(states, accelerator.device)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{path}: holds no state of a random generator: {error}") from error
+    if updated and accelerator.is_main_process:
+        print(
+            f"fastadapter: {path} was saved with other versions ({'; '.join(updated)}); the run goes on, perhaps not "
+            "with the same bits",
+            file=sys.stderr,
+        )
     progress.losses = tensors["losses"].tolist()
     for name, parameter in parameters:
         with torch.no_grad():
@@ -184,6 +196,27 @@ def load_state(
             moments = {key: tensors[f"{key}.{name}"].to(parameter.device, copy=True) for key in _MOMENTS}
             optimizer.state[parameter] = {"step": torch.tensor(float(progress.step)), **moments}
     return progress
+
+
+def _comparable(
+    saved: dict[str, Any], current: dict[str, Any], same_fields: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two identities in forms that can be compared.
+
+    A state of an earlier release has a digest of the model's configuration in place of its fields. Releases of
+    transformers add and remove fields: unless ``same_fields``, only those that both have count.
+    """
+    old, new = saved.get("model", {}).get("config"), current.get("model", {}).get("config")
+    if isinstance(old, str) and isinstance(new, dict):
+        new = hashlib.sha256(json.dumps(new, sort_keys=True).encode()).hexdigest()
+    elif isinstance(old, dict) and isinstance(new, dict) and not same_fields:
+        old, new = shared(old, new), shared(new, old)
+    else:
+        return saved, current
+    return (
+        {**saved, "model": {**saved["model"], "config": old}},
+        {**current, "model": {**current["model"], "config": new}},
+    )
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:

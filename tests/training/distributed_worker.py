@@ -2,7 +2,7 @@
 
 Writes its histories to ``rank0.json`` or ``rank1.json``: of runs with labels and with free completions, and of a run
 with dropout that is left alone and of one that a signal to the second process stops and that is then resumed;
-and what is said when the processes do not share a folder.
+what is said when the processes do not share a folder, and where another run is at work.
 """
 
 import json
@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from fastadapter.training import TrainingInterrupted, UserError, state, tasks
+from fastadapter.training.lock import FolderLock
 from tests.training.toy import history, run
 
 
@@ -60,6 +61,14 @@ def main() -> None:
         run(private, dropout=0.2, resume=True, **options)
     except UserError as error:
         results["private"] = str(error)
+    lock = FolderLock(folder / "labels")
+    if accelerator.is_main_process:
+        lock.acquire()
+    try:
+        run(folder / "labels", resume=True, **options)
+    except UserError as error:
+        results["locked"] = str(error).partition(" (")[0] if accelerator.is_main_process else "refused"
+    lock.release()
     (folder / f"rank{accelerator.process_index}.json").write_text(json.dumps(results))
     accelerator.end_training()
 

@@ -30,6 +30,11 @@ def together(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    locked = [rank.pop("locked") for rank in ranks]
+    assert locked == [
+        f"{folder / 'labels'} is in use by another run",
+        "refused",
+    ]  # and none waits for the other
     assert ranks[0] == ranks[1]
     return folder, ranks[0]
 

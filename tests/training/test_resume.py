@@ -102,11 +102,11 @@ def test_ended_before_a_file_operation(server, uninterrupted, tmp_path):
 
 
 def test_killed_again_and_again(server, uninterrupted, tmp_path):
-    """Each life gets to write one save and a little, and the run still arrives."""
+    """Each life gets to write the files that the end of a run writes, and a little, and the run still arrives."""
     expected_history, expected_bits, _, _ = uninterrupted
     lives = 0
     while True:
-        server.start(tmp_path, resume=True, exit_at=11)
+        server.start(tmp_path, resume=True, exit_at=23)
         lives += 1
         if os.waitstatus_to_exitcode(server.wait()) == 0:
             break

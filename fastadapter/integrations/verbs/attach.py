@@ -247,6 +247,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 def _remove(model: nn.Module, record: Attachments, name: str) -> None:
     _remove_from(model, record, name, record.places[name])
     del record.configs[name], record.places[name], record.state.serials[name]
+    record.about.pop(name, None)
     record.state.known = {}
     if record.state.default == name:
         record.state.default = None

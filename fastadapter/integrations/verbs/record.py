@@ -21,6 +21,7 @@ class Attachments:
 
     Attributes:
         entries: hooks where passes begin, by the path of the module.
+        about: what the files of an adapter say of its origin, by its name.
     """
 
     configs: dict[str, MethodConfig] = field(default_factory=dict)
@@ -34,6 +35,7 @@ class Attachments:
     # The model's own parameters that loading an adapter wrote to, as they were, in main memory.
     base_originals: dict[str, Tensor] = field(default_factory=dict)
     hold: Hold | None = None
+    about: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def active(self) -> str | None:
