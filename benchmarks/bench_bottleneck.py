@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastadapter as fa
-from benchmarks import runner
-from benchmarks.bench_gated_prefix import copy_variant
-from benchmarks.rows import Row
-from benchmarks.runner import Case, Settings, Variant
+from . import runner
+from .bench_gated_prefix import copy_variant
+from .rows import Row
+from .runner import Case, Settings, Variant
 
 
 @dataclass(frozen=True)

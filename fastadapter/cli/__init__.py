@@ -3,6 +3,8 @@
 import argparse
 import importlib
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 # Imported only when chosen, so that `fastadapter doctor` runs with torch alone and help is quick.
 _COMMANDS = {
@@ -16,10 +18,24 @@ _COMMANDS = {
 }
 
 
+class _Version(argparse.Action):
+    """Imports torch to see what is there, so only when asked."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any):
+        super().__init__(option_strings, dest, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from fastadapter.cli.doctor import version_line
+
+        print(version_line())
+        parser.exit()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; user errors print one line and return 2, Ctrl-C returns 130."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="fastadapter", description="Adapters for frozen models, fused.")
+    parser.add_argument("--version", action=_Version, help="show what is installed, and leave")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     chosen = next((word for word in argv if word in _COMMANDS), None)
     for name, description in _COMMANDS.items():

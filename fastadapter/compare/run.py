@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +64,14 @@ def prepare(
         "training": training,
         "rows": {"train": len(train), "test": len(test)},
         "data_sha256": {part: hashlib.sha256(text.encode()).hexdigest() for part, text in texts.items()},
+        "test_labels": dict(sorted(Counter(str(example.label) for example in test).items())),
     }
     path = folder / SETTINGS
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        different = [key for key in settings if found.get(key) != settings[key]]
+        # the digests stand for the labels, which older folders do not count
+        compared = [key for key in settings if key != "test_labels"]
+        different = [key for key in compared if found.get(key) != settings[key]]
         if different:
             what = "; ".join(f"{key} was {found.get(key)!r}, now {settings[key]!r}" for key in different)
             raise UserError(f"{folder} holds another comparison: {what}; choose another output folder")
