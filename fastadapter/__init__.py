@@ -3,7 +3,9 @@
 from fastadapter import _source_tree
 
 if (_root := _source_tree.checkout()) is not None:
-    __path__.append(str(_root))  # where fastadapter.kernels and fastadapter.benchmarks are before an installation
+    __path__.append(
+        str(_root)
+    )  # where fastadapter.kernels and fastadapter.benchmarks are before an installation
 
 from fastadapter import nn, ops, reference
 from fastadapter.checkpoints import CheckpointError, load, save

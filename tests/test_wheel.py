@@ -47,7 +47,9 @@ def test_one_wheel_for_every_python_and_readmes_example_runs_with_it(made, tmp_p
         builds.python(f"{number}.py", cwd=tmp_path, interpreter=interpreter)
     line = builds.python("-m", "fastadapter.cli", "--version", cwd=tmp_path, interpreter=interpreter).stdout
     assert line.startswith("fastadapter ") and "C++ extension loaded" in line
-    script = builds.python(interpreter.parent / "fastadapter", "--version", cwd=tmp_path, interpreter=interpreter)
+    script = builds.python(
+        interpreter.parent / "fastadapter", "--version", cwd=tmp_path, interpreter=interpreter
+    )
     assert script.stdout == line
 
 

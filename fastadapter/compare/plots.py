@@ -4,6 +4,7 @@ Every method has its colour and every family its marker, the same in all plots. 
 """
 
 import itertools
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ _FONT = 9
 # Where a name may stand, seen from its point: in units of one marker, and how the text is aligned there.
 _SIDES = [
     (x * step, y * step, "left" if x > 0 else "right" if x < 0 else "center")
-    for step in (1.0, 1.8, 2.8, 4.0, 5.5)
-    for x, y in ((1, 0), (-1, 0), (0, 1.2), (0, -1.2), (1, 1), (-1, 1), (1, -1), (-1, -1))
-]
+    for step in (1.0, 1.6, 2.3, 3.0, 4.0, 5.0)
+    for x, y in ((1, 0), (-1, 0), (0, 1.3), (0, -1.3), (1, 1), (-1, 1), (1, -1), (-1, -1), (0.5, 1.4), (-0.5, 1.4),
+                 (0.5, -1.4), (-0.5, -1.4))
+]  # fmt: skip
 
 
 def style(method: str) -> tuple[str, str]:
@@ -97,7 +99,7 @@ def _scatter(
 ) -> Path:
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 5.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
     axis.set_xscale("log")
     edge = frontier(rows, key)
     steps = [(row[key], 100 * row["accuracy"]) for row in edge]
@@ -232,40 +234,31 @@ def _names(axis: Any, points: Sequence[tuple[str, float, float, float, float]]) 
     frame = axis.get_window_extent(renderer)
     lines = [box for line in axis.lines for box in _boxes(line, frame)]
     for name, x, y, *_ in sorted(points, key=lambda point: point[1]):
-        text = axis.annotate(
-            name,
-            (x, y),
-            xytext=(0, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=_FONT,
-            color=style(name)[1],
-            zorder=4,
-        )
+        words = {"va": "center", "fontsize": _FONT, "color": style(name)[1], "zorder": 4}
+        text = axis.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", **words)
         best = None
         for dx, dy, side in _SIDES:
             text.set_position((dx * _MARKER_SIZE, dy * _MARKER_SIZE))
             text.set_ha(side)
             box = text.get_window_extent(renderer).padded(1.5)
-            cover = sum(_overlap(box, other) for other in taken)
-            cover += sum(_overlap(box, other) for other in lines)
+            cover = sum(_overlap(box, other) for other in (*taken, *lines))
             cover += box.width * box.height - _overlap(box, frame)
             if best is None or cover < best[0] - 1e-6:
                 best = cover, dx, dy, side, box
         assert best is not None
         _, dx, dy, side, box = best
-        text.set_position((dx * _MARKER_SIZE, dy * _MARKER_SIZE))
-        text.set_ha(side)
         taken.append(box)
-        if max(abs(dx), abs(dy)) > 2:
-            axis.annotate(
-                "",
-                (x, y),
-                xytext=(dx * _MARKER_SIZE, dy * _MARKER_SIZE),
-                textcoords="offset points",
-                arrowprops={"arrowstyle": "-", "color": style(name)[1], "linewidth": 0.6, "shrinkB": 4},
-                zorder=2,
-            )
+        text.remove()
+        leader = {"arrowstyle": "-", "color": style(name)[1], "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+        axis.annotate(
+            name,
+            (x, y),
+            xytext=(dx * _MARKER_SIZE, dy * _MARKER_SIZE),
+            textcoords="offset points",
+            ha=side,
+            arrowprops=leader if max(abs(dx), abs(dy)) > 2 else None,
+            **words,
+        )
 
 
 def _boxes(line: Any, frame: Any) -> list[Any]:
@@ -290,11 +283,12 @@ def _overlap(one: Any, other: Any) -> float:
 
 
 def _headings(figure: Any, title: str, subtitle: str) -> None:
-    """Two lines above everything else, for which the layout leaves room."""
-    line = 0.24 / figure.get_figheight()  # inches
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 2.2 * line))
+    """The title and what stands behind the points, above everything else; the layout leaves room for them."""
+    lines = textwrap.wrap(subtitle, int(13.5 * figure.get_figwidth()))
+    line = 0.2 / figure.get_figheight()  # of 0.2 inches
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - (1.6 + len(lines)) * line))
     figure.text(0.015, 1 - 0.3 * line, title, fontsize=12, va="top")
-    figure.text(0.015, 1 - 1.35 * line, subtitle, fontsize=_FONT, color="0.35", va="top")
+    figure.text(0.015, 1 - 1.5 * line, "\n".join(lines), fontsize=_FONT, color="0.35", va="top")
 
 
 def _curves(
@@ -331,7 +325,9 @@ def _curves(
         percent = [100 * value for value in values]
         accuracies.plot(places, percent, color=colour, marker=marker, markersize=4.5, linewidth=1)
         ends.append((name, places[-1], percent[-1]))
-    everything = [{"method": "all-layers", "accuracy": y / 100} for name, _, y in ends if name == "all-layers"]
+    everything = [
+        {"method": "all-layers", "accuracy": y / 100} for name, _, y in ends if name == "all-layers"
+    ]
     _reference_lines(accuracies, everything, chance)
     losses.set_xlabel("step")
     losses.set_ylabel("training loss, running mean (of all seeds)")
@@ -374,6 +370,7 @@ def _end_names(axis: Any, ends: Sequence[tuple[str, float, float]]) -> None:
             fontsize=_FONT,
             color=style(name)[1],
             arrowprops={"arrowstyle": "-", "color": style(name)[1], "linewidth": 0.5, "shrinkA": 1},
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.85},
         )
 
 
