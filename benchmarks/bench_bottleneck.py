@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastadapter as fa
+
 from . import runner
 from .bench_gated_prefix import copy_variant
 from .rows import Row

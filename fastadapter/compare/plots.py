@@ -9,23 +9,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+_Box = Sequence[float]  # left, bottom, right, top, in pixels
 # Colour by method; the marker is its family's.
 _FAMILIES = {
     "s": {"features": "#000000", "last-layers": "#8c8c8c", "last-blocks": "#b8860b", "all-layers": "#7b3f00"},
     "^": {"houlsby": "#d62728", "pfeiffer": "#ff7f0e", "parallel": "#e377c2"},
     "D": {"prefix-tuning": "#1f4fb4", "soft-prompt": "#17becf"},
     "o": {"llama-adapter": "#2ca02c", "llama-adapter-v2": "#8e44ad"},
+    "*": {"in-context": "#00008b"},
 }
 _STYLES = {name: (marker, colour) for marker, names in _FAMILIES.items() for name, colour in names.items()}
-_OTHERS = ("#9acd32", "#ff1493", "#00008b", "#556b2f")  # of methods that this table does not know yet
+_OTHERS = ("#9acd32", "#ff1493", "#556b2f")  # of methods that this table does not know yet
 _MARKER_SIZE = 7  # points
 _FONT = 9
 # Where a name may stand, seen from its point: in units of one marker, and how the text is aligned there.
 _SIDES = [
     (x * step, y * step, "left" if x > 0 else "right" if x < 0 else "center")
-    for step in (1.0, 1.6, 2.3, 3.0, 4.0, 5.0)
-    for x, y in ((1, 0), (-1, 0), (0, 1.3), (0, -1.3), (1, 1), (-1, 1), (1, -1), (-1, -1), (0.5, 1.4), (-0.5, 1.4),
-                 (0.5, -1.4), (-0.5, -1.4))
+    for step in (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.5, 8.0)
+    for x, y in ((1, 0), (-1, 0), (0, 1.3), (0, -1.3), (1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0.5), (-1, 0.5),
+                 (1, -0.5), (-1, -0.5), (0.4, 1.4), (-0.4, 1.4), (0.4, -1.4), (-0.4, -1.4))
 ]  # fmt: skip
 
 
@@ -35,7 +37,7 @@ def style(method: str) -> tuple[str, str]:
     >>> style("houlsby") != style("pfeiffer") and style("houlsby")[0] == style("pfeiffer")[0]
     True
     """
-    return _STYLES.get(method) or ("*", _OTHERS[sum(map(ord, method)) % len(_OTHERS)])
+    return _STYLES.get(method) or ("P", _OTHERS[sum(map(ord, method)) % len(_OTHERS)])
 
 
 def draw(
@@ -101,8 +103,10 @@ def _scatter(
 
     figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
     axis.set_xscale("log")
-    edge = frontier(rows, key)
-    steps = [(row[key], 100 * row["accuracy"]) for row in edge]
+    # A logarithm has no place for what trains nothing: it stands at the left, and its name says so.
+    least = min((row[key] for row in rows if row[key] > 0), default=1.0) / 4
+    named = {row["method"]: row["method"] + ("" if row[key] > 0 else " (0)") for row in rows}
+    steps = [(row[key] or least, 100 * row["accuracy"]) for row in frontier(rows, key)]
     corners = [(right, y) for (_, y), (right, _) in itertools.pairwise(steps)]
     axis.plot(
         *zip(*sorted([*steps, *corners]), strict=True),
@@ -116,7 +120,7 @@ def _scatter(
         middle = 100 * row["accuracy"]
         # the mean of equal accuracies can be an ulp off them
         below, above = middle - 100 * row["accuracy_min"], 100 * row["accuracy_max"] - middle
-        points.append((row["method"], row[key], middle, max(below, 0.0), max(above, 0.0)))
+        points.append((row["method"], row[key] or least, middle, max(below, 0.0), max(above, 0.0)))
     low, high = min(x for _, x, *_ in points), max(x for _, x, *_ in points)
     room = (high / low) ** 0.12 if high > low else 2.0
     axis.set_xlim(low / room, high * room)
@@ -127,11 +131,13 @@ def _scatter(
     axis.set_ylabel("test accuracy, %")
     axis.grid(True, which="major", alpha=0.25)
     _reference_lines(axis, rows, chance)
-    axis.margins(y=0.08)
+    heights = [y for _, _, y, below, above in points for y in (y - below, y + above)]
+    heights += [] if chance is None else [100 * chance]
+    margin = 0.08 * (max(heights) - min(heights)) or 1.0
+    axis.set_ylim(min(heights) - margin, max(heights) + margin)
     _headings(figure, title, f"{subtitle}; bars: lowest to highest")
     figure.legend(loc="outside lower center", ncols=3, fontsize=_FONT - 1, frameon=False)
     figure.canvas.draw()  # limits and sizes are settled before pixels are asked for
-    axis.set_ylim(axis.get_ylim())
     shifts = _apart([axis.transData.transform((x, y)) for _, x, y, *_ in points], figure)
     placed = []
     for (name, x, y, below, above), shift in zip(points, shifts, strict=True):
@@ -151,7 +157,7 @@ def _scatter(
             zorder=3,
         )
         placed.append((name, beside, y, below, above))
-    _names(axis, placed)
+    _names(axis, placed, named)
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
@@ -219,67 +225,84 @@ def _apart(pixels: Sequence[Any], figure: Any) -> list[float]:
     return shifts
 
 
-def _names(axis: Any, points: Sequence[tuple[str, float, float, float, float]]) -> None:
+def _names(
+    axis: Any, points: Sequence[tuple[str, float, float, float, float]], named: dict[str, str]
+) -> None:
     """The name of each point on the side where it covers least; a thin line leads to those that stand far away."""
-    from matplotlib.transforms import Bbox
-
     figure = axis.figure
     renderer = figure.canvas.get_renderer()
     unit = _MARKER_SIZE * figure.dpi / 72
-    taken = []
-    for _, x, y, below, above in points:
+    frame = axis.get_window_extent(renderer).extents.tolist()
+    marks: dict[str, _Box] = {}
+    for name, x, y, below, above in points:
         left, top = axis.transData.transform((x, y + above))
         _, bottom = axis.transData.transform((x, y - below))
-        taken.append(Bbox([[left - 0.6 * unit, bottom - 0.6 * unit], [left + 0.6 * unit, top + 0.6 * unit]]))
-    frame = axis.get_window_extent(renderer)
+        marks[name] = (left - 0.6 * unit, bottom - 0.6 * unit, left + 0.6 * unit, top + 0.6 * unit)
     lines = [box for line in axis.lines for box in _boxes(line, frame)]
-    for name, x, y, *_ in sorted(points, key=lambda point: point[1]):
-        words = {"va": "center", "fontsize": _FONT, "color": style(name)[1], "zorder": 4}
-        text = axis.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", **words)
-        best = None
-        for dx, dy, side in _SIDES:
-            text.set_position((dx * _MARKER_SIZE, dy * _MARKER_SIZE))
-            text.set_ha(side)
-            box = text.get_window_extent(renderer).padded(1.5)
-            cover = sum(_overlap(box, other) for other in (*taken, *lines))
-            cover += box.width * box.height - _overlap(box, frame)
-            if best is None or cover < best[0] - 1e-6:
-                best = cover, dx, dy, side, box
-        assert best is not None
-        _, dx, dy, side, box = best
-        taken.append(box)
+    sizes = {}
+    for name in marks:
+        text = axis.annotate(named[name], (0, 0), xycoords="figure pixels", fontsize=_FONT)
+        extent = text.get_window_extent(renderer)
+        sizes[name] = extent.width + 3, extent.height + 3
         text.remove()
-        leader = {"arrowstyle": "-", "color": style(name)[1], "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+    chosen: dict[str, Any] = {}
+    for name, x, y, *_ in sorted(points, key=lambda point: point[1]) * 3:  # again, now that the others stand
+        here = axis.transData.transform((x, y))
+        others = [place[-1] for other, place in chosen.items() if other != name]
+        others += [box for other, box in marks.items() if other != name]
+        width, height = sizes[name]
+        places = []
+        for dx, dy, side in _SIDES:
+            left = here[0] + unit * dx - {"left": 0.0, "center": width / 2, "right": width}[side]
+            middle = here[1] + unit * dy
+            box = (left, middle - height / 2, left + width, middle + height / 2)
+            cover = sum(_overlap(box, other) for other in (*others, marks[name]))
+            cover += 0.5 * sum(_overlap(box, line) for line in lines) + width * height - _overlap(box, frame)
+            # A leader through another name is as bad as a name on it, and a near name is found sooner.
+            ahead = left + width / 2 - here[0], middle - here[1]
+            for part in (0.2, 0.4, 0.6, 0.8):
+                at_x, at_y = here[0] + ahead[0] * part, here[1] + ahead[1] * part
+                cover += 300 * sum(x0 < at_x < x1 and y0 < at_y < y1 for x0, y0, x1, y1 in others)
+            places.append((cover + 20 * (dx * dx + dy * dy) ** 0.5, len(places), dx, dy, side, box))
+        chosen[name] = min(places)
+    for name, x, y, *_ in points:
+        *_, dx, dy, side, _box = chosen[name]
+        colour = style(name)[1]
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
         axis.annotate(
-            name,
+            named[name],
             (x, y),
             xytext=(dx * _MARKER_SIZE, dy * _MARKER_SIZE),
             textcoords="offset points",
             ha=side,
+            va="center",
+            fontsize=_FONT,
+            color=colour,
             arrowprops=leader if max(abs(dx), abs(dy)) > 2 else None,
-            **words,
+            zorder=4,
         )
 
 
-def _boxes(line: Any, frame: Any) -> list[Any]:
+def _boxes(line: Any, frame: _Box) -> list[_Box]:
     """The straight pieces of a line without markers, two pixels thick; no name should stand on one."""
-    from matplotlib.transforms import Bbox
-
     if line.get_linestyle() == "None" or line.get_marker() not in ("None", None, ""):
         return []
     points = line.get_transform().transform(line.get_xydata())
-    pieces = []
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        box = Bbox([[min(x0, x1) - 1, min(y0, y1) - 1], [max(x0, x1) + 1, max(y0, y1) + 1]])
-        if found := Bbox.intersection(box, frame):
-            pieces.append(found)
-    return pieces
+    return [
+        (
+            max(min(x0, x1) - 1, frame[0]),
+            max(min(y0, y1) - 1, frame[1]),
+            min(max(x0, x1) + 1, frame[2]),
+            min(max(y0, y1) + 1, frame[3]),
+        )
+        for (x0, y0), (x1, y1) in itertools.pairwise(points)
+    ]
 
 
-def _overlap(one: Any, other: Any) -> float:
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return max(width, 0.0) * max(height, 0.0)
+def _overlap(one: _Box, other: _Box) -> float:
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return width * height if width > 0 and height > 0 else 0.0
 
 
 def _headings(figure: Any, title: str, subtitle: str) -> None:
