@@ -2,8 +2,7 @@
 
     python -m benchmarks.plot --overview docs/overview.png
 
-Only stored rows are drawn, all that belong here, and those that we lose with them. A device gets a panel once rows of it
-are stored.
+Only stored rows are drawn, and those that we lose with the others. A device gets a panel once rows of it are stored.
 """
 
 from collections.abc import Sequence

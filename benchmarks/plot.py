@@ -16,7 +16,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("entry", nargs="*", help="entries to draw; all of them unless named")
     parser.add_argument(
-        "--overview", action="store_true", help="the picture of the README: steps and decoding, ours beside others"
+        "--overview",
+        action="store_true",
+        help="the picture of the README: steps and decoding, ours beside others",
     )
     args = parser.parse_args(argv)
     if args.overview:

@@ -4,12 +4,11 @@ Slow: the extension is compiled once. Nothing is downloaded; what the package st
 """
 
 import json
-import re
 import shutil
 
 import pytest
 
-from tests.support import builds
+from tests.support import builds, readme
 
 pytestmark = [
     pytest.mark.slow,
@@ -41,8 +40,8 @@ def where(interpreter, folder):
 def test_one_wheel_for_every_python_and_readmes_example_runs_with_it(made, tmp_path):
     wheel, _, interpreter = made
     assert "-cp310-abi3-" in wheel.name
-    readme = (builds.ROOT / "README.md").read_text(encoding="utf-8")
-    for number, block in enumerate(re.findall(r"```python\n(.*?)```", readme, re.DOTALL)):
+    readme.write_stand_ins(tmp_path)
+    for number, block in enumerate(readme.blocks("python")):
         (tmp_path / f"{number}.py").write_text(block)
         builds.python(f"{number}.py", cwd=tmp_path, interpreter=interpreter)
     line = builds.python("-m", "fastadapter.cli", "--version", cwd=tmp_path, interpreter=interpreter).stdout

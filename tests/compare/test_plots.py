@@ -53,7 +53,8 @@ def test_every_method_has_a_colour_of_its_own_and_its_familys_marker():
 def test_names_stand_beside_their_points_and_cover_nothing(drawn):
     """Three clusters, as in the comparison of the encoder."""
     places = [(400, 0.784), (150_000, 0.731), (3_700_000, 0.841), (22_000_000, 0.861), (226_000, 0.840),
-              (113_000, 0.845), (200_000, 0.842), (93_000, 0.831), (8_450, 0.787), (23_900, 0.832), (74_600, 0.839)]  # fmt: skip
+              (113_000, 0.845), (200_000, 0.842), (93_000, 0.831), (8_450, 0.787), (23_900, 0.832),
+              (74_600, 0.839)]  # fmt: skip
     runs = [run(name, 0, accuracy, size) for name, (size, accuracy) in zip(METHODS_TO_COMPARE, places)]
     figure = drawn(runs)[0]
     (axis,) = figure.axes

@@ -44,19 +44,32 @@ def build(kind, sources, env=(), check=True):
     return process, list((sources / "dist").glob("*.whl" if kind == "wheel" else "*.tar.gz"))
 
 
+def environment(folder, pip=False):
+    """A new virtual environment in which everything that the tests' own environment holds can be imported.
+
+    Its files alone, not its .pth files: an editable fastadapter there does not come along.
+
+    Args:
+        pip: whether it gets a pip of its own.
+    Returns: its interpreter.
+    """
+    python("-m", "venv", *([] if pip else ["--without-pip"]), folder, cwd=folder.parent)
+    interpreter = folder / "bin" / "python"
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    own = Path(python("-c", ask, cwd=folder, interpreter=interpreter).stdout.strip())
+    shared = dict.fromkeys(
+        [sysconfig.get_path("purelib"), *(path for path in sys.path if "site-packages" in path)]
+    )
+    (own / "shared.pth").write_text("\n".join(shared) + "\n", encoding="utf-8")
+    return interpreter
+
+
 def install(wheel, folder):
-    """A new virtual environment with this wheel; all else comes from the environment that runs the tests.
+    """An environment of :func:`environment` with this wheel in it.
 
     Returns: its interpreter.
     """
-    python("-m", "venv", "--without-pip", folder, cwd=folder.parent)
-    interpreter = folder / "bin" / "python"
-    purelib = python(
-        "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder, interpreter=interpreter
-    ).stdout.strip()
-    # Their files, not their .pth files: an editable fastadapter there must not come along.
-    shared = dict.fromkeys([sysconfig.get_path("purelib"), *(p for p in sys.path if "site-packages" in p)])
-    Path(purelib, "shared.pth").write_text("\n".join(shared) + "\n", encoding="utf-8")
+    interpreter = environment(folder)
     options = ["-q", "--no-deps", "--no-index", "--disable-pip-version-check"]
     python("-m", "pip", "--python", interpreter, "install", *options, "--force-reinstall", wheel, cwd=folder)
     return interpreter

@@ -1,6 +1,6 @@
-"""Two processes compute what one does, from rows of uneven length: losses and evaluations to a millionth, weights nearly.
+"""Two processes compute what one does, from rows of uneven length: losses and evaluations to a millionth.
 
-Not bit for bit: each process sums the gradients of its own rows, so sums come in another order.
+Not bit for bit, and weights less closely: each process sums the gradients of its own rows, in an order of its own.
 """
 
 import json
