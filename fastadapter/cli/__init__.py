@@ -63,5 +63,6 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         if error.name is None or error.name.partition(".")[0] == "fastadapter":
             raise
-        print(f'fastadapter: error: {error}; pip install "fastadapter[hf]" brings it', file=sys.stderr)
+        extra = "bench" if error.name.partition(".")[0] in ("peft", "pytest") else "hf"
+        print(f'fastadapter: error: {error}; pip install "fastadapter[{extra}]" brings it', file=sys.stderr)
         return 2

@@ -64,7 +64,7 @@ def draw(
     shown = [row for row in rows if "accuracy" in row]
     if not shown:
         return []
-    words = {"title": title, "subtitle": subtitle, "chance": chance}
+    words: dict[str, Any] = {"title": title, "subtitle": subtitle, "chance": chance}
     files = [
         _scatter(folder / "accuracy_parameters.png", shown, "trainable_parameters", **words),
         _scatter(folder / "accuracy_time.png", shown, "seconds", **words),
@@ -251,7 +251,7 @@ def _names(
         others = [place[-1] for other, place in chosen.items() if other != name]
         others += [box for other, box in marks.items() if other != name]
         width, height = sizes[name]
-        places = []
+        places: list[tuple[Any, ...]] = []
         for dx, dy, side in _SIDES:
             left = here[0] + unit * dx - {"left": 0.0, "center": width / 2, "right": width}[side]
             middle = here[1] + unit * dy
