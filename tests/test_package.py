@@ -237,18 +237,6 @@ def test_version_says_what_is_there(capsys, monkeypatch):
     assert doctor.version_line().endswith("no C++ extension: no compiler)")
 
 
-def test_what_is_missing_is_named_with_its_extra(monkeypatch, capsys):
-    from fastadapter.cli import doctor, main
-
-    for name, extra in (("transformers", "hf"), ("peft", "bench"), ("pytest", "bench")):
-
-        def run(args, name=name):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-        monkeypatch.setattr(doctor, "run", run)
-        assert main(["doctor"]) == 2 and f'"fastadapter[{extra}]"' in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("command", ["demo", "finetune", "compare", "generate", "explain", "bench", "doctor"])
 def test_every_command_has_help(command, capsys):
     from fastadapter.cli import main
