@@ -56,7 +56,7 @@ DATA = [
             "self._marked if _MARKS.search(self.template.text)",
             "self._marked if False",
         ),
-        what_was_said_is_parsed=("at % 2 == 0) for at, part", "True) for at, part"),
+        what_was_said_is_parsed=("if at % 2 else part, at % 2 == 0)", "if at % 2 else part, True)"),
         other_turns_may_change_it=("text.startswith(through) and ", ""),
         weights_are_ignored=("if turn.get(name) not in harmless:", "if False:", RECORDS),
     ),

@@ -173,4 +173,5 @@ def test_finetune_takes_every_kind(tmp_path, capsys, name):
     printed, said = capsys.readouterr()
     assert ("8 of 8 records hold special tokens, the first of them '</s>'" in said) == (name == "columns")
     assert "on 8 records" in printed and (tmp_path / "out" / "adapter.safetensors").exists()
-    assert ("--template" in printed) == (name == "instruction")
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (record["template"] is not None) == (name == "instruction")
