@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ SOURCES = sorted(glob("csrc/*.cpp"))
 # The kernels are compiled once per instruction set and chosen at run time.
 KERNELS = [source for source in SOURCES if source.endswith("_kernel.cpp")]
 ISAS = {"isa_default": []}
+# By path: importing the package would import torch.
+SOURCE_DIGEST = runpy.run_path("fastadapter/_source_tree.py")["source_digest"]
 if X86:
     ISAS["isa_avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["isa_avx512"] = [*ISAS["isa_avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -75,7 +78,7 @@ class BuildExtension(build_ext):
         wanted = os.environ.get("FASTADAPTER_BUILD", "")
         if wanted not in ("", "0", "1"):
             raise SystemExit(f"FASTADAPTER_BUILD must be 0, 1 or unset, got {wanted!r}")
-        info = {"extension": False, "reason": "", "torch": None}
+        info = {"extension": False, "reason": "", "torch": None, "sources": None}
         (extension,) = self.extensions
         try:
             if wanted == "0":
@@ -85,6 +88,7 @@ class BuildExtension(build_ext):
             torch, info["torch"] = find_torch()
             self.compile_and_link(extension, torch)
             info["extension"] = True
+            info["sources"] = SOURCE_DIGEST(Path("."))
         except (Unavailable, BaseError, CCompilerError) as error:
             if wanted == "1":
                 raise

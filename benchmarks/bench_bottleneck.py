@@ -5,7 +5,7 @@ grad_x; the parameters once a pass and their gradients). Everything is warm. The
 entry of its own for each row, where peers loop or use batched products.
 
     python -m benchmarks.run --only bottleneck
-    pytest benchmarks/bench_bottleneck.py      # pytest-benchmark: one variant at a time, for a profiler or a diff
+    pytest benchmarks/pytest_bottleneck.py     # pytest-benchmark: one variant at a time, for a profiler or a diff
 """
 
 import functools
@@ -13,16 +13,16 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastadapter as fa
-from benchmarks import runner
-from benchmarks.bench_gated_prefix import copy_variant
-from benchmarks.rows import Row
-from benchmarks.runner import Case, Settings, Variant
+
+from . import runner
+from .bench_gated_prefix import copy_variant
+from .rows import Row
+from .runner import Case, Settings, Variant
 
 
 @dataclass(frozen=True)
@@ -207,15 +207,3 @@ def cases(settings: Settings) -> Iterator[Case]:
 def entry(settings: Settings) -> Iterator[list[Row]]:
     for case in cases(settings):
         yield runner.measure(case, settings)
-
-
-@pytest.mark.parametrize("direction", PASSES)
-@pytest.mark.parametrize("shape", [WIDE, NARROW], ids=str)
-@pytest.mark.parametrize("name", ["fastadapter-cpp", "eager", "gemm-pair", "modules", "eager-compiled"])
-def test_bottleneck(benchmark, name, shape, direction):
-    inputs = make_inputs(shape, torch.float32, "cpu", grad=direction != "forward")
-    fn = forms(shape, inputs)[name]
-    run = PASSES[direction]
-    run(fn, inputs)  # compiles where it has to
-    benchmark.extra_info["bytes_moved"] = bytes_moved(shape, torch.float32, direction)
-    benchmark(run, fn, inputs)

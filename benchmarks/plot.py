@@ -1,4 +1,4 @@
-"""Draw stored ratios as bars: ``python -m benchmarks.plot OUT.png [ENTRY ...]``."""
+"""Draw stored ratios as bars: ``python -m benchmarks.plot OUT.png [ENTRY ...]``, or ``--overview OUT.png``."""
 
 import argparse
 from pathlib import Path
@@ -8,14 +8,24 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from . import rows
+from . import overview, rows
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("entry", nargs="*", help="entries to draw; all of them unless named")
+    parser.add_argument(
+        "--overview",
+        action="store_true",
+        help="the picture of the README: steps and decoding, ours beside others",
+    )
     args = parser.parse_args(argv)
+    if args.overview:
+        if args.entry:
+            parser.error("--overview chooses its entries itself")
+        overview.draw(args.out, rows.load())
+        return 0
     found = [row for row in rows.latest(rows.load()) if not args.entry or row.entry in args.entry]
     if not found:
         raise SystemExit(f"no stored rows of {', '.join(args.entry) or 'any entry'}")

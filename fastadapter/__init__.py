@@ -1,5 +1,12 @@
 """FastAdapter: fused soft prompts, prefix tuning, bottleneck adapters and LLaMA-Adapter."""
 
+from fastadapter import _source_tree
+
+if (_root := _source_tree.checkout()) is not None:
+    __path__.append(
+        str(_root)
+    )  # where fastadapter.kernels and fastadapter.benchmarks are before an installation
+
 from fastadapter import nn, ops, reference
 from fastadapter.checkpoints import CheckpointError, load, save
 from fastadapter.explain import explain

@@ -1,6 +1,7 @@
 """Keep a comparison in the repository: its finished runs, table and plots, without the paths of the machine.
 
     python scripts/store_comparison.py outputs/minilm benchmarks/results/compare_minilm
+    python scripts/store_comparison.py --redraw benchmarks/results/compare_minilm
 
 In a copy of the stored folder, the command that made it goes on where it stopped.
 """
@@ -23,22 +24,30 @@ from fastadapter.training import write_json  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="output folder of fastadapter compare")
-    parser.add_argument("target", type=Path, help="gets the runs; those that are there stay")
+    parser.add_argument("target", type=Path, nargs="?", help="gets the runs; those that are there stay")
+    parser.add_argument("--redraw", action="store_true", help="only table and plots of a stored FOLDER, anew")
     args = parser.parse_args()
-    settings = json.loads((args.folder / SETTINGS).read_text(encoding="utf-8"))
-    args.target.mkdir(parents=True, exist_ok=True)
-    shutil.copy(args.folder / SETTINGS, args.target / SETTINGS)
-    for file in sorted(args.folder.glob(f"runs/*/*/{RESULT}")):
-        run = args.target / file.parent.relative_to(args.folder)
+    if args.redraw == (args.target is not None):
+        parser.error("name a target, or --redraw and the stored folder alone")
+    if not args.redraw:
+        _store(args.folder, args.target)
+    target = args.folder if args.redraw else args.target
+    settings = json.loads((target / SETTINGS).read_text(encoding="utf-8"))
+    results = [
+        json.loads(file.read_text(encoding="utf-8")) for file in sorted(target.glob(f"runs/*/*/{RESULT}"))
+    ]
+    write_page(target, settings["settings"], results)
+
+
+def _store(folder: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / SETTINGS, target / SETTINGS)
+    for file in sorted(folder.glob(f"runs/*/*/{RESULT}")):
+        run = target / file.parent.relative_to(folder)
         run.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, run / RESULT)
         job = json.loads((file.parent / "job.json").read_text(encoding="utf-8"))
         write_json(run / "job.json", {**job, "model": "", "train": "", "test": ""})
-    results = [
-        json.loads(file.read_text(encoding="utf-8"))
-        for file in sorted(args.target.glob(f"runs/*/*/{RESULT}"))
-    ]
-    write_page(args.target, settings["settings"], results)
 
 
 if __name__ == "__main__":

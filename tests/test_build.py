@@ -4,53 +4,28 @@ Every build starts from its own copy of the sources and uses the installed setup
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from fastadapter._source_tree import source_digest
+from tests.support.builds import HAS_COMPILER, ROOT, build, copy_sources, python
+
 TORCH = Path(torch.__file__).parent
 NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
-HAS_COMPILER = shutil.which(os.environ.get("CXX", "c++")) is not None
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def sources(tmp_path):
-    """The files that the build reads, without anything that was built before."""
-    copy = tmp_path / "sources"
-    copy.mkdir()
-    junk = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json")
-    for name in ("benchmarks", "csrc", "fastadapter", "kernels"):
-        shutil.copytree(ROOT / name, copy / name, ignore=junk)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
-        shutil.copy(ROOT / name, copy / name)
-    return copy
-
-
-def python(*arguments, cwd, env=(), check=True):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("FASTADAPTER_")}
-    environment.update(env)
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=check,
-    )
+    return copy_sources(tmp_path / "sources")
 
 
 def build_wheel(sources, env=(), check=True):
-    program = "import setuptools.build_meta as build; build.build_wheel('dist')"
-    process = python("-c", program, cwd=sources, env=dict(env), check=check)
-    return process, list((sources / "dist").glob("*.whl"))
+    return build("wheel", sources, env, check)
 
 
 def capability_of(wheel, folder):
@@ -82,7 +57,8 @@ def test_compiled_wheel(sources, tmp_path):
     process, (wheel,) = build_wheel(sources, {"FASTADAPTER_BUILD": "1"})
     assert "-cp310-abi3-" in wheel.name, process.stderr
     info, names = build_info(wheel)
-    assert info == {"extension": True, "reason": "", "torch": torch.__version__}
+    built = {"torch": torch.__version__, "sources": source_digest(ROOT)}
+    assert info == {"extension": True, "reason": "", **built}
     assert "fastadapter/_C.abi3.so" in names and "fastadapter/kernels/gated_prefix.py" in names
     assert {"fastadapter/benchmarks/audit/command.py", "fastadapter/benchmarks/results/cpu.jsonl"} <= set(
         names
@@ -141,10 +117,8 @@ def test_in_place_build_and_its_failure(sources):
 
 def test_source_distribution_can_be_built(sources):
     """It carries what setup.py compiles and nothing that was built."""
-    program = "import setuptools.build_meta as build; build.build_sdist('dist')"
     python("setup.py", "build_ext", "--inplace", cwd=sources, env={"FASTADAPTER_BUILD": "0"})
-    python("-c", program, cwd=sources)
-    (archive,) = (sources / "dist").glob("*.tar.gz")
+    _, (archive,) = build("sdist", sources)
     shutil.unpack_archive(archive, sources / "unpacked")
     (root,) = (sources / "unpacked").iterdir()
     shipped = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}

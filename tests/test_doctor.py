@@ -64,9 +64,9 @@ def test_every_backend_has_its_row():
 def test_extension(monkeypatch, tmp_path, error, info, status, expected):
     # fastadapter.ops.backends is also the name of a function, so the module is taken from where modules are kept.
     monkeypatch.setattr(sys.modules[extension_error.__module__], "extension_error", lambda: error)
-    monkeypatch.setattr(doctor, "BUILD_INFO", tmp_path / "info.json")
+    monkeypatch.setattr(doctor._source_tree, "PACKAGE", tmp_path)
     if info is not None:
-        (tmp_path / "info.json").write_text(json.dumps(info))
+        (tmp_path / "_build_info.json").write_text(json.dumps(info))
     name, found, detail = doctor._extension()
     assert (name, found) == ("C++ extension", status) and expected in detail
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import fastadapter
+from fastadapter import _source_tree
 from tests.support.gated_prefix import needs_extension
 
 ROOT = Path(fastadapter.__file__).parent
@@ -174,16 +175,81 @@ def test_version_has_one_source():
     assert re.search(r'version = \{ attr = "fastadapter.__version__" \}', text)
 
 
-def test_readme_example_runs(tmp_path):
-    """The first Python block of the README, as pasted, in a fresh process."""
-    readme = (ROOT.parent / "README.md").read_text()
-    code = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
-    program = tmp_path / "example.py"
-    program.write_text(code)
-    subprocess.run([sys.executable, program], check=True, cwd=tmp_path, capture_output=True, text=True)
+def test_a_checkout_finds_its_kernels_and_benchmarks_without_an_editable_install():
+    """As after a plain ``pip install .``: Python in the checkout's folder, and no finder that knows where they lie."""
+    program = (
+        "import sys\n"
+        "sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]\n"
+        f"sys.path.insert(0, {str(ROOT.parent)!r})\n"
+        "import fastadapter, fastadapter.kernels as kernels, fastadapter.benchmarks as benchmarks\n"
+        "print(kernels.__file__, benchmarks.__file__)\n"
+    )
+    found = run_python(program).split()
+    assert found == [str(ROOT.parent / name / "__init__.py") for name in ("kernels", "benchmarks")]
 
 
-@pytest.mark.parametrize("command", ["demo", "finetune", "generate", "explain", "bench", "doctor"])
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A checkout that was never built in place, and the folder where a copy would be installed."""
+    for name in ("checkout/kernels/__init__.py", "checkout/fastadapter/__init__.py", "checkout/csrc/a.cpp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("//\n")
+    monkeypatch.setattr(_source_tree, "PACKAGE", tmp_path / "checkout" / "fastadapter")
+    installed = tmp_path / "site" / "fastadapter"
+    installed.mkdir(parents=True)
+    return tmp_path / "checkout", installed
+
+
+def test_which_extension_a_checkout_loads(checkout):
+    """Its own; else that of an installed copy with the same csrc/; else none, and why."""
+    root, installed = checkout
+    own, info = root / "fastadapter", installed / "_build_info.json"
+
+    def found():
+        return _source_tree.extension_folder([str(root), str(installed.parent)])
+
+    assert _source_tree.checkout() == root
+    assert "no copy is installed: pip install . builds it" in found()[1]
+    info.write_text(json.dumps({"extension": False, "reason": "no compiler"}))
+    assert found()[0] == installed and "was installed without it" in found()[1]
+    info.write_text(json.dumps({"extension": True, "sources": _source_tree.source_digest(root)}))
+    assert found() == (installed, "")
+    (root / "csrc" / "b.cpp").write_text("")
+    assert "was built from others: pip install . again" in found()[1]
+    (own / "_build_info.json").write_text(json.dumps({"extension": False}))
+    assert found() == (own, "the package was installed without it (see `fastadapter doctor`)")
+    (own / "_C.abi3.so").write_bytes(b"")
+    assert found() == (own, "")
+    (own / "kernels").mkdir()
+    assert _source_tree.checkout() is None
+
+
+def test_version_says_what_is_there(capsys, monkeypatch):
+    from fastadapter.cli import doctor, main
+    from fastadapter.ops.backends import extension_error
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    line = capsys.readouterr().out
+    assert line.startswith(f"fastadapter {fastadapter.__version__} (Python ") and line.count("\n") == 1
+    monkeypatch.setattr(sys.modules[extension_error.__module__], "extension_error", lambda: "no compiler")
+    assert doctor.version_line().endswith("no C++ extension: no compiler)")
+
+
+def test_what_is_missing_is_named_with_its_extra(monkeypatch, capsys):
+    from fastadapter.cli import doctor, main
+
+    for name, extra in (("transformers", "hf"), ("peft", "bench"), ("pytest", "bench")):
+
+        def run(args, name=name):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        monkeypatch.setattr(doctor, "run", run)
+        assert main(["doctor"]) == 2 and f'"fastadapter[{extra}]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "finetune", "compare", "generate", "explain", "bench", "doctor"])
 def test_every_command_has_help(command, capsys):
     from fastadapter.cli import main
 

@@ -3,7 +3,8 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from fastadapter.cli.options import Parser
 
@@ -23,9 +24,23 @@ COMMANDS = {
 }
 
 
+class _Version(argparse.Action):
+    """Imports torch to see what is there, so only when asked."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any):
+        super().__init__(option_strings, dest, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from fastadapter.cli.doctor import version_line
+
+        print(version_line())
+        parser.exit()
+
+
 def make_parser(chosen: Collection[str]) -> Parser:
     """The parser of the command line, with the options of the chosen commands."""
     parser = Parser(prog="fastadapter", description="Adapters for frozen models, fused.")
+    parser.add_argument("--version", action=_Version, help="show what is installed, and leave")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, description in COMMANDS.items():
         subparser = commands.add_parser(name, help=description, description=f"{description}.")

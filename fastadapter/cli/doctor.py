@@ -12,12 +12,13 @@ import re
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
+import fastadapter
+from fastadapter import _source_tree
+
 Row = tuple[str, str, str]
-BUILD_INFO = Path(__file__).parents[1] / "_build_info.json"
 MINIMUM_PYTHON = (3, 10)
 MINIMUM_TORCH = (2, 10)
 # Package, lowest supported version, what it is for.
@@ -26,6 +27,9 @@ OPTIONAL = (
     ("accelerate", (1, 10), "training on one or more processes"),
     ("safetensors", (0, 5), "saving and loading adapters"),
     ("gguf", (0, 17), "the demo's model"),
+    ("tqdm", (4, 66), "progress bars"),
+    ("matplotlib", (3, 8), "the plots of compare and demo"),
+    ("scikit-learn", (1, 4), "the row features of compare"),
     ("peft", (0, 18), "comparison in the benchmarks"),
 )
 CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "asimd", "sve")
@@ -57,9 +61,28 @@ def report() -> list[Row]:
     >>> {status for _, status, _ in report()} <= {"ok", "missing", "note"}
     True
     """
-    rows = [_python(), _torch(), *_cpu(), _extension(), _triton(), *_gpus()]
+    rows = [_fastadapter(), _python(), _torch(), *_cpu(), _extension(), _triton(), *_gpus()]
     rows += [_package(name, minimum, purpose) for name, minimum, purpose in OPTIONAL]
     return rows + _backends()
+
+
+def version_line() -> str:
+    """What ``fastadapter --version`` prints: this package, what it stands on, and whether the extension is there.
+
+    >>> version_line().startswith(f"fastadapter {fastadapter.__version__} (")
+    True
+    """
+    from fastadapter.ops.backends import extension_error
+
+    error = extension_error()
+    parts = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    for name in ("triton", "transformers", "accelerate", "safetensors"):
+        try:
+            parts.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            parts.append(f"no {name}")
+    parts.append("C++ extension loaded" if error is None else f"no C++ extension: {error}")
+    return f"fastadapter {fastadapter.__version__} ({', '.join(parts)})"
 
 
 def format_table(rows: list[Row]) -> str:
@@ -74,6 +97,13 @@ def format_table(rows: list[Row]) -> str:
 
 def _at_least(version: str, minimum: tuple[int, int]) -> bool:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= minimum
+
+
+def _fastadapter() -> Row:
+    where = f"{fastadapter.__version__}, {_source_tree.PACKAGE}"
+    if _source_tree.checkout() is None:
+        return "fastadapter", "ok", where
+    return "fastadapter", "ok", f"{where} (a checkout: changes there are seen at once)"
 
 
 def _python() -> Row:
@@ -118,9 +148,14 @@ def _cpu() -> list[Row]:
 def _extension() -> Row:
     from fastadapter.ops.backends import extension_error
 
-    error, build = extension_error(), _build_info()
+    error = extension_error()
+    folder, _ = _source_tree.extension_folder()
+    build = _source_tree.build_info(folder)
     if error is None:
-        return "C++ extension", "ok", f"loaded, built for torch {build.get('torch', 'unknown')}"
+        detail = f"loaded, built for torch {build.get('torch') or 'unknown'}"
+        if folder != _source_tree.PACKAGE:
+            detail += f", from the installed copy in {folder}, which has the same csrc/"
+        return "C++ extension", "ok", detail
     if reason := build.get("reason"):
         error = f"not built: {reason}"
     elif build.get("torch") not in (None, torch.__version__):
@@ -128,14 +163,6 @@ def _extension() -> Row:
             f" (built for torch {build['torch']}, running {torch.__version__}: install fastadapter again)"
         )
     return "C++ extension", "missing", error
-
-
-def _build_info() -> dict[str, Any]:
-    """What setup.py recorded about the extension; empty when the package runs from a tree never installed."""
-    try:
-        return json.loads(BUILD_INFO.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
 
 
 def _triton() -> Row:

@@ -82,7 +82,19 @@ def write_page(folder: Path, settings: dict[str, Any], results: Sequence[dict[st
     Returns: the files written.
     """
     rows = summarise(results, settings)
-    plots = draw(folder, rows, results)
+    test = settings["rows"]["test"]
+    labels = settings.get("test_labels")  # absent in folders of before they were counted
+    plots = draw(
+        folder,
+        rows,
+        results,
+        title=f"{settings['model']} on {settings['data']}",
+        subtitle=(
+            f"{settings['rows']['train']:,} training and {test:,} test records, one standard error "
+            f"±{100 * _chance(rows, test):.1f} points; {_seeds(rows)}"
+        ),
+        chance=max(labels.values()) / test if labels else None,
+    )
     text = markdown(settings, rows, results, [path.name for path in plots])
     write_atomically(folder / "comparison.md", text.encode())
     return [folder / "comparison.md", *plots]

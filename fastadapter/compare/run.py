@@ -5,11 +5,13 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastadapter.checkpoints.fingerprint import differences
 from fastadapter.compare.methods import Method
 from fastadapter.compare.worker import RESULT
 from fastadapter.training import TrainingInterrupted, UserError, write_json
@@ -63,14 +65,16 @@ def prepare(
         "training": training,
         "rows": {"train": len(train), "test": len(test)},
         "data_sha256": {part: hashlib.sha256(text.encode()).hexdigest() for part, text in texts.items()},
+        "test_labels": dict(sorted(Counter(str(example.label) for example in test).items())),
     }
     path = folder / SETTINGS
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        different = [key for key in settings if found.get(key) != settings[key]]
+        # the digests stand for the labels, which older folders do not count
+        compared = [key for key in settings if key != "test_labels"]
+        different = _differences(found, settings, compared)
         if different:
-            what = "; ".join(f"{key} was {found.get(key)!r}, now {settings[key]!r}" for key in different)
-            raise UserError(f"{folder} holds another comparison: {what}; choose another output folder")
+            raise UserError(f"{folder} holds another comparison: {different}; choose another output folder")
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} holds files, but no comparison; choose another output folder")
     require_writable(folder / "data")
@@ -169,10 +173,16 @@ def _prepare_run(folder: Path, job: dict[str, Any]) -> bool:
             if rates in different and old[rates].get(kind) == job[rates].get(kind):
                 different.remove(rates)
         if different:
-            what = "; ".join(f"{key} was {old.get(key)!r}, now {job[key]!r}" for key in different)
+            what = _differences(old, job, different)
             raise UserError(f"{folder} holds a run with other settings: {what}; remove it to run it again")
     folder.mkdir(parents=True, exist_ok=True)
     return (folder / RESULT).exists()
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any], keys: Sequence[str]) -> str:
+    """Each setting among ``keys`` that differs, also within tables, with both values; empty: none does."""
+    old, new = ({key: settings[key] for key in keys if key in settings} for settings in (found, wanted))
+    return "; ".join(differences(old, json.loads(json.dumps(new))))
 
 
 def _run(command: Sequence[str], name: str, seed: int) -> None:

@@ -6,9 +6,10 @@ available. A backend that is named and cannot run raises; nothing falls back in 
 
 import importlib.util
 import os
-from pathlib import Path
 
 import torch
+
+from fastadapter._source_tree import EXTENSION, extension_folder
 
 BACKENDS = ("auto", "triton", "cpp", "reference")
 # Types of device whose tensors the GPU kernels take. Tests add "cpu": kernels then run in Triton's interpreter, and all
@@ -34,13 +35,13 @@ library = torch.library.Library("fastadapter", "DEF")
 
 
 def _load_extension() -> str | None:
-    path = Path(__file__).parents[1] / "_C.abi3.so"
     if os.environ.get("FASTADAPTER_DISABLE_EXTENSION") == "1":
         return "switched off by FASTADAPTER_DISABLE_EXTENSION=1"
-    if not path.exists():
-        return "the package was installed without it (see `fastadapter doctor`)"
+    folder, reason = extension_folder()
+    if reason:
+        return reason
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(folder / EXTENSION))
     except OSError as error:
         return f"it was built for another torch and does not load: {error}"
     return None

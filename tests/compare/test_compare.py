@@ -109,9 +109,9 @@ def test_another_comparison_or_another_rate_in_the_folder_is_refused(compare, ca
     assert compare("last-layers", seeds="0") == 0
     page = (tmp_path / "out" / "comparison.md").read_text()
     for options, message in (
-        ({"num_train_epochs": 3}, "training was"),
-        ({"eval_count": 11}, "rows was {'train': 30, 'test': 10}, now {'train': 29, 'test': 11}"),
-        ({"split_seed": 1}, "data_sha256 was"),
+        ({"num_train_epochs": 3}, "another comparison: training.num_train_epochs was 2, now 3; choose"),
+        ({"eval_count": 11}, "rows.test was 10, now 11; rows.train was 30, now 29"),
+        ({"split_seed": 1}, "data_sha256.test was"),
         ({"template": "w1{text}"}, "template was '{text}', now 'w1{text}'"),
         ({"learning_rate": "last-layers=0.5"}, "learning_rate was None, now 0.5; remove it to run it again"),
     ):

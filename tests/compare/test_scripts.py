@@ -50,6 +50,13 @@ def test_a_second_comparison_is_added_to_the_stored_one(compare, calls, script, 
         script("store_comparison", tmp_path / folder, tmp_path / "stored")
     page = (tmp_path / "stored" / "comparison.md").read_text()
     assert "| features |" in page and "| last-layers |" in page
+    for name in ("comparison.md", "accuracy_time.png"):
+        (tmp_path / "stored" / name).unlink()
+    script("store_comparison", "--redraw", tmp_path / "stored")
+    assert (tmp_path / "stored" / "comparison.md").read_text() == page
+    assert (tmp_path / "stored" / "accuracy_time.png").is_file()
+    with pytest.raises(SystemExit):
+        script("store_comparison", "--redraw", tmp_path / "stored", tmp_path / "other")
 
 
 def test_peft_is_trained_on_the_records_of_a_comparison(compare, calls, script, tmp_path, capsys):

@@ -1,4 +1,7 @@
-"""Two processes compute what one does: the same losses, evaluations and weights, from rows of uneven length."""
+"""Two processes compute what one does, from rows of uneven length: losses and evaluations to a millionth.
+
+Not bit for bit, and weights less closely: each process sums the gradients of its own rows, in an order of its own.
+"""
 
 import json
 import subprocess
