@@ -12,9 +12,11 @@ from fastadapter.cli.options import unescape
 from fastadapter.compare import (
     DEFAULT_METHODS,
     METHODS_TO_COMPARE,
+    STARTS,
     compare,
     prepare,
     resolve_methods,
+    with_options,
     write_report,
 )
 from fastadapter.compare.report import REVIEWS, markdown, summarise
@@ -96,6 +98,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a method, if not that of its row in docs/comparison.md",
     )
     what.add_argument(
+        "--head-learning-rate",
+        nargs="+",
+        metavar="METHOD=RATE",
+        default=[],
+        help="of the classification head beside an adapter, where it shall have a rate of its own",
+    )
+    what.add_argument(
+        "--init",
+        choices=STARTS,
+        default=STARTS[0],
+        help="start of prompts and prefixes: what the template says without the record, where it says something; "
+        "random: each method's own",
+    )
+    what.add_argument(
+        "--init-text",
+        type=unescape,
+        help=r"text to start from, and to put in front of in-context's records; \n is a new line",
+    )
+    what.add_argument(
+        "--reparam-size", type=int, help="width of the network behind prefix tuning; none if not given"
+    )
+    what.add_argument(
         "--quick", action="store_true", help="400 training and 200 test records, 1 seed, 1 epoch"
     )
     what.add_argument("--threads", type=int, help="of PyTorch in every run; its own choice if not given")
@@ -117,9 +141,21 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, key) is None:
             setattr(args, key, value)
     device = device_and_dtype(args)
-    methods = resolve_methods(args.methods)
+    methods = with_options(
+        resolve_methods(args.methods),
+        args.template,
+        init=args.init,
+        init_text=args.init_text,
+        reparam_size=args.reparam_size,
+    )
     _require_packages()
-    rates = _rates(args.learning_rate, [method.name for method in methods])
+    rates, head_rates = (
+        _rates(option, words, [method.name for method in methods])
+        for option, words in (
+            ("learning_rate", args.learning_rate),
+            ("head_learning_rate", args.head_learning_rate),
+        )
+    )
     if len(set(args.seeds)) < len(args.seeds):
         raise UserError(f"--seeds must differ, got {' '.join(map(str, args.seeds))}")
     if args.threads is not None and args.threads < 1:
@@ -157,6 +193,7 @@ def run(args: argparse.Namespace) -> int:
             args.seeds,
             command=[sys.executable, "-m", "fastadapter.cli.compare_job"],
             learning_rates=rates,
+            head_learning_rates=head_rates,
             threads=args.threads,
             device=device.type,
             save_steps=args.save_steps,
@@ -185,21 +222,23 @@ def _require_packages() -> None:
             raise UserError(f'the comparison needs {module}: pip install "fastadapter[compare]"')
 
 
-def _rates(words: list[str], methods: list[str]) -> dict[str, float]:
-    rates = {}
+def _rates(field: str, words: list[str], methods: list[str]) -> dict[str, float]:
+    option, rates = f"--{field.replace('_', '-')}", {}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or name not in METHODS_TO_COMPARE:
-            raise UserError(f"--learning-rate must be METHOD=RATE, got {word!r}")
-        if METHODS_TO_COMPARE[name].kind == "features":
-            raise UserError(f"--learning-rate {word}: {name} has none")
+            raise UserError(f"{option} must be METHOD=RATE, got {word!r}")
+        method = METHODS_TO_COMPARE[name]
+        if not method.learning_rates or (field == "head_learning_rate" and method.adapter is None):
+            raise UserError(f"{option} {word}: {name} has none")
         if name not in methods:
-            raise UserError(f"--learning-rate {word}: {name} is not among --methods")
+            raise UserError(f"{option} {word}: {name} is not among --methods")
         try:
             rates[name] = float(value)
         except ValueError:
-            raise UserError(f"--learning-rate {word}: {value!r} is not a number") from None
-        TrainingConfig(learning_rate=rates[name])
+            raise UserError(f"{option} {word}: {value!r} is not a number") from None
+        fields: dict[str, Any] = {field: rates[name]}
+        TrainingConfig(**fields)
     return rates
 
 

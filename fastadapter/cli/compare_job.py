@@ -8,13 +8,13 @@ def main(folder: Path) -> int:
     from transformers.utils import logging
 
     from fastadapter.cli import faults
-    from fastadapter.cli.loading import load_classifier
+    from fastadapter.cli.loading import load_classifier, load_model
     from fastadapter.compare.worker import execute, read_job
     from fastadapter.training import TrainingInterrupted
 
     logging.disable_progress_bar()  # the comparison has a line for every run
     try:
-        execute(read_job(folder / "job.json"), folder, load_classifier)
+        execute(read_job(folder / "job.json"), folder, load_classifier, load_model)
     except TrainingInterrupted as stop:
         return stop.exit_code
     except (Exception, KeyboardInterrupt) as error:

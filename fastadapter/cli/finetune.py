@@ -12,17 +12,17 @@ from fastadapter.cli.data_options import (
     add_data_arguments,
     describe_data,
     mention_special_tokens,
+    prompt_template,
     read_data,
 )
 from fastadapter.cli.loading import add_model_arguments, device_and_dtype, load_classifier, load_model
-from fastadapter.cli.method_options import add_method_arguments, method_config
+from fastadapter.cli.method_options import add_method_arguments, attach_from_task, method_config
 from fastadapter.cli.training_options import (
     add_output_arguments,
     add_training_arguments,
     require_possible,
     training_config,
 )
-from fastadapter.integrations.verbs.attach import attach
 from fastadapter.methods import METHODS
 from fastadapter.training import (
     Example,
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if accelerator.is_main_process:
         mention_special_tokens(args, tokenizer, train)
     _seed(args.seed)
-    attach(model, adapter)
+    attach_from_task(args, model, adapter, tokenizer, prompt_template(args, train[0]))
     try:
         result = finetune(
             model,

@@ -3,12 +3,15 @@
 import argparse
 import dataclasses
 import re
+import sys
 import types
 from collections.abc import Mapping
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from fastadapter.cli.options import unescape
+from fastadapter.integrations.verbs.attach import attach
 from fastadapter.methods import METHODS
-from fastadapter.training import UserError
+from fastadapter.training import UserError, from_text, task_text
 
 
 def add_method_arguments(group: Any, methods: Mapping[str, Any] = METHODS) -> None:
@@ -77,6 +80,27 @@ def method_config(args: argparse.Namespace, method: str, methods: Mapping[str, A
     return config(**{name: _parse(name, value, _types(config, name)) for name, value in given.items()})
 
 
+def attach_from_task(
+    args: argparse.Namespace, model: Any, config: Any, tokenizer: Any, template: str | None
+) -> Any:
+    """Attach a method; where the options choose no start, from what the template says of the task.
+
+    Returns: the configuration that was attached.
+    """
+    chosen = hasattr(args, "method_init") or hasattr(args, "method_init_text")
+    started = config if chosen or template is None else from_text(config, task_text(template))
+    if started is not config:
+        try:
+            attach(model, started, tokenizer=tokenizer)
+            return started
+        except TypeError as error:
+            print(
+                f"fastadapter: no start from the template's text, but a random one: {error}", file=sys.stderr
+            )
+    attach(model, config, tokenizer=tokenizer)
+    return config
+
+
 def _types(config: Any, name: str) -> set[Any]:
     hint = get_type_hints(config)[name]
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
@@ -96,6 +120,8 @@ def _parse(name: str, value: Any, kinds: set[Any]) -> Any:
                 continue
     if bool in kinds and value.lower() in ("true", "false"):
         return value.lower() == "true"
+    if name == "init_text":
+        return unescape(value)
     if str in kinds:
         return value
     if tuple in kinds or list in kinds:

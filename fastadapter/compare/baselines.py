@@ -1,5 +1,6 @@
-"""Nothing trained but a logistic regression, on what the frozen model makes of each text."""
+"""Nothing of the model trained: a logistic regression on what it makes of each text, and the model asked in words."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastadapter.checkpoints.files import write_tensors
-from fastadapter.training import TrainingConfig
+from fastadapter.training import TrainingConfig, UserError, predict_labels
 from fastadapter.training.classification import (
     class_names,
     encode_texts,
@@ -20,7 +21,7 @@ from fastadapter.training.classification import (
     require_head,
     text_limit,
 )
-from fastadapter.training.data import Example
+from fastadapter.training.data import COMPLETION_TEMPLATE, Example, context_length
 
 POOLINGS = ("mean", "last")
 FILE = "regression.safetensors"
@@ -136,4 +137,48 @@ def features(
         "fit_seconds": fit_seconds,
         "regression_c": strength,
         "file_bytes": path.stat().st_size,
+    }
+
+
+def in_context(
+    model: Any,
+    tokenizer: Any,
+    train: Sequence[Example],
+    test: Sequence[Example],
+    config: TrainingConfig,
+    text: str,
+    progress: bool = True,
+) -> dict[str, Any] | str:
+    """How often a language model finds the right label likeliest behind ``text`` and the record; nothing is trained.
+
+    Returns: accuracy, and the size of what is kept, which is the text; or why labels cannot be told apart.
+    """
+    labels = {name: COMPLETION_TEMPLATE.format(label=name) for name in class_names(train, test)}
+    asked = [dataclasses.replace(example, prompt=text + example.prompt) for example in test]
+    with tqdm(total=1.0, desc="asking", disable=None if progress else True, bar_format="{l_bar}{bar}") as bar:
+        try:
+            found = predict_labels(
+                model,
+                tokenizer,
+                asked,
+                labels,
+                batch_size=config.eval_batch_size,
+                max_length=config.max_length or context_length(model),
+                truncation=config.truncation,
+                parse_special_tokens=config.parse_special_tokens,
+                tick=lambda share: bar.update(share - bar.n),
+            )
+        except UserError as error:
+            return str(error)
+    right = sum(answer == example.label for answer, example in zip(found, test, strict=True))
+    return {
+        "accuracy": right / len(test),
+        "trainable_parameters": 0,
+        "train_rows": 0,
+        "test_rows": len(test),
+        "seconds": 0.0,
+        "seconds_per_epoch": 0.0,
+        "epochs": [],
+        "losses": [],
+        "file_bytes": len(text.encode()),
     }

@@ -61,6 +61,7 @@ def summarise(
                 "peak_memory_bytes": max(result["peak_memory_bytes"] for result in mine),
                 "file_bytes": mine[0]["file_bytes"],
                 "learning_rate": mine[0]["learning_rate"],
+                "head_learning_rate": mine[0].get("head_learning_rate"),
             }
         )
     return rows
@@ -86,7 +87,8 @@ def write_page(folder: Path, settings: dict[str, Any], results: Sequence[dict[st
     labels = settings.get("test_labels")  # absent in folders of before they were counted
     plots = draw(
         folder,
-        rows,
+        # nothing trained is nowhere on the plots' axes
+        [row for row in rows if row.get("trainable_parameters") != 0],
         results,
         title=f"{settings['model']} on {settings['data']}",
         subtitle=(
@@ -115,7 +117,7 @@ def markdown(
         "",
         f"{counts['train']:,} training and {counts['test']:,} test records, the same for every method; "
         f"{epochs} {'epoch' if epochs == 1 else 'epochs'}, batches of {training['batch_size']}; "
-        f"texts put into `{template}`; {_seeds(rows)}. {_where(results)}",
+        f"texts put into `{template}`; {_seeds(rows)}. {_starts(results)}{_where(results)}",
         "",
         *table(rows),
         "",
@@ -155,7 +157,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
                 f"{row['seconds']:.1f}",
                 f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB",
                 _size(row["file_bytes"]),
-                f"{row['learning_rate']:g}" if row["learning_rate"] else "",
+                _rates(row),
             ]
         lines.append(f"| {' | '.join([row['method'], *cells, *article])} |")
     return lines
@@ -163,6 +165,13 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _beside_the_article(rows: Sequence[dict[str, Any]]) -> bool:
     return any(row["article"] is not None for row in rows)
+
+
+def _rates(row: dict[str, Any]) -> str:
+    if not row["learning_rate"]:
+        return ""
+    head = row["head_learning_rate"]
+    return f"{row['learning_rate']:g}" + (f", head {head:g}" if head else "")
 
 
 def accuracy(row: dict[str, Any]) -> str:
@@ -177,11 +186,22 @@ def _seeds(rows: Sequence[dict[str, Any]]) -> str:
     """Which seeds the figures are of, and which rows have others."""
     methods: dict[str, list[str]] = {}
     for row in rows:
-        if row["method"] != "features":  # whose result no seed changes
+        if row["method"] not in ("features", "in-context"):  # whose result no seed changes
             methods.setdefault(", ".join(map(str, row["seeds"])), []).append(row["method"])
     most = max(methods, key=lambda seeds: len(methods[seeds]), default="none")
     others = [f"{seeds} of {', '.join(names)}" for seeds, names in methods.items() if seeds != most]
     return "; ".join([f"seeds {most}", *others])
+
+
+def _starts(results: Sequence[dict[str, Any]]) -> str:
+    """Where prompts and prefixes start, if not at random; of runs stored before there was a choice nothing is said."""
+    methods: dict[str, list[str]] = {}
+    for result in results:
+        text = result.get("options", {}).get("init_text")
+        names = methods.setdefault(json.dumps(text, ensure_ascii=False), []) if text else []
+        if result["method"] not in names:
+            names.append(result["method"])
+    return "".join(f"From the text `{text}`: {', '.join(names)}. " for text, names in methods.items())
 
 
 def _where(results: Sequence[dict[str, Any]]) -> str:

@@ -91,6 +91,7 @@ def compare(
     *,
     command: Sequence[str],
     learning_rates: dict[str, float] | None = None,
+    head_learning_rates: dict[str, float] | None = None,
     threads: int | None = None,
     device: str = "auto",
     save_steps: int = 200,
@@ -101,7 +102,7 @@ def compare(
 
     Args:
         command: starts a process that does the job in the folder given as last word.
-        learning_rates: of methods, in place of the table's.
+        learning_rates, head_learning_rates: of methods, in place of the table's.
         threads: of every process; ``None``: PyTorch's choice.
         after_run: called with the results so far whenever a run ends, and with all of them.
     Returns: the results, method by method, seed by seed.
@@ -115,6 +116,14 @@ def compare(
     for number, (method, seed) in enumerate(pairs, 1):
         folder = comparison.folder / "runs" / method.name / f"seed-{seed}"
         job = _job(comparison, method, seed, (learning_rates or {}).get(method.name), threads, device)
+        head_rate = (head_learning_rates or {}).get(method.name)
+        # of runs without a rate of their own for the head nothing is kept, as before there was one
+        job |= {"head_learning_rate": head_rate} if head_rate else {}
+        job |= (
+            {"default_head_learning_rates": dict(method.head_learning_rates)}
+            if method.head_learning_rates
+            else {}
+        )
         finished = _prepare_run(folder, job)
         if not finished:
             if progress:
@@ -165,7 +174,7 @@ def _prepare_run(folder: Path, job: dict[str, Any]) -> bool:
     file = folder / "job.json"
     if file.exists():
         old = json.loads(file.read_text(encoding="utf-8"))
-        different = [key for key in job if key not in _FREE and old.get(key) != job[key]]
+        different = [key for key in {**old, **job} if key not in _FREE and old.get(key) != job[key]]
         if (folder / RESULT).exists():
             # of a finished run it is known which kind of model it had: the other kind's rate is nothing to it
             kind = json.loads((folder / RESULT).read_text(encoding="utf-8"))["model_kind"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastadapter.compare.baselines import features
+from fastadapter.compare.baselines import features, in_context
 from fastadapter.compare.environment import describe_machine
 from fastadapter.compare.methods import DECODER, ENCODER, METHODS_TO_COMPARE, Method
 from fastadapter.integrations.verbs.attach import attach
@@ -17,6 +17,7 @@ from fastadapter.methods import METHODS
 from fastadapter.training import (
     Example,
     TrainingConfig,
+    UserError,
     class_names,
     finetune,
     last_layers,
@@ -30,10 +31,15 @@ from fastadapter.training.targets import AdapterTarget, ParameterTarget
 RESULT = "result.json"
 # Called as load(model, gguf_file, dtype, labels, seed); gives the model and its tokenizer.
 Load = Callable[[str, str | None, str, list[str], int], tuple[Any, Any]]
+# Called as load(model, gguf_file, dtype); gives the language model and its tokenizer.
+LoadLanguageModel = Callable[[str, str | None, str], tuple[Any, Any]]
 
 
-def execute(job: dict[str, Any], folder: Path, load: Load) -> None:
+def execute(job: dict[str, Any], folder: Path, load: Load, load_language_model: LoadLanguageModel) -> None:
     """Do what ``job`` says, going on where an earlier process stopped, and leave ``result.json`` in ``folder``.
+
+    Args:
+        load: of classifiers; ``load_language_model``: for what is asked in words.
 
     Raises: what :func:`fastadapter.training.finetune` raises.
     """
@@ -47,7 +53,9 @@ def execute(job: dict[str, Any], folder: Path, load: Load) -> None:
     )
     kind = model_kind(model)
     rate = job["learning_rate"] or method.learning_rates.get(kind)
-    options: dict[str, Any] = {**job["training"], **({"learning_rate": rate} if rate else {})}
+    head_rate = job.get("head_learning_rate") or job.get("default_head_learning_rates", {}).get(kind)
+    rates = {"learning_rate": rate, "head_learning_rate": head_rate}
+    options: dict[str, Any] = {**job["training"], **{name: value for name, value in rates.items() if value}}
     config = TrainingConfig(seed=job["seed"], **options)
     device = torch.device("cuda" if job["device"] != "cpu" and torch.cuda.is_available() else "cpu")
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -56,7 +64,8 @@ def execute(job: dict[str, Any], folder: Path, load: Load) -> None:
         "seed": job["seed"],
         "model_kind": kind,
         "model_parameters": total,
-        "learning_rate": rate,
+        **rates,
+        "options": job["options"],
         "threads": torch.get_num_threads(),
         "machine": describe_machine(),
         "date": time.strftime("%Y-%m-%d"),
@@ -66,11 +75,18 @@ def execute(job: dict[str, Any], folder: Path, load: Load) -> None:
         model.to(device)
         result |= _features(model, tokenizer, train, test, config, folder, job["progress"])
     else:
-        trained = _train(method, job, model, tokenizer, train, test, config, folder)
-        if isinstance(trained, str):
-            write_json(folder / RESULT, {**result, "not_defined": trained})
+        found: dict[str, Any] | str
+        if method.kind == "in-context":
+            found = f"{type(model).__name__} is of an encoder, which writes no words"
+            if kind == DECODER:
+                del model  # one of them in memory is enough
+                found = _in_context(job, train, test, config, device, load_language_model)
+        else:
+            found = _train(method, job, model, tokenizer, train, test, config, folder)
+        if isinstance(found, str):
+            write_json(folder / RESULT, {**result, "not_defined": found})
             return
-        result |= trained
+        result |= found
     result["peak_memory_bytes"] = peak_cuda_bytes(device) or peak_process_bytes()
     write_json(folder / RESULT, result)
     for leftover in ("last", "best"):  # the states of large models are larger than all else
@@ -104,6 +120,22 @@ def _features(
     }
 
 
+def _in_context(
+    job: dict[str, Any],
+    train: list[Example],
+    test: list[Example],
+    config: TrainingConfig,
+    device: torch.device,
+    load: LoadLanguageModel,
+) -> dict[str, Any] | str:
+    try:
+        model, tokenizer = load(job["model"], job["gguf_file"], job["dtype"])
+    except UserError as error:  # a backbone alone makes a classifier, but no sentence
+        return f"no language model: {str(error).removeprefix('--model ' + job['model'] + ': ')}"
+    text = job["options"]["init_text"]
+    return in_context(model.to(device), tokenizer, train, test, config, text, job["progress"])
+
+
 def _train(
     method: Method,
     job: dict[str, Any],
@@ -121,7 +153,7 @@ def _train(
     if method.kind == "adapter":
         torch.manual_seed(job["seed"])
         try:
-            attach(model, METHODS[str(method.adapter)](**method.options))
+            attach(model, METHODS[str(method.adapter)](**job["options"]), tokenizer=tokenizer)
         except TypeError as error:
             return str(error)
     else:

@@ -1,7 +1,7 @@
 """One file per method: its configuration, which says what to add to a model."""
 
 from fastadapter.methods.bottleneck import BottleneckConfig
-from fastadapter.methods.config import MethodConfig
+from fastadapter.methods.config import TEXT, MethodConfig
 from fastadapter.methods.llama_adapter import LlamaAdapterConfig, LlamaAdapterV2Config
 from fastadapter.methods.prefix_tuning import PrefixTuningConfig
 from fastadapter.methods.soft_prompt import SoftPromptConfig
@@ -20,6 +20,7 @@ METHODS: dict[str, type[MethodConfig]] = {
 
 __all__ = [
     "METHODS",
+    "TEXT",
     "BottleneckConfig",
     "LlamaAdapterConfig",
     "LlamaAdapterV2Config",

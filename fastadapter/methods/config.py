@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 MAX_PREFIX_LEN = 1024
+TEXT = "text"  # the start that every method with a prompt knows: what the frozen model makes of a text
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,35 @@ def require_names(name: str, value: Any) -> tuple[str, ...]:
     if not value or not all(value):
         raise ValueError(f"{name} must name at least one module, got {value!r}")
     return tuple(value)
+
+
+def settle_init(config: Any, choices: tuple[str, ...]) -> None:
+    """Check ``init`` and ``init_text`` of a configuration, and write down what is meant.
+
+    ``init=None`` means ``"text"`` where there is a text, else the first of ``choices``. Texts in a list become a tuple.
+
+    Raises: ValueError, TypeError: naming the argument.
+    """
+    text, init = config.init_text, config.init
+    if text is not None:
+        texts = (text,) if isinstance(text, str) else text
+        if not isinstance(texts, tuple | list) or not all(isinstance(each, str) for each in texts):
+            raise TypeError(f"init_text must be a text, a sequence of texts or None, got {text!r}")
+        if not texts or not all(each.strip() for each in texts):
+            raise ValueError(f"init_text must hold a word{' in each text' * (text is texts)}, got {text!r}")
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"init_text must be valid Unicode: {error.reason}") from None
+        object.__setattr__(config, "init_text", text if isinstance(text, str) else tuple(texts))
+    if init is None:
+        init = choices[0] if text is None else TEXT
+    require_choice("init", init, (*choices, TEXT))
+    if init == TEXT and text is None:
+        raise ValueError("init_text must hold the text that init='text' starts from, got None")
+    if init != TEXT and text is not None:
+        raise ValueError(f"init must be 'text' where init_text is given, got {init!r}")
+    object.__setattr__(config, "init", init)
 
 
 def require_bool(name: str, value: Any) -> None:

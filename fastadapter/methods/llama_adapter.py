@@ -3,7 +3,7 @@
 Version 2 (arXiv:2304.15010) adds a scale and a bias to every linear layer and trains the norms.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from fastadapter.methods.config import (
@@ -12,9 +12,12 @@ from fastadapter.methods.config import (
     require_bool,
     require_choice,
     require_count,
+    settle_init,
 )
 from fastadapter.nn.channel_scale import CONVENTIONS
 from fastadapter.ops.gated_prefix import GATE_FUNCTIONS
+
+INITS = ("random",)
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,11 @@ class LlamaAdapterConfig(MethodConfig):
             all of them.
         gate: ``"tanh"`` as in the paper's training code, or ``"identity"`` as in litgpt and PEFT.
         gate_per_head: one gate per head, or one per layer as in PEFT.
+        init: ``"random"``, N(0, 1), or ``"text"``: each layer's prompt starts from what that layer gets for the
+            tokens of ``init_text``. ``None``: ``"text"`` where there is one, else ``"random"``. The gates are zero
+            either way, so a fresh adapter changes nothing.
+        init_text: a text, or several that are put one after another, whose tokens are repeated or cut to
+            ``prefix_len``; :func:`fastadapter.attach` then needs the tokenizer.
         modules_to_save: dotted names, or their ends, of modules that the adapter trains and keeps copies of, besides
             the heads that are new to the task.
     Raises:
@@ -40,6 +48,8 @@ class LlamaAdapterConfig(MethodConfig):
     layers: int | None = None
     gate: str = "tanh"
     gate_per_head: bool = True
+    init: str | None = field(default=None, kw_only=True)
+    init_text: str | tuple[str, ...] | None = field(default=None, kw_only=True)
 
     method: ClassVar[str] = "llama-adapter"
 
@@ -49,6 +59,7 @@ class LlamaAdapterConfig(MethodConfig):
         require_count("layers", self.layers, optional=", or None for all")
         require_choice("gate", self.gate, GATE_FUNCTIONS)
         require_bool("gate_per_head", self.gate_per_head)
+        settle_init(self, INITS)
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,8 @@ class LlamaAdapterV2Config(LlamaAdapterConfig):
     parameters of its own.
 
     Args:
-        prefix_len, layers, gate, gate_per_head: of the gated prompts; scale, bias and norms are in all blocks.
+        prefix_len, layers, gate, gate_per_head, init, init_text: of the gated prompts; scale, bias and norms are in
+            all blocks.
         scale: ``"input"``: ``W (x * scale) + b0 + bias``, the authors' code; ``"output"``:
             ``scale * (W x + b0 + bias)``, litgpt; the two are different maps.
         modules_to_save: dotted names, or their ends, of modules that the adapter trains and keeps copies of, besides

@@ -52,6 +52,11 @@ class GatedPrefix(Masters):
         gates = num_heads if gate_per_head else 1
         self.gate = nn.Parameter(torch.zeros(gates, dtype=torch.float32, device=device))
 
+    @torch.no_grad()
+    def start_from(self, rows: Tensor) -> None:
+        """A prompt of these rows, ``(prefix_len, hidden_size)``; the gate stays."""
+        self.prompt.copy_(rows)
+
     def reset_parameters(self) -> None:
         """A prompt from N(0, 1) and gates of zero."""
         nn.init.normal_(self.prompt)

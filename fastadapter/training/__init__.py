@@ -18,6 +18,7 @@ from fastadapter.training.loop import finetune
 from fastadapter.training.loss import supervised_logits, supervised_loss
 from fastadapter.training.report import FinetuneResult, peak_rss_bytes, write_json
 from fastadapter.training.targets import last_layers, load_parameters, training_only
+from fastadapter.training.task_text import from_text, task_text
 
 __all__ = [
     "Batch",
@@ -35,6 +36,7 @@ __all__ = [
     "epoch_batches",
     "evaluate",
     "finetune",
+    "from_text",
     "label_completions",
     "last_layers",
     "load_parameters",
@@ -45,6 +47,7 @@ __all__ = [
     "split_examples",
     "supervised_logits",
     "supervised_loss",
+    "task_text",
     "training_only",
     "without_prompts_of",
     "write_json",

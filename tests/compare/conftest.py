@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fastadapter.cli import main
-from fastadapter.cli.loading import load_classifier
+from fastadapter.cli.loading import load_classifier, load_model
 from fastadapter.compare import run as runs
 from fastadapter.compare import worker
-from tests.training.toy import make_classifier, make_examples, make_tokenizer
+from tests.training.toy import make_classifier, make_examples, make_model, make_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +28,14 @@ def folders(tmp_path_factory):
     return found
 
 
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("language-model")
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def data(tmp_path):
     path = tmp_path / "texts.jsonl"
@@ -43,7 +51,7 @@ def calls(monkeypatch):
 
     def here(words, name, seed):
         folder = Path(words[-1])
-        worker.execute(worker.read_job(folder / "job.json"), folder, load_classifier)
+        worker.execute(worker.read_job(folder / "job.json"), folder, load_classifier, load_model)
         done.append(f"{name}/{seed}")
 
     monkeypatch.setattr(runs, "_run", here)

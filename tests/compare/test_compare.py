@@ -3,6 +3,7 @@
 A run in a process of its own costs seconds of imports, so most tests do the jobs in this process; one uses real ones.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,12 +17,12 @@ import torch
 
 from fastadapter.cli import compare as command
 from fastadapter.cli import compare_job
-from fastadapter.compare import METHODS_TO_COMPARE, resolve_methods, summarise, worker
+from fastadapter.compare import METHODS_TO_COMPARE, resolve_methods, summarise, with_options, worker
 from fastadapter.compare import run as runs
-from fastadapter.compare.baselines import STRENGTHS, embed, fit_regression
+from fastadapter.compare.baselines import STRENGTHS, embed, fit_regression, in_context
 from fastadapter.compare.report import markdown, table
-from fastadapter.training import TrainingInterrupted, classification
-from tests.training.toy import make_classifier, make_examples, make_tokenizer
+from fastadapter.training import TrainingConfig, TrainingInterrupted, classification
+from tests.training.toy import make_classifier, make_examples, make_model, make_texts, make_tokenizer
 
 FAST = ("features", "last-layers", "llama-adapter")
 
@@ -38,12 +39,16 @@ def test_every_method_gets_a_row_with_its_figures(compare, calls, tmp_path, caps
     rows = {row["method"]: row for row in record["rows"]}
     assert list(rows) == list(METHODS_TO_COMPARE)
     total = record["runs"][0]["model_parameters"]
-    assert not any("not_defined" in row for row in rows.values())
+    undefined = [row["method"] for row in rows.values() if "not_defined" in row]
+    assert undefined == ["in-context"]  # an encoder, and a backbone without the head of a language model
     for run in record["runs"]:
+        if run["method"] in undefined:
+            continue
         assert 0 <= run["accuracy"] <= 1 and run["model_kind"] == ("encoder" if kind == "bert" else "decoder")
-        assert run["seconds"] > 0 and run["peak_memory_bytes"] > 1 << 20 and run["train_rows"] == 30
+        assert (run["seconds"] > 0) == (run["method"] != "in-context") and run["peak_memory_bytes"] > 1 << 20
+        assert run["train_rows"] == (0 if run["method"] == "in-context" else 30)
         assert run["test_rows"] == 10 and run["machine"]["cpu"]
-        if run["method"] != "features":
+        if run["method"] not in ("features", "in-context"):
             assert run["learning_rate"] == METHODS_TO_COMPARE[run["method"]].learning_rates[run["model_kind"]]
             assert len(run["epochs"]) == 2 and len(run["losses"]) == 16
             assert run["accuracy"] == run["epochs"][-1]["eval_accuracy"]
@@ -141,7 +146,7 @@ def test_a_new_rate_of_the_other_kind_of_model_leaves_finished_runs_valid(compar
 @pytest.mark.parametrize(
     "methods, options, message",
     [
-        (["features", "lora"], {}, "method 'lora' is unknown; there is features, last-layers"),
+        (["features", "lora"], {}, "method 'lora' is unknown; there is features, in-context, last-layers"),
         (["features"], {"data": "none.jsonl"}, "none.jsonl: no such file"),
         (["features"], {"seeds": "0 0"}, "--seeds must differ"),
         (["features"], {"seeds": "-1"}, "seed must be between 0 and"),
@@ -151,6 +156,15 @@ def test_a_new_rate_of_the_other_kind_of_model_leaves_finished_runs_valid(compar
         (["features"], {"eval_count": 40}, "held-out examples must be between 1 and 39, got 40"),
         (["features"], {"batch_size": 0}, "batch_size must be at least 1"),
         (["features"], {"learning_rate": "features=1"}, "features has none"),
+        (["in-context"], {"learning_rate": "in-context=1"}, "in-context has none"),
+        (["all-layers"], {"head_learning_rate": "all-layers=1"}, "all-layers=1: all-layers has none"),
+        (["features"], {"head_learning_rate": "houlsby=1"}, "--head-learning-rate houlsby=1: houlsby is not among"),
+        (["prefix-tuning"], {"init": "random", "init_text": "w1"}, "init_text goes with init 'text', got init"),
+        (["prefix-tuning"], {"init_text": "\\n"}, "init_text must hold a word"),
+        (["in-context"], {"init_text": "\\n"}, "init_text must hold a word"),
+        (["soft-prompt"], {"reparam_size": 8}, "reparam_size 8 is of prefix-tuning, which is not among the methods"),
+        (["prefix-tuning"], {"reparam_size": 0}, "reparam_size must be at least 1"),
+        (["prefix-tuning"], {"reparam_size": 8, "init_text": "w1"}, "reparam_size must be at least prefix_len 20"),
         (["features"], {"learning_rate": "all-layers=1"}, "all-layers is not among --methods"),
         (["all-layers"], {"learning_rate": "all-layers=fast"}, "'fast' is not a number"),
         (["all-layers"], {"learning_rate": "all-layers"}, "must be METHOD=RATE"),
@@ -164,6 +178,26 @@ def test_bad_arguments_print_one_line_and_write_nothing(
     assert compare(*methods, **options) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists() and not calls
+
+
+@pytest.mark.skipif(
+    "head_learning_rate" not in TrainingConfig.__dataclass_fields__,
+    reason="heads have no rate of their own here",
+)
+def test_a_head_may_have_a_rate_of_its_own(compare, calls, tmp_path, capsys):
+    same, own = tmp_path / "same", tmp_path / "own"
+    rate = {"head_learning_rate": "llama-adapter=0.5"}
+    assert compare("llama-adapter", "last-layers", seeds="0", output_dir=same) == 0
+    assert compare("llama-adapter", "last-layers", seeds="0", output_dir=own, **rate) == 0
+    runs = {run["method"]: [run] for run in results(same)["runs"]}
+    for run in results(own)["runs"]:
+        runs[run["method"]].append(run)
+    assert runs["last-layers"][0]["losses"] == runs["last-layers"][1]["losses"]
+    assert runs["llama-adapter"][0]["losses"] != runs["llama-adapter"][1]["losses"]
+    assert "| 0.03, head 0.5 |" in (own / "comparison.md").read_text()
+    capsys.readouterr()
+    assert compare("llama-adapter", seeds="0", output_dir=own) == 2
+    assert "head_learning_rate was 0.5, now None" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -197,6 +231,83 @@ def test_a_method_without_its_adapter_names_what_there_is(monkeypatch):
         "features",
         "all-layers",
     ]
+
+
+WITH_PROMPTS = ("prefix-tuning", "soft-prompt", "llama-adapter", "llama-adapter-v2")
+
+
+def options_of(methods):
+    return {method.name: dict(method.options) for method in methods}
+
+
+def test_prompts_start_from_what_the_template_says():
+    methods = resolve_methods(list(METHODS_TO_COMPARE))
+    started = options_of(with_options(methods, "w1 {text} w2"))
+    assert {name for name, options in started.items() if "init_text" in options} == {
+        *WITH_PROMPTS,
+        "in-context",
+    }
+    assert all(started[name] == {"init_text": "w1  w2"} for name in WITH_PROMPTS)
+    assert started["houlsby"] == {"placement": "houlsby"}
+    random = options_of(with_options(methods, "w1 {text} w2", init="random"))
+    assert not any(random[name] for name in WITH_PROMPTS) and random["in-context"] == {"init_text": "w1  w2"}
+    bare = options_of(with_options(methods, "{text}"))
+    assert not any(bare[name] for name in WITH_PROMPTS) and bare["in-context"] == {"init_text": ""}
+    told = options_of(with_options(methods, "{text}", init_text="w3", reparam_size=24))
+    assert told["prefix-tuning"] == {"reparam_size": 24, "init_text": "w3"} and told["in-context"] == {
+        "init_text": "w3"
+    }
+    narrow = options_of(with_options(methods, "w1 {text}", reparam_size=8))
+    assert narrow["prefix-tuning"] == {"reparam_size": 8}, "too narrow to give chosen keys: starts at random"
+    with pytest.raises(ValueError, match="init must be one of text, random, got 'zero'"):
+        with_options(methods, "{text}", init="zero")
+
+
+def test_a_text_start_is_what_runs_and_what_the_folder_knows(
+    compare, calls, language_model, tmp_path, monkeypatch, capsys
+):
+    attached = []
+    plain = worker.attach
+
+    def attach(model, config, **options):
+        attached.append(config)
+        return plain(model, config, **options)
+
+    monkeypatch.setattr(worker, "attach", attach)
+    options = {"model": language_model, "seeds": "0", "num_train_epochs": 1}
+    options |= {"template": r"Review:{text}\nSentiment:", "reparam_size": 30}
+    assert compare("prefix-tuning", "soft-prompt", "llama-adapter", "in-context", **options) == 0
+    assert [each.init_text for each in attached] == ["Review:\nSentiment:"] * 3
+    assert attached[0].reparam_size == 30
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    start = r'From the text `"Review:\nSentiment:"`: in-context, prefix-tuning, soft-prompt, llama-adapter.'
+    assert start in page
+    row = next(line for line in page.splitlines() if line.startswith("| in-context |"))
+    assert row.split("|")[3:5] == [" 0 ", " 0.000% "]
+    assert compare("prefix-tuning", **options) == 0 and len(attached) == 3, "read back"
+    capsys.readouterr()
+    assert compare("prefix-tuning", **options, init="random") == 2
+    was = {"reparam_size": 30, "init_text": "Review:\nSentiment:"}
+    assert f"options was {was}, now {{'reparam_size': 30}}" in capsys.readouterr().err
+
+
+def test_in_context_asks_the_language_model_behind_the_text():
+    """Against candidates scored one at a time by hand, and with labels that cannot be told apart."""
+    model, tokenizer = make_model(), make_tokenizer()
+    examples = make_texts(12)
+    found = in_context(model, tokenizer, examples, examples, TrainingConfig(), "w1 w2 ", progress=False)
+    right = 0
+    for example in examples:
+        scores = {}
+        for label in ("bad", "good"):
+            ids = tokenizer(f"w1 w2 {example.prompt} {label}", return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                scores[label] = model(ids).logits[0, -2].log_softmax(-1)[ids[0, -1]].item()
+        right += max(scores, key=scores.get) == example.label
+    assert found["accuracy"] == right / 12 and found["file_bytes"] == 6 and found["trainable_parameters"] == 0
+    same = [dataclasses.replace(each, label={"good": "w1", "bad": "w1 w2"}[each.label]) for each in examples]
+    reason = in_context(model, tokenizer, same, same, TrainingConfig(), "", progress=False)
+    assert "the tokens of 'w1' begin those of 'w1 w2'" in reason
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

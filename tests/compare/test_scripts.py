@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fastadapter.cli import assets
+from tests.training.toy import make_examples
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
@@ -57,6 +60,46 @@ def test_a_second_comparison_is_added_to_the_stored_one(compare, calls, script, 
     assert (tmp_path / "stored" / "accuracy_time.png").is_file()
     with pytest.raises(SystemExit):
         script("store_comparison", "--redraw", tmp_path / "stored", tmp_path / "other")
+
+
+def test_a_sweep_takes_steps_and_seeds_and_goes_on(
+    folders, calls, script, tmp_path, monkeypatch, capsys, language_model
+):
+    """The best rate is that of the lowest mean over the seeds; rows of older sweeps, without a seed, stay."""
+    rows = [{"text": e.prompt.replace("\n", " "), "label": e.label} for e in make_examples(60)]
+    monkeypatch.setattr(assets, "MODELS", {"smollm2": lambda: language_model})
+    monkeypatch.setattr(assets, "fetch_demo_reviews", lambda: None)
+    monkeypatch.setattr(assets, "split_reviews", lambda *_: (rows, []))
+    out = tmp_path / "rates.json"
+    words = ("--model", "smollm2", "--template", "Review:{text}", "--steps", 2, "--threads", 1, "--out", out)
+    words += ("--methods", "prefix-tuning", "--seeds", 0, 1, "--rates", 0.01)
+    script("sweep_learning_rates", *words)
+    assert calls == ["prefix-tuning/0", "prefix-tuning/1"]
+    record = json.loads(out.read_text())
+    assert "32 training and 8 held-out reviews" in record["about"] and "epochs: 1" in record["about"]
+    assert [row["seed"] for row in record["rows"]] == [0, 1]
+    assert all(row["options"] == {"init_text": "Review:"} for row in record["rows"])
+    del record["rows"][0]["seed"]
+    out.write_text(json.dumps(record))
+    capsys.readouterr()
+    script("sweep_learning_rates", *words, 0.1)
+    assert len(calls) == 4 and len(json.loads(out.read_text())["rows"]) == 4
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("prefix-tuning")]
+    assert (
+        len(lines) == 2
+        and sum("*" in line for line in lines) == 1
+        and all("2 seeds" in line for line in lines)
+    )
+    losses = [
+        row["held_out_loss"] for row in json.loads(out.read_text())["rows"] if row["learning_rate"] == 0.1
+    ]
+    assert f"loss {sum(losses) / 2:.4f}" in lines[1]
+    for wrong in (("--steps", 0), ("--count", 4)):
+        with pytest.raises(SystemExit):
+            script("sweep_learning_rates", "--out", out, *wrong)
+        assert "--count must be between 5 and" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        script("sweep_learning_rates", "--out", out, "--count", 5, "--steps", 5)
 
 
 def test_peft_is_trained_on_the_records_of_a_comparison(compare, calls, script, tmp_path, capsys):

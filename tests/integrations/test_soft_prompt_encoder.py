@@ -337,7 +337,7 @@ def test_first_values():
     assert all((table == row).all(1).any() for row in prompts["drawn"])
     assert torch.equal(prompts["told"], table[[ord(letter) % 60 for letter in "abcab"]])
     image = build(NAMED["vit"])
-    for config in (fa.SoftPromptConfig(5), fa.SoftPromptConfig(5, init="random", init_text="a cat")):
+    for config in (fa.SoftPromptConfig(5), fa.SoftPromptConfig(5, init_text="a cat")):
         with pytest.raises(ValueError, match="init must be 'random' for ViTModel"):
             fa.attach(image, config, tokenizer=Tokenizer())
     fa.attach(image, fa.SoftPromptConfig(50, init="random"))

@@ -100,7 +100,7 @@ def device_of(module: nn.Module) -> torch.device:
     return parameter.device
 
 
-def single_stack(model: nn.Module, paths: list[str]) -> str:
+def single_stack(model: nn.Module, paths: list[str], what: str = "a soft prompt") -> str:
     """The one list of blocks that holds the attentions at ``paths``.
 
     Raises: TypeError: there are several.
@@ -109,7 +109,7 @@ def single_stack(model: nn.Module, paths: list[str]) -> str:
     stacks = {around[path].stack for path in paths}
     if len(stacks) > 1 or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise TypeError(
-            f"{type(model).__name__} has more than one stack of blocks ({', '.join(sorted(stacks))}): a soft prompt is "
+            f"{type(model).__name__} has more than one stack of blocks ({', '.join(sorted(stacks))}): {what} is "
             "defined for a single decoder or encoder"
         )
     return stacks.pop()
@@ -132,6 +132,15 @@ def decoder_of(model: nn.Module, stack: str) -> tuple[str, Any]:
             f"{type(decoder).__name__} takes no inputs_embeds and position_ids, so no soft prompt can be run through it"
         )
     return path, decoder
+
+
+def require_positions_before(decoder: nn.Module, text_config: Any, what: str) -> None:
+    """Raises: TypeError: nothing can stand at the positions before 0 of this model."""
+    if "llama_4_scaling_beta" in (getattr(text_config, "rope_parameters", None) or {}):
+        raise TypeError(
+            f"{type(decoder).__name__} scales queries by their position, which is not defined before the text, where "
+            f"{what} stands"
+        )
 
 
 def looks_back_only(model: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """The adapters of one attention module: gated prompts beside it, prefixes and soft prompts within its softmax."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -62,6 +63,23 @@ class PrefixHost(Host):
     def hooks(self, module: nn.Module) -> list[RemovableHandle]:
         hook.keep_hook_for(self)
         return []
+
+    @contextlib.contextmanager
+    def taking(self) -> Iterator[list[KeyValue]]:
+        """Keys and values that come to the attention while the context lasts, each call's; no adapter acts."""
+        found: list[KeyValue] = []
+
+        def take(
+            base: Callable[[], Any], attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any
+        ):
+            found.append((key, value))
+            return base()
+
+        self.attend = take  # type: ignore[method-assign, assignment]
+        try:
+            yield found
+        finally:
+            del self.attend
 
     def __setstate__(self, state):
         """A copied or unpickled model keeps its adapter working, so it keeps the hook too."""

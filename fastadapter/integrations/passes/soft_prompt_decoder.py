@@ -26,6 +26,7 @@ from fastadapter.integrations.passes.choice import State, left_behind
 from fastadapter.integrations.passes.dtypes import autocast_dtype
 from fastadapter.integrations.passes.prefix import PromptRun
 from fastadapter.integrations.passes.soft_prompt import Joined, PromptHost, cut_off, joined_mask, wants_tuple
+from fastadapter.integrations.passes.training import evaluating
 from fastadapter.nn import SoftPrompt
 
 _CACHES = ("cache", "past_key_values")
@@ -325,7 +326,7 @@ def difference(decoder: Any, name: str) -> tuple[float, float]:
     def run(**arguments: Any) -> Tensor:
         return decoder(**arguments, use_cache=False).last_hidden_state[:, -length:].float()
 
-    with _evaluating(decoder), torch.autocast(device.type, enabled=False):
+    with evaluating(decoder), torch.autocast(device.type, enabled=False):
         with host.state.only(None):
             expected, base, base_padded = run(**joined), run(input_ids=ids), run(**padded)
         # half types resolve so little that 64 roundings would let anything pass
@@ -336,18 +337,6 @@ def difference(decoder: Any, name: str) -> tuple[float, float]:
             if (base_padded - base).abs().max().item() <= allowed:
                 found.append(run(**padded))
     return (torch.stack(found) - expected).abs().max().item(), allowed  # NaN stays NaN
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextlib.contextmanager

@@ -56,6 +56,19 @@ def _ends_in_a_stub(node: Any) -> bool:
 
 
 @contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; each module's own mode comes back."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
 def linear_as_in_training(model: nn.Module) -> Iterator[None]:
     """bitsandbytes packs 4-bit weights on a CPU for good in a pass of inference, and then they have no backward."""
     layers = [layers_of(model.get_submodule(path))[-1] for path in linear_layers(model)]

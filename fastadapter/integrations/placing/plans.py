@@ -29,7 +29,9 @@ from fastadapter.integrations.passes.training import (
     layers_without_backward,
     linear_as_in_training,
 )
+from fastadapter.integrations.placing.texts import text_tokens
 from fastadapter.methods import (
+    TEXT,
     BottleneckConfig,
     LlamaAdapterConfig,
     LlamaAdapterV2Config,
@@ -138,9 +140,12 @@ def _prefix_tuning(model: nn.Module, config: PrefixTuningConfig, tokenizer: Any)
             key.shape[3],
             config.prefix_len,
             value_dim=value.shape[3],
-            init=config.init,
+            init="random"
+            if config.init == TEXT
+            else str(config.init),  # a text is read when all is in its place
             init_std=config.init_std,
             reparam=reparam,
+            freeze_slots=config.freeze_slots,
             device=key.device,
         )
         placements.append(Placement(path, PrefixHost, adapter, make))
@@ -157,7 +162,7 @@ def _soft_prompt(model: nn.Module, config: SoftPromptConfig, tokenizer: Any) -> 
         if site.host is ImagePromptHost:
             first = _first_image_prompt(site.encoder, config)
         else:
-            first = _first_prompt(site.encoder.get_input_embeddings(), config, tokenizer)
+            first = _first_prompt(site.encoder.get_input_embeddings(), config, tokenizer, begins=False)
         return [Placement(site.path, site.host, SoftPrompt(first), site.make)]
     path, decoder = discovery.decoder_of(model, stack)
     text_config = found[0][1].config
@@ -169,11 +174,7 @@ def _soft_prompt(model: nn.Module, config: SoftPromptConfig, tokenizer: Any) -> 
             f"{type(decoder).__name__} embeds token ids anew in every layer, and a soft prompt has no ids: it is not "
             "defined for this model"
         )
-    if "llama_4_scaling_beta" in (getattr(text_config, "rope_parameters", None) or {}):
-        raise TypeError(
-            f"{type(decoder).__name__} scales queries by their position, which is not defined before the text, where a "
-            "soft prompt stands"
-        )
+    discovery.require_positions_before(decoder, text_config, "a soft prompt")
     try:
         embeddings = decoder.get_input_embeddings()
     except NotImplementedError as error:
@@ -312,20 +313,18 @@ def _require_room(prompt_len: int, context: int | None) -> None:
         raise ValueError(f"prompt_len must be less than the model's context {context}, got {prompt_len}")
 
 
-def _first_prompt(embeddings: nn.Module, config: SoftPromptConfig, tokenizer: Any) -> Tensor:
+def _first_prompt(
+    embeddings: nn.Module, config: SoftPromptConfig, tokenizer: Any, begins: bool = True
+) -> Tensor:
     weight: Any = embeddings.weight
     if config.init_text is not None:
-        if tokenizer is None:
-            raise ValueError("tokenizer: init_text needs the model's tokenizer, got None")
-        ids = tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise ValueError(f"init_text {config.init_text!r} has no tokens")
-        tokens = torch.tensor((ids * config.prompt_len)[: config.prompt_len])
+        ids, _ = text_tokens(tokenizer, config.init_text, config.prompt_len, weight.shape[0], begins)
+        tokens = torch.tensor(ids[: config.prompt_len])
     else:
         tokens = torch.randint(weight.shape[0], (config.prompt_len,))
     with torch.no_grad():
         drawn = embeddings(tokens.to(discovery.device_of(embeddings))).float()
-        if config.init_text is None and config.init == "random":
+        if config.init == "random":
             # as wide as what the model's embeddings are, in a model that scales them too
             drawn = torch.randn(drawn.shape, device="cpu").to(drawn.device) * drawn.std()
     return drawn
@@ -333,10 +332,9 @@ def _first_prompt(embeddings: nn.Module, config: SoftPromptConfig, tokenizer: An
 
 def _first_image_prompt(encoder: Any, config: SoftPromptConfig) -> Tensor:
     """Uniform in Glorot's bounds between a patch's values and the hidden size, as in Visual Prompt Tuning."""
-    if config.init_text is not None or config.init != "random":
-        given = f"init={config.init!r}" if config.init_text is None else f"init_text={config.init_text!r}"
+    if config.init != "random":
         raise ValueError(
-            f"init must be 'random' for {type(encoder).__name__}, which has no vocabulary, got {given}"
+            f"init must be 'random' for {type(encoder).__name__}, which has no vocabulary, got {config.init!r}"
         )
     weight = encoder.embeddings.patch_embeddings.projection.weight  # (hidden_size, channels, height, width)
     bound = (6 / (weight[0].numel() + weight.shape[0])) ** 0.5

@@ -1,5 +1,6 @@
 """Attach adapters to transformers models, in place, and take them off again."""
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from fastadapter.integrations.passes.host import Place, Placement, host_of
 from fastadapter.integrations.passes.prefix import PromptSlot
 from fastadapter.integrations.passes.soft_prompt_decoder import SoftPromptHost, difference
 from fastadapter.integrations.placing.plans import plan
+from fastadapter.integrations.placing.texts import start_from_text
 from fastadapter.integrations.verbs import base_parameters
 from fastadapter.integrations.verbs.fold import take_out_of_weights
 from fastadapter.integrations.verbs.record import (
@@ -31,7 +33,7 @@ from fastadapter.integrations.verbs.record import (
 )
 from fastadapter.integrations.verbs.save_pretrained import Hold
 from fastadapter.integrations.verbs.undo import all_or_nothing
-from fastadapter.methods import MethodConfig
+from fastadapter.methods import MethodConfig, SoftPromptConfig
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SERIALS = itertools.count()
@@ -56,7 +58,7 @@ def attach(
         model: a transformers model (or a module that contains one, or a wrapper around one).
         config: the method and its sizes.
         name: what to call it; letters, digits, ``_`` and ``-``, at most 64.
-        tokenizer: the model's, for ``SoftPromptConfig(init_text=...)`` alone.
+        tokenizer: the model's; needed where the configuration has an ``init_text``.
     Returns: ``model``.
     Raises:
         ValueError: the name is taken or malformed, a size does not fit the model, or the model's weights hold a folded
@@ -108,10 +110,13 @@ def install(
         )
     require_no_rows(record)
     require_unfolded(record)
+    reads_text = getattr(config, "init_text", None) is not None
     with all_or_nothing(model, record) as undo:
         hook.install_hook()
         with record.state.only(None):
-            placements = plan(model, config, tokenizer)
+            # whose weights are known does not read its text again
+            planned = config if fill is None or not reads_text else _from_random(config)
+            placements = plan(model, planned, tokenizer)
         if not record.configs:
             record.was_trainable = {key: p.requires_grad for key, p in model.named_parameters()}
             model.requires_grad_(False)
@@ -128,6 +133,9 @@ def install(
         _prove_prompts(model, record, name)
         if fill is not None:
             fill()
+        elif reads_text and not isinstance(config, SoftPromptConfig):  # that one has read it in its plan
+            with record.state.only(None):
+                start_from_text(model, config, name, record.places[name], tokenizer)
         if activate and len(record.configs) == 1:
             record.state.default = name
             record.state.choose(None)
@@ -140,6 +148,10 @@ def require_adapter_name(name: str, argument: str = "name") -> None:
     """Raise ValueError, calling it ``argument``, unless an adapter can be called ``name``."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"{argument} must be 1 to 64 letters, digits, '_' or '-', got {name!r}")
+
+
+def _from_random(config: Any) -> MethodConfig:
+    return dataclasses.replace(config, init=None, init_text=None)
 
 
 def _place(model: nn.Module, record: Attachments, name: str, placement: Placement) -> None:
