@@ -174,7 +174,7 @@ def _prepare_run(folder: Path, job: dict[str, Any]) -> bool:
     file = folder / "job.json"
     if file.exists():
         old = json.loads(file.read_text(encoding="utf-8"))
-        different = [key for key in {**old, **job} if key not in _FREE and old.get(key) != job[key]]
+        different = [key for key in {**old, **job} if key not in _FREE and old.get(key) != job.get(key)]
         if (folder / RESULT).exists():
             # of a finished run it is known which kind of model it had: the other kind's rate is nothing to it
             kind = json.loads((folder / RESULT).read_text(encoding="utf-8"))["model_kind"]
