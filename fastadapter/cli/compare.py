@@ -114,7 +114,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--init-text",
         type=unescape,
-        help=r"text to start from, and to put in front of in-context's records; \n is a new line",
+        help=r"text to start from, and to put in front of in-context's records, in place of what the template says; "
+        r"\n is a new line",
     )
     what.add_argument(
         "--reparam-size", type=int, help="width of the network behind prefix tuning; none if not given"

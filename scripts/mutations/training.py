@@ -47,8 +47,8 @@ TRAINING = [
         "fastadapter/compare/run.py",
         COMPARE,
         other_settings_are_mixed=(
-            "found.get(key) != settings[key]]",
-            "key not in found]",
+            "different = _differences(found, settings, compared)",
+            "different = _differences(found, settings, [])",
         ),
         other_rates_are_mixed=("if key not in _FREE and", "if key == 'method' and"),
         finished_runs_run_again=("return (folder / RESULT).exists()", "return False"),

@@ -52,6 +52,7 @@ def test_a_terminal_that_goes_away_does_not_end_a_run_without_a_save(tmp_path):
         code = 1
         try:
             sys.stderr = os.fdopen(2, "w")  # pytest has put a file of its own in its place
+            signal.alarm(120)  # whatever goes wrong, the test ends
             run(tmp_path, progress=True, num_train_epochs=100_000)
         except BaseException as stop:
             code = getattr(stop, "exit_code", 2)
