@@ -78,11 +78,17 @@ inline void pack_columns(const View& x, const char* rows, int64_t count, int64_t
     for (int first = 0; first < width; first += W) {
       for (int64_t next = 0; next < k; next += W) {
         const int64_t p = k < W ? 0 : min(next, k - W);  // whole vectors: the last one overlaps
+        const char* from = rows + first * x.stride[2] + p * x.stride[3];
         Vec<C> v[W];
-        for (int i = 0; i < W; ++i) {
-          v[i] = first + i < count ? load_lanes<C, E>(rows + (first + i) * x.stride[2] + p * x.stride[3],
-                                                      x.stride[3], k - p)
-                                   : Vec<C>{};
+        if (count - first >= W && x.stride[3] == sizeof(E) && k >= W) {
+          // without a choice in the loop the vectors stay in registers
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) v[i] = load(reinterpret_cast<const E*>(from + i * x.stride[2]));
+        } else {
+          for (int i = 0; i < W; ++i) {
+            v[i] =
+                first + i < count ? load_lanes<C, E>(from + i * x.stride[2], x.stride[3], k - p) : Vec<C>{};
+          }
         }
         transpose<C>(v);
         for (int i = 0; i < min(W, k - p); ++i) store(dst + (p + i) * width + first, v[i]);
