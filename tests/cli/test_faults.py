@@ -64,7 +64,7 @@ def caught(function, *args):
         (RuntimeError("[enforce fail] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
          "this machine's memory is not enough; a smaller"),
         (ModuleNotFoundError("No module named 'sklearn'", name="sklearn.svm"),
-         'this needs scikit-learn, which is not installed: pip install "fastadapter[compare]"'),
+         'this needs scikit-learn, which is not installed: pip install "fastadapter[hf]"'),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )  # fmt: skip
