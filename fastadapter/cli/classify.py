@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if output is not None:
         output.start()
-    _classify_all(args, scorer, _from(first, texts), template, output)
+    _classify_all(args, scorer, chain([first], texts), template, output)
     return 0
 
 
@@ -179,11 +179,6 @@ def _texts(args: argparse.Namespace) -> Iterator[Text]:
         return
     for source, entry in read_file(args.file) if args.file is not None else read_stdin():
         yield source, field(source, entry, ("text",)) if isinstance(entry, dict) else entry
-
-
-def _from(first: Text, others: Iterator[Text]) -> Iterator[Text]:
-    yield first
-    yield from others
 
 
 def _classify_all(

@@ -90,13 +90,19 @@ class ModuleCopy(Masters):
     def rounded(self, module: nn.Module) -> nn.Module:
         """A module that gives what :meth:`forward` gives without gradients, with the parameters as they are now.
 
+        It is the copy itself where the dtypes agree, so that a large head is not in memory twice.
+
         Raises: TypeError: the module has buffers, which change.
         """
         if self.has_buffers():
             raise TypeError(f"a {type(self.own).__name__} with buffers cannot be rounded once for many calls")
-        rounded = copy.deepcopy(self.own)
+        with _EXCHANGING:  # another thread's call may have put its tensors in
+            dtypes = {key: _tensor(module, key).dtype for key, _ in self.own.named_parameters()}
+            if all(parameter.dtype == dtypes[key] for key, parameter in self.own.named_parameters()):
+                return self.own
+            rounded = copy.deepcopy(self.own)
         for key, parameter in rounded.named_parameters():
-            parameter.data = parameter.data.to(_tensor(module, key).dtype)
+            parameter.data = parameter.data.to(dtypes[key])
         return rounded.requires_grad_(False).eval()
 
     def has_buffers(self) -> bool:

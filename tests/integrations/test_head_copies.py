@@ -94,3 +94,26 @@ def test_a_copy_in_two_threads():
     for seconds, output in found.items():
         assert same_bits(output, torch.full((2, 4), 3 * seconds, dtype=torch.bfloat16))
     assert isinstance(own.own.weight, nn.Parameter) and own.own.weight.dtype == torch.float32
+
+
+def test_a_copy_is_rounded_once_and_not_doubled():
+    """Where the dtypes agree nothing is made; otherwise not while another thread's call has its tensors in the copy."""
+    from fastadapter.nn import module_copy
+
+    norm = torch.nn.LayerNorm(8)
+    own = ModuleCopy(norm)
+    assert own.rounded(norm) is own.own
+    half, x = torch.nn.LayerNorm(8).bfloat16(), torch.randn(2, 8).bfloat16()
+    with torch.no_grad():
+        own.own.weight.add_(torch.randn(8))
+        expected = own(half, x)
+    found = []
+    with module_copy._EXCHANGING:
+        thread = threading.Thread(target=lambda: found.append(own.rounded(half)))
+        thread.start()
+        thread.join(0.2)
+        assert not found
+    thread.join()
+    assert {each.dtype for each in found[0].parameters()} == {torch.bfloat16}
+    assert torch.equal(found[0](x), expected) and own.own.weight.dtype == torch.float32
+    assert not any(each.requires_grad for each in found[0].parameters())
