@@ -27,6 +27,7 @@ class Batch:
         targets: int64 ``(num_supervised,)``, the tokens to predict.
         rows: int64 ``(num_supervised,)``, the example each of them belongs to; always on the CPU.
         num_examples: examples in the batch.
+        places: where each example's tokens lie: row, first column, number of tokens.
         cu_seqlens: int32 ``(num_examples + 1,)``, offsets of packed examples.
     """
 
@@ -37,6 +38,7 @@ class Batch:
     targets: Tensor
     rows: Tensor
     num_examples: int
+    places: tuple[tuple[int, int, int], ...]
     cu_seqlens: Tensor | None = None
 
     @property
@@ -102,7 +104,28 @@ def collate(
         targets=tokens,
         rows=torch.tensor(rows, dtype=torch.int64),
         num_examples=len(examples),
+        places=tuple((row, 0, length) for row, length in enumerate(lengths)),
     )
+
+
+def lay_out(
+    shape: tuple[int, int], places: Sequence[tuple[int, int, int]], states: Sequence[Tensor]
+) -> Tensor:
+    """One vector per token of each example, where the batch has that token; zeros elsewhere.
+
+    Args:
+        shape: ``(batch, seq)`` of the batch.
+        places: of the batch.
+        states: of each example, ``(num_tokens, width)``, of one dtype and device.
+    Returns: ``(batch, seq, width)``.
+
+    >>> lay_out((1, 3), [(0, 0, 2)], [torch.ones(2, 1)]).flatten().tolist()
+    [1.0, 1.0, 0.0]
+    """
+    out = states[0].new_zeros(*shape, states[0].shape[1])
+    for (row, start, length), each in zip(places, states, strict=True):
+        out[row, start : start + length] = each
+    return out
 
 
 def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
