@@ -29,8 +29,6 @@ class Batch:
         num_examples: examples in the batch.
         places: where each example's tokens lie: row, first column, number of tokens.
         cu_seqlens: int32 ``(num_examples + 1,)``, offsets of packed examples.
-        trunk: hidden states ``(batch, seq, width)`` to begin the pass with, behind the blocks below what is trained;
-            ``None``: it begins with the tokens.
     """
 
     input_ids: Tensor
@@ -42,7 +40,6 @@ class Batch:
     num_examples: int
     places: tuple[tuple[int, int, int], ...]
     cu_seqlens: Tensor | None = None
-    trunk: Tensor | None = None
 
     @property
     def num_supervised(self) -> int:

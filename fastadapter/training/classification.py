@@ -24,8 +24,7 @@ from fastadapter.training.evaluation import require_known_labels
 from fastadapter.training.held_out import Tick
 from fastadapter.training.report import write_json
 from fastadapter.training.tasks import require_max_length
-from fastadapter.training.trunk.cached import Trunk
-from fastadapter.training.trunk.start import starting_from
+from fastadapter.training.trunk.cached import Trunk, beginning
 
 TEXT_TEMPLATE = "{text}"
 LABELS_FILE = "labels.json"
@@ -321,12 +320,9 @@ def class_logits(
     Args:
         trunk: states of the texts to begin with; ``None``: the pass begins with the tokens.
     """
-    inputs, states = pad(texts, pad_token_id, device), None
-    if trunk is not None:
-        rows, seq = inputs["input_ids"].shape
-        places = [(row, 0, len(ids)) for row, ids in enumerate(texts)]
-        states = trunk.lay_out((rows, seq), places, texts, device)
-    with starting_from(states):
+    inputs = pad(texts, pad_token_id, device)
+    places = [(row, 0, len(ids)) for row, ids in enumerate(texts)]
+    with beginning(trunk, inputs["input_ids"], places, texts):
         logits = model(**inputs).logits[:, :classes]
     return logits if logits.dtype == torch.float64 else logits.float()
 

@@ -17,7 +17,7 @@ from fastadapter.training.config import UserError
 from fastadapter.training.data import Encoded, Example, encode_examples
 from fastadapter.training.held_out import Tick
 from fastadapter.training.loss import supervised_logits
-from fastadapter.training.trunk.cached import Trunk, begin_at
+from fastadapter.training.trunk.cached import Trunk, beginning
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,10 @@ def score_candidates(
     try:
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
-            scored = [flat[index] for index in chunk]
-            batch = begin_at(trunk, collate(scored, device, causal=causal), scored)
-            logits = supervised_logits(model, batch)
+            batch = collate([flat[index] for index in chunk], device, causal=causal)
+            sequences = [flat[index].input_ids for index in chunk]
+            with beginning(trunk, batch.input_ids, batch.places, sequences):
+                logits = supervised_logits(model, batch)
             hit = (logits.argmax(-1) == batch.targets).cpu()
             members = batch.rows
             if shared:

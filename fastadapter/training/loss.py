@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastadapter.training.batching import Batch
-from fastadapter.training.trunk.start import starting_from
 
 
 @contextmanager
@@ -57,7 +56,7 @@ def supervised_logits(model: nn.Module, batch: Batch) -> Tensor:
     head = causal_lm.get_output_embeddings()
     if head is None:
         raise TypeError(f"{type(model).__name__} has no output embeddings, expected a causal language model")
-    with _only_positions(head, batch.input_ids.shape, batch.positions), starting_from(batch.trunk):
+    with _only_positions(head, batch.input_ids.shape, batch.positions):
         logits = model(**batch.model_inputs(), use_cache=False).logits
     logits = logits.squeeze(0)
     return logits if logits.dtype == torch.float64 else logits.float()

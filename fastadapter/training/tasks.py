@@ -17,7 +17,7 @@ from fastadapter.training.config import TrainingConfig, UserError
 from fastadapter.training.data import Encoded, Example, context_length, encode_examples, label_completions
 from fastadapter.training.held_out import HeldOut
 from fastadapter.training.loss import supervised_loss
-from fastadapter.training.trunk.cached import Trunk, begin_at
+from fastadapter.training.trunk.cached import Trunk, beginning
 
 
 class Task(Protocol):
@@ -90,8 +90,10 @@ class GenerationTask:
 
     def loss(self, model: nn.Module, rows: Sequence[int], device: torch.device) -> Tensor:
         chosen = [self.train[row] for row in rows]
-        batch = begin_at(self.trunk, collate(chosen, device, causal=self.causal), chosen)
-        return supervised_loss(model, batch, **self.loss_options)
+        batch = collate(chosen, device, causal=self.causal)
+        sequences = [each.input_ids for each in chosen]
+        with beginning(self.trunk, batch.input_ids, batch.places, sequences):
+            return supervised_loss(model, batch, **self.loss_options)
 
     def identity(self) -> dict[str, Any]:
         held_out: list[list[Encoded]] = self.held_out.candidates if self.held_out else []

@@ -1,14 +1,15 @@
 """The states of a trunk by the tokens that they are of."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastadapter.training.batching import Batch, lay_out
-from fastadapter.training.data import Encoded
+from fastadapter.training.batching import lay_out
+from fastadapter.training.trunk.start import starting_from
 
 
 class Trunk:
@@ -48,14 +49,25 @@ class Trunk:
         return laid.to(device, non_blocking=True)
 
 
-def begin_at(trunk: Trunk | None, batch: Batch, examples: Sequence[Encoded]) -> Batch:
-    """The batch of some examples, to begin behind the trunk; ``None``: as it is."""
+@contextlib.contextmanager
+def beginning(
+    trunk: Trunk | None,
+    input_ids: Tensor,
+    places: Sequence[tuple[int, int, int]],
+    sequences: Sequence[tuple[int, ...]],
+) -> Iterator[None]:
+    """Let the one forward pass in the context begin behind the trunk; ``None``: with the tokens.
+
+    Args:
+        input_ids: of the pass, ``(batch, seq)``, on the model's device.
+        places, sequences: of :meth:`Trunk.lay_out`.
+    """
     if trunk is None:
-        return batch
-    rows, seq = batch.input_ids.shape
-    sequences = [example.input_ids for example in examples]
-    states = trunk.lay_out((rows, seq), batch.places, sequences, batch.input_ids.device)
-    return dataclasses.replace(batch, trunk=states)
+        yield
+        return
+    rows, seq = input_ids.shape
+    with starting_from(trunk.lay_out((rows, seq), places, sequences, input_ids.device)):
+        yield
 
 
 def give(task: Any, trunk: Trunk | None) -> None:

@@ -120,7 +120,7 @@ class Builder:
         """Find the trunk, and prove on a few rows that passes may begin behind it."""
         stack = find.find_stack(self.model)
         if pays:
-            worth.require_large(stack.blocks, worth.Work.of(self.run), self.device.type)
+            worth.require_large(stack.blocks, worth.Work.of(self.run, self.options.runs), self.device.type)
         rows = prove.probe_rows(self.task.lengths)
         random = random_states(self.device)
         whole: list[tuple[float, Tensor]] = []
@@ -177,7 +177,7 @@ class Builder:
         pays: bool,
     ) -> None:
         """Say what it takes and saves, and make room for it."""
-        work = worth.Work.of(self.run)
+        work = worth.Work.of(self.run, self.options.runs)
         absent = sum(shard.tokens for shard in missing)
         saved = worth.saving(point.blocks, point.index, work, absent)
         if pays:

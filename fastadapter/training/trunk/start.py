@@ -35,14 +35,11 @@ _under_way: ContextVar[_Pass | None] = ContextVar("fastadapter_start", default=N
 
 
 @contextlib.contextmanager
-def starting_from(states: Tensor | None) -> Iterator[None]:
-    """Let the one forward pass in the context begin from ``states``, ``(batch, seq, width)``; ``None``: as ever.
+def starting_from(states: Tensor) -> Iterator[None]:
+    """Let the one forward pass in the context begin from ``states``, ``(batch, seq, width)``.
 
     The model's start point must be entered. Raises: RuntimeError: no pass, or more than one, began from the states.
     """
-    if states is None:
-        yield
-        return
     run = _Pass(states)
     token = _under_way.set(run)
     try:

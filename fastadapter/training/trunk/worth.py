@@ -16,13 +16,14 @@ _LEAST_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Work:
-    """Tokens that the passes of a run have: of training, which go back again, and of evaluations, which do not."""
+    """Tokens that passes have: of training, which go back again, and of evaluations, which do not."""
 
     trained: float
     evaluated: float
 
     @classmethod
-    def of(cls, run: Any) -> "Work":
+    def of(cls, run: Any, runs: int) -> "Work":
+        """Of ``runs`` runs like this one."""
         config, held = run.config, run.task.held_out
         epochs = run.total_steps / run.steps_per_epoch
         evaluations = 0
@@ -30,7 +31,7 @@ class Work:
             every = {"epoch": run.steps_per_epoch, "steps": config.eval_steps}.get(config.eval_strategy)
             evaluations = 1 + (1 if every is None else math.ceil(run.total_steps / every))
         once = 0 if held is None else sum(map(len, held.sequences()))
-        return cls(epochs * sum(run.task.lengths), evaluations * once)
+        return cls(runs * epochs * sum(run.task.lengths), runs * evaluations * once)
 
 
 def require_large(blocks: list[nn.Module], work: Work, device: str) -> None:
