@@ -28,7 +28,7 @@ def add_trunk_arguments(parser: argparse.ArgumentParser, one_run: bool = True) -
             "--trunk-cache-dtype",
             choices=tuple(DTYPES),
             default="base",
-            help="of the states: the model's own, or bf16, which takes half the space and rounds; goes with --trunk-cache",
+            help="of the states: the model's own, or bf16: half the space, rounded; goes with --trunk-cache",
         )
     else:
         group.add_argument(

@@ -43,7 +43,7 @@ class FinetuneResult:
         stopped_early: whether the run ended by ``early_stopping_patience``.
         trunk_cache: of a run whose passes began from cached states, how many ``blocks`` ``of`` how many were below
             them, the states' ``tokens`` and ``bytes``, how many tokens this run computed, the ``seconds`` it took to
-            have them, and their ``folder``; ``None``: passes began with the tokens.
+            have them, and the name of the ``trunk``'s folder; ``None``: passes began with the tokens.
     """
 
     config: dict[str, Any]

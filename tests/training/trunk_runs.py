@@ -1,6 +1,5 @@
 """Runs over a model of four blocks of which the upper ones are adapted or trained, with and without a trunk cache."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -102,18 +101,16 @@ def run(
     )
 
 
-if __name__ == "__main__":  # a process of its own: FOLDER CACHE [slow]
-    if "slow" in sys.argv:
-        from fastadapter.training.trunk.store import Store
+if __name__ == "__main__":  # in a process of its own, which says after each shard that it is there, and waits
+    from fastadapter.training.trunk import store
 
-        write = Store.write
+    write = store.Store.write
 
-        def slowly(self: Store, shard: Any, states: torch.Tensor) -> None:
-            write(self, shard, states)
-            print("shard", flush=True)
-            sys.stdin.readline()
+    def slowly(self: store.Store, *of_shard: Any) -> None:
+        write(self, *of_shard)
+        print("shard", flush=True)
+        sys.stdin.readline()
 
-        Store.write = slowly  # type: ignore[method-assign]
+    store.Store.write, store.SHARD_SEQUENCES = slowly, 8  # type: ignore[method-assign]
     torch.set_num_threads(1)
-    result = run(Path(sys.argv[1]), sys.argv[2])
-    print(f"done {os.getpid()} {result.trunk_cache}")
+    run(Path(sys.argv[1]), sys.argv[2])

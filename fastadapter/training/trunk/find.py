@@ -117,7 +117,10 @@ def observe(model: nn.Module, stack: Stack, device: torch.device, call: Callable
         for handle in handles:
             handle.remove()
     if calls != list(range(len(stack.blocks))):
-        raise NoTrunk(f"the blocks of {stack.path} are not called once each, one behind another")
+        raise NoTrunk(
+            f"the blocks of {stack.path} are not called once each, one behind another (a soft prompt is run through "
+            "them by itself)"
+        )
     return Observed(behind, first)
 
 

@@ -77,10 +77,12 @@ class Builder:
 
     Attributes:
         told: whether a reason why there is no cache would be news: blocks are frozen, and it might pay.
+        computed: tokens whose states this process computed.
     """
 
     def __init__(self, run: Any, options: TrunkCache, asked: bool):
         self.run, self.options, self.told = run, options, asked
+        self.computed = 0
         self.model, self.task, self.accelerator = run.model, run.task, run.accelerator
         self.device: torch.device = run.accelerator.device
 
@@ -104,15 +106,16 @@ class Builder:
         give(self.task, trunk)
         seconds = time.perf_counter() - started
         self.run.reporter.paused += seconds  # not a part of how fast steps are
-        tokens, computed = (sum(shard.tokens for shard in each) for each in (shards, missing))
+        tokens = sum(shard.tokens for shard in shards)
+        computed = torch.tensor([self.computed], device=self.device)
         self.run.trunk = {
             "blocks": point.index,
             "of": len(point.blocks),
             "tokens": tokens,
-            "computed_tokens": computed,
+            "computed_tokens": int(self.accelerator.gather(computed).sum()),
             "bytes": tokens * store.token_bytes,
             "seconds": seconds,
-            "folder": str(store.folder),
+            "trunk": store.folder.name,
         }
         return point
 
@@ -225,6 +228,7 @@ class Builder:
             def compute(shard: Shard) -> Tensor:
                 if there and reporter.is_due():
                     reporter.line(f"trunk cache: {there:,} of {total:,} tokens")
+                self.computed += shard.tokens
                 return self._states(point, shard.sequences, store.dtype, lambda: self._stop(signals.received))
 
             return store.fill(shards, compute, reporter.line, done, first)
