@@ -19,13 +19,12 @@ from fastadapter.integrations.passes.training import evaluating
 from fastadapter.training.config import TrainingInterrupted, UserError
 from fastadapter.training.report import write_json
 from fastadapter.training.state import random_states, restore_random
-from fastadapter.training.step import StopSignals
 from fastadapter.training.targets import AdapterTarget
 from fastadapter.training.trunk import find, prove, worth
 from fastadapter.training.trunk.cached import Trunk, give
 from fastadapter.training.trunk.identity import backbone, describe_trunk, digest_json
 from fastadapter.training.trunk.options import DTYPES, TrunkCache
-from fastadapter.training.trunk.start import NoTrunk, StartPoint
+from fastadapter.training.trunk.start import NoTrunk, NotWorth, StartPoint
 from fastadapter.training.trunk.store import ABOUT_FILE, Shard, Store, make_room, size_text
 
 _ROWS = 32  # sequences of one forward pass of the trunk
@@ -60,7 +59,7 @@ def cached_trunk(run: Any, options: TrunkCache, asked: bool | None) -> Iterator[
     except (NoTrunk, CheckpointError) as why:
         if asked:
             raise (UserError(f"trunk_cache: {why}") if isinstance(why, NoTrunk) else why) from why
-        if builder.told or before:
+        if before or (builder.told and not isinstance(why, NotWorth)):
             run.reporter.line(f"trunk cache: none, {why}")
     finally:
         restore_random(random, run.accelerator.device)
@@ -76,7 +75,7 @@ class Builder:
     """The work for one run.
 
     Attributes:
-        told: whether a reason why there is no cache would be news: blocks are frozen, and it might pay.
+        told: whether a reason why there is no cache would be news: blocks are frozen.
         computed: tokens whose states this process computed.
     """
 
@@ -208,7 +207,7 @@ class Builder:
         first = accelerator.process_index * len(shards) // accelerator.num_processes
         total = sum(shard.tokens for shard in shards)
         with (
-            StopSignals() as signals,
+            self.run.signals as signals,
             tqdm(
                 total=total,
                 desc="trunk",
@@ -234,7 +233,8 @@ class Builder:
             return store.fill(shards, compute, reporter.line, done, first)
 
     def _stop(self, number: int | None) -> None:
-        if number:
+        # With several processes the others would wait for this one's shards: the run stops after its first step.
+        if number and self.accelerator.num_processes == 1:
             raise TrainingInterrupted(
                 number,
                 f"stopped by {signal.Signals(number).name} while the trunk was cached; what is done is kept; "

@@ -18,6 +18,10 @@ class NoTrunk(Exception):
     """Why passes of a model cannot begin at a block, or need not; in words that follow a colon."""
 
 
+class NotWorth(NoTrunk):
+    """It could be done, and would save too little."""
+
+
 class _Pass:
     """What one forward pass does with the blocks of a start point.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fastadapter.training.trunk.start import NoTrunk
+from fastadapter.training.trunk.start import NotWorth
 
 # Arithmetic that costs about as long as reading the weights for their digest and proving the trunk.
 _LEAST = {"cpu": 1e12}
@@ -35,9 +35,9 @@ class Work:
 
 
 def require_large(blocks: list[nn.Module], work: Work, device: str) -> None:
-    """Raises: NoTrunk: even a trunk of all blocks, found in its folder, would save less than looking for it costs."""
+    """Raises: NotWorth: even a trunk of all blocks, found in its folder, would save less than looking for it costs."""
     if 2 * sum(map(_size, blocks)) * (work.trained + work.evaluated) < _LEAST.get(device, _LEAST_ELSEWHERE):
-        raise NoTrunk("the run is too small for it to pay")
+        raise NotWorth("the run is too small for it to pay")
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def saving(blocks: list[nn.Module], size: int, work: Work, missing: int) -> Savi
 
 
 def require_saving(saved: Saving, device: str) -> None:
-    """Raises: NoTrunk: it does not pay."""
+    """Raises: NotWorth: it does not pay."""
     if 2 * saved.count < _LEAST.get(device, _LEAST_ELSEWHERE) or saved.share < _LEAST_SHARE:
-        raise NoTrunk(f"it does not pay: {max(saved.share, 0):.0%} of the run's arithmetic would be saved")
+        raise NotWorth(f"it does not pay: {max(saved.share, 0):.0%} of the run's arithmetic would be saved")
 
 
 def _size(block: nn.Module) -> int:
