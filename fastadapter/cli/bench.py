@@ -4,18 +4,20 @@ fastadapter bench audit --arch sm_90 --dtype bf16     # what the GPU kernels com
 fastadapter bench run --only gated_prefix             # CPU timings against peers
 fastadapter bench gpu                                 # GPU correctness and timings
 fastadapter bench table README.md --check             # tables drawn from stored rows
+fastadapter bench plan --model llama-7b --gpu h100 --data alpaca-like   # time and memory before a run
 """
 
 import argparse
 import importlib
 
-# What each needs beyond torch is asked for when it is chosen.
+# By name in fastadapter.benchmarks. What each needs beyond torch is asked for when it is chosen.
 WHAT = {
     "audit": ("audit.command", "compile the Triton kernels without a GPU and show registers, spills, floors"),
     "run": ("run", "time ops and recipes on this machine's CPU, against peers"),
     "gpu": ("gpu", "GPU correctness against fp64, then timings against peers"),
     "table": ("table", "draw Markdown tables from stored rows"),
     "plot": ("plot", "draw stored ratios as bars"),
+    "plan": (".cli.plan", "predict time and memory of a training run, and hold measured rows against it"),
 }
 
 
@@ -33,4 +35,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the chosen benchmark with its own options; its exit status."""
     module, _ = WHAT[args.what]
-    return importlib.import_module(f"fastadapter.benchmarks.{module}").main(args.options) or 0
+    return importlib.import_module(f".{module}", "fastadapter.benchmarks").main(args.options) or 0
