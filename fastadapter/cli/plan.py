@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fastadapter.cli.data_options import parse_columns
 from fastadapter.cli.method_options import method_config
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(check.table(checked, unplanned))
         return 0
-    shape, device, lengths = _shape(args), _device(args), None
+    shape, device = _shape(args), _device(args)
     config = method_config(args, args.adapter)
     dtype = args.dtype if args.dtype != "auto" else ("fp32" if device.cpu else "bf16")
     job = Job(
@@ -78,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         other = baseline(job, lengths, batching, device, args.num_train_epochs, _PADDING[args.padding])
         runs += [other] if other else []
     if args.json:
-        record = {
+        planned = {
             "model": vars(shape) | {"parameters": shape.parameters},
             "adapter": {"method": config.method, **config.to_dict()},
             "device": vars(device),
@@ -86,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "num_train_epochs": args.num_train_epochs,
             "runs": [run.to_dict() for run in runs],
         }
-        print(json.dumps(record, indent=1))
+        print(json.dumps(planned, indent=1))
     else:
         print(report(runs, lengths, args.num_train_epochs))
     return 0
@@ -130,7 +129,9 @@ def _parser() -> Parser:
     )
     data.add_argument("--columns", type=parse_columns, metavar="FIELD=COLUMN,...", help="as of finetune")
     data.add_argument("--max-length", type=int, help="most tokens of a record")
-    data.add_argument("--truncation", choices=TRUNCATION, default="error", help="of longer records of a file")
+    data.add_argument(
+        "--truncation", choices=TRUNCATION, help="of longer records of a file; error if not given"
+    )
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument("--adapter", choices=METHODS, default="llama-adapter", help="method")
     for name, text in (
@@ -224,7 +225,7 @@ def _lengths(args: argparse.Namespace, shape: ModelShape) -> Lengths:
         if getattr(args, option) is not None:
             raise UserError(f"--{option.replace('_', '-')} goes with --mean-tokens, not with --data")
     if args.data in DATA:
-        for option in ("tokenizer", "template", "columns"):
+        for option in ("tokenizer", "template", "columns", "truncation"):
             if getattr(args, option) is not None:
                 raise UserError(f"--{option} is for a file of records; the counts of {args.data} are stored")
         if args.records is not None and args.records < 1:
@@ -263,7 +264,7 @@ def _counted(args: argparse.Namespace, shape: ModelShape) -> Lengths:
             examples,
             append_eos=examples[0].label is None and examples[0].messages is None,
             max_length=args.max_length,
-            truncation=args.truncation,
+            truncation=args.truncation or "error",
         )
         learned = [len(each.supervised) for each in encoded]
         prompts = [len(each.input_ids) - count for each, count in zip(encoded, learned, strict=True)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastadapter.planning.factors import Factor, Range, fit, stored
+from fastadapter.planning.factors import NO_ROWS_OF_THE_CARD, Factor, Range, fit, stored
 from fastadapter.planning.rows import Measured, Unplanned, stored_rows
 
 
@@ -71,15 +71,18 @@ def check(folder: Path | None = None) -> tuple[list[Checked], list[Unplanned]]:
         checked.append(
             Checked(
                 row,
-                _predicted(row, factors[row.kind].range),
-                None if others is None else _predicted(row, others.range),
+                _predicted(row, factors[row.kind]),
+                None if others is None else _predicted(row, others),
             )
         )
     return checked, unplanned
 
 
-def _predicted(row: Measured, factor: Range) -> Range:
-    return factor * (row.blocks if row.kind.startswith("Python") else row.floor)
+def _predicted(row: Measured, factor: Factor) -> Range:
+    found = factor.range
+    if row.device not in factor.devices:
+        found = found.widened(NO_ROWS_OF_THE_CARD)
+    return found * (row.blocks if row.kind.startswith("Python") else row.floor)
 
 
 def table(checked: Sequence[Checked], unplanned: Sequence[Unplanned]) -> str:

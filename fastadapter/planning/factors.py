@@ -61,11 +61,13 @@ class Factor:
     Attributes:
         rows: how many there are.
         runs: in how many runs they were measured.
+        devices: on what.
     """
 
     range: Range
     rows: int
     runs: int
+    devices: tuple[str, ...] = ()
 
 
 def ratio(row: Measured) -> float:
@@ -91,7 +93,8 @@ def _factor(kind: str, rows: list[Measured]) -> Factor:
     if len(ratios) == 1:
         least = max(least, ONE_ROW)
     found = Range(low, statistics.median(ratios), high).reaching(least)
-    return Factor(found, len(rows), len({row.run for row in rows}))
+    devices = tuple(sorted({row.device for row in rows}))
+    return Factor(found, len(rows), len({row.run for row in rows}), devices)
 
 
 def to_json(factors: dict[str, Factor], until: str) -> str:
@@ -121,7 +124,7 @@ def stored() -> dict[str, Factor]:
     """The factors that come with the package."""
     text = (resources.files(__package__) / FILE).read_text(encoding="utf-8")
     return {
-        kind: Factor(Range(**factor["range"]), factor["rows"], factor["runs"])
+        kind: Factor(Range(**factor["range"]), factor["rows"], factor["runs"], tuple(factor["devices"]))
         for kind, factor in json.loads(text)["factors"].items()
     }
 
@@ -130,8 +133,8 @@ def step_factor(job: Job, device: Device) -> tuple[Range, str]:
     """Of a step that the device itself bounds, and where it is from."""
     kind = step_kind(job, device)
     factor = _of(stored(), kind)
-    said = f"x{factor.range.mid:.2f} ({factor.range.low:.2f} to {factor.range.high:.2f}) over the floor: {_rows(factor)}"
-    if device.rows:
+    said = f"{_times(factor)} over the floor: {_rows(factor)}"
+    if device.rows_name in factor.devices:
         return factor.range, said
     return factor.range.widened(
         NO_ROWS_OF_THE_CARD
@@ -163,16 +166,17 @@ def host_milliseconds(job: Job) -> tuple[Range, str]:
 def memory_factor(*, cpu: bool) -> tuple[Range, str]:
     """Of what a step holds above the model, and where it is from."""
     factor = _of(stored(), "memory of a process" if cpu else "memory of a step")
-    return factor.range, (
-        f"memory x{factor.range.mid:.2f} ({factor.range.low:.2f} to {factor.range.high:.2f}) of what is counted: "
-        f"{_rows(factor)}"
-    )
+    return factor.range, (f"memory {_times(factor)} of what is counted: {_rows(factor)}")
 
 
 def _of(factors: dict[str, Factor], kind: str) -> Factor:
     if kind not in factors:
         raise UserError(f"no stored row is of the kind {kind!r}, so nothing can be predicted from it")
     return factors[kind]
+
+
+def _times(factor: Factor) -> str:
+    return f"x{factor.range.mid:.2f} ({factor.range.low:.2f} to {factor.range.high:.2f})"
 
 
 def _rows(factor: Factor) -> str:

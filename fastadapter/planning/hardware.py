@@ -21,9 +21,7 @@ class Device:
         attention: share of ``tflops`` that the library's best causal attention reaches, forward and backward.
         plain_attention: the same of what ``scaled_dot_product_attention`` chooses by itself.
         link_gb_per_s: to another card of the same machine, one way.
-        rows: stored rows of this device say how much longer than the floor steps take; without them the range is
-            wider.
-        rows_name: how those rows call it.
+        rows_name: how stored rows call it; what none of them is from gets wider ranges.
         source: of the figures.
     """
 
@@ -35,7 +33,6 @@ class Device:
     plain_attention: float
     link_gb_per_s: float
     source: str
-    rows: bool = False
     rows_name: str = ""
     cpu: bool = False
 
@@ -77,7 +74,7 @@ GPUS = {
         Device(
             "h200", {"bf16": 800, "fp16": 800, "fp32": 54}, 4200, 139.8, *_HOPPER, 450,
             "product and copy as measured (docs/gpu.md); fp32 81 % of the data sheet's 67 TFLOP/s",
-            rows=True, rows_name="NVIDIA H200",
+            rows_name="NVIDIA H200",
         ),
         Device(
             "h100", {"bf16": 790, "fp16": 790, "fp32": 54}, 3000, 79.1, *_HOPPER, 450,
@@ -119,7 +116,6 @@ def epyc(threads: int) -> Device:
         *_CPU_ATTENTION,
         0.0,
         "best of many products and copies on one thread, times threads",
-        rows=True,
         rows_name=EPYC,
         cpu=True,
     )
@@ -138,7 +134,6 @@ def this_cpu(threads: int) -> Device:
         *_CPU_ATTENTION,
         0.0,
         "the best of a few products and copies, timed just now",
-        rows=model.startswith(EPYC),
-        rows_name=EPYC if model.startswith(EPYC) else "",
+        rows_name=EPYC if model.startswith(EPYC) else model,
         cpu=True,
     )

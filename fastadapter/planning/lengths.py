@@ -30,7 +30,8 @@ GROUPS = 8  # of steps of like size
 # Records of Alpaca have 547 bytes with its template (47.8 MB for instruction, input, output and all three in the
 # template, of 52,002 records), about 4.2 a token; half of them are the template and the instruction. The shape is
 # taken to be log-normal, answers spread as wide as their mean.
-_ALPACA = {"records": 52_002, "prompt": (66, 20), "completion": (64, 64)}
+_ALPACA = {"prompt": (66, 20), "completion": (64, 64)}
+ALPACA_RECORDS = 52_002
 DATA = {
     "reviews": "the 8,309 movie reviews of the demo, one label token each",
     "alpaca-like": "52,002 records, prompts of 66 and answers of 64 tokens in the mean, log-normal",
@@ -86,7 +87,7 @@ def named_lengths(name: str, causal: bool, records: int | None = None) -> Length
         texts = tuple(_between([int(word) for word in _REVIEWS[causal].split()], count))
         learned = (1 if causal else 0,) * count
         return Lengths(name, texts, learned, "token counts of the real reviews, stored as quantiles")
-    count = records or int(_ALPACA["records"])
+    count = records or ALPACA_RECORDS
     drawn = random.Random("alpaca-like")
     prompts, completions = (_log_normal(drawn, *_ALPACA[part], count) for part in ("prompt", "completion"))
     return Lengths(name, prompts, completions, "an assumption about Alpaca's records, not their tokens")

@@ -1,7 +1,7 @@
 """From a floor and measured factors to time, memory and how sure they are."""
 
 import dataclasses
-import math
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,44 +226,55 @@ def require_fits(run: Run, lengths: Lengths, epochs: int) -> None:
     raise UserError(
         f"{run.job.shape.name} in {run.job.dtype} with batches of {run.batching.batch_size} needs {needs:.1f} GiB "
         f"on {run.device.name} of {has:g} GiB, {needs - has:.1f} GiB too much ({weights:.1f} GiB of it weights, "
-        f"which every card holds whole). What would help: {'; '.join(helps) or 'a smaller model'}"
+        "which every card holds whole). What would help: "
+        + ("; ".join(helps) or "a smaller model; models split over cards are not modelled")
     )
 
 
 def _remedies(run: Run, lengths: Lengths, epochs: int) -> list[str]:
-    """Changes that, each alone, make it fit."""
-    job, batching, device = run.job, run.batching, run.device
+    """Changes that make it fit: each alone; where none does, two together, then three."""
+    device = run.device
 
-    def needs(other: Job, how: Batching, card: Device = device) -> float:
-        return predict("", other, lengths, how, card, epochs).memory_gib.mid
+    def gib(job: Job, batching: Batching, card: Device = device) -> float:
+        return predict("", job, lengths, batching, card, epochs).memory_gib.mid
 
-    def worth(text: str, other: Job, how: Batching) -> None:
-        gib = needs(other, how)
-        if gib <= device.memory_gib:
-            found.append(f"{text} ({gib:.1f} GiB)")
-
+    changes = _changes(run)
     found: list[str] = []
-    room = batching.batch_size // batching.num_gpus
-    count = batching.gradient_accumulation_steps
-    powers = [count * 2**power for power in range(1, int(math.log2(max(1, room // count))) + 1)]
-    for more in powers:
-        how = dataclasses.replace(batching, gradient_accumulation_steps=more)
-        if needs(job, how) <= device.memory_gib:
-            worth(f"--gradient-accumulation-steps {more}", job, how)
+    for count in range(1, len(changes) + 1):
+        for chosen in itertools.combinations(changes, count):
+            job, batching = run.job, run.batching
+            for _, of_job, of_batching in chosen:
+                job, batching = (
+                    dataclasses.replace(job, **of_job),
+                    dataclasses.replace(batching, **of_batching),
+                )
+            needed = gib(job, batching)
+            if needed <= device.memory_gib:
+                found.append(f"{' with '.join(text for text, *_ in chosen)} ({needed:.1f} GiB)")
+        if found:
             break
+    larger = [card for card in GPUS.values() if not device.cpu and card.memory_gib > device.memory_gib]
+    enough = [card.name for card in larger if gib(run.job, run.batching, card) <= card.memory_gib]
+    return found + ([f"--gpu {' or '.join(enough)}"] if enough else [])
+
+
+def _changes(run: Run) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """What could be asked for instead: the option, and the fields of job and batching that it sets."""
+    job, batching = run.job, run.batching
+    changes: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+    most = batching.batch_size // batching.num_gpus
+    if most > batching.gradient_accumulation_steps:
+        text = f"--gradient-accumulation-steps {most}"
+        changes.append((text, {}, {"gradient_accumulation_steps": most}))
     if not job.gradient_checkpointing:
-        worth("--gradient-checkpointing", dataclasses.replace(job, gradient_checkpointing=True), batching)
-    if job.dtype == "fp32" and "bf16" in device.tflops:
-        worth("--dtype bf16", dataclasses.replace(job, dtype="bf16"), batching)
-    if not device.cpu:
-        cards = [
-            card.name
-            for card in GPUS.values()
-            if card.memory_gib > device.memory_gib and needs(job, batching, card) <= card.memory_gib
-        ]
-        if cards:
-            found.append(f"--gpu {' or '.join(cards)}")
-    return found
+        text = "--gradient-checkpointing (in training: model.gradient_checkpointing_enable() from Python)"
+        changes.append((text, {"gradient_checkpointing": True}, {}))
+    if job.dtype == "fp32" and "bf16" in run.device.tflops:
+        changes.append(("--dtype bf16", {"dtype": "bf16"}, {}))
+    fewer = job.adapted // 2
+    if fewer and getattr(job.config, "layers", "none") != "none" and job.form != "whole":
+        changes.append((f"--layers {fewer}", {"config": dataclasses.replace(job.config, layers=fewer)}, {}))  # type: ignore[call-arg]
+    return changes
 
 
 def describe_layout(batching: Batching) -> str:

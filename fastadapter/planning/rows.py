@@ -47,6 +47,7 @@ class Measured:
         run: rows of one run stand or fall together.
         blocks: of a step on a card, blocks that Python walks through.
         fitted: whether the factor of its kind may come from it.
+        device: what it was measured on.
     """
 
     kind: str
@@ -58,6 +59,7 @@ class Measured:
     run: str
     blocks: float = 0
     fitted: bool = True
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def published() -> Measured:
     floor = 5 * load.steps * _seconds([*step_parts(job, load), *optimiser_parts(job)], GPUS["a100"], job)
     return Measured(
         "step on a card", "arXiv:2303.16199", "llama-7b on 8 A100, 5 epochs, all padded to 512: one hour",
-        "s", 3600, floor, "published", fitted=False,
+        "s", 3600, floor, "published", fitted=False, device="NVIDIA A100",
     )  # fmt: skip
 
 
@@ -146,14 +148,14 @@ def _benchmark(file: str, row: dict[str, Any]) -> Measured | Unplanned:
         memory = step_memory(job, load, cpu=device.cpu)
         floor = memory.step + (PROCESS + memory.weights if shape.startswith("whole process") else 0)
         kind = "memory of a process" if shape.startswith("whole process") else "memory of a step"
-        return Measured(kind, source, what, "MiB", row["median"], floor / 2**20, run)
+        return Measured(kind, source, what, "MiB", row["median"], floor / 2**20, run, device=device.rows_name)
     floor = 1e3 * _seconds(step_parts(job, load), device, job)
     kind, blocks = step_kind(job, device), 0.0
     if not device.cpu:
         blocks = job.shape.num_hidden_layers
         if floor < row["median"] / 3:  # the card waits for Python
             kind = host_kind(job)
-    return Measured(kind, source, what, "ms", row["median"], floor, run, blocks)
+    return Measured(kind, source, what, "ms", row["median"], floor, run, blocks, device=device.rows_name)
 
 
 def step_kind(job: Job, device: Device) -> str:
@@ -297,7 +299,8 @@ def _op_row(
     if not device.cpu:  # one kernel forward, two backward
         floor += LAUNCH_US * sum({"forward": 1, "backward": 2}[each] for each in _DIRECTIONS[direction])
     where = "a CPU" if device.cpu else "a card"
-    return Measured(f"{op}, {direction}, on {where}", source, what, "us", value, floor, run)
+    kind = f"{op}, {direction}, on {where}"
+    return Measured(kind, source, what, "us", value, floor, run, device=device.rows_name)
 
 
 def _op_job(op: str, case: str, dtype: str) -> tuple[Job, Workload] | None:
@@ -311,8 +314,8 @@ def _op_job(op: str, case: str, dtype: str) -> tuple[Job, Workload] | None:
         if found.re is _WIDTH and found[2] == "1":
             return None
         shape = ModelShape("one block", width, 1, 1, 1, width, 1)
-        config = BottleneckConfig(bottleneck_size=size, placement="pfeiffer")
-        return Job(shape, config, dtype=dtype), one_pass(1, rows, 0)
+        narrow = BottleneckConfig(bottleneck_size=size, placement="pfeiffer")
+        return Job(shape, narrow, dtype=dtype), one_pass(1, rows, 0)
     found = _HEADS.search(case)
     if found:
         batch, length, heads, kv, dim, prefix = (int(found[place]) for place in range(1, 7))
@@ -365,12 +368,21 @@ def _comparison(path: Path, folder: Path) -> Iterator[Measured | Unplanned]:
     floor = load.steps * _seconds(step_parts(job, load) + optimiser_parts(job), device, job)
     for number, epoch in enumerate(result["epochs"], 1):
         yield Measured(
-            step_kind(job, device), source, f"{what}, epoch {number}", "s", epoch["seconds"], floor, source
+            step_kind(job, device),
+            source,
+            f"{what}, epoch {number}",
+            "s",
+            epoch["seconds"],
+            floor,
+            source,
+            device=device.rows_name,
         )
     if "peak_memory_bytes" in result:
         whole = (step_memory(job, load, cpu=True).total + PROCESS) / 2**20
         peak = result["peak_memory_bytes"] / 2**20
-        yield Measured("memory of a process", source, what, "MiB", peak, whole, source)
+        yield Measured(
+            "memory of a process", source, what, "MiB", peak, whole, source, device=device.rows_name
+        )
 
 
 def _sweep(file: str, row: dict[str, Any]) -> Measured | Unplanned:

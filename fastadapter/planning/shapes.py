@@ -180,7 +180,7 @@ def from_folder(folder: str) -> ModelShape:
 
 def changed(shape: ModelShape, **sizes: int | None) -> ModelShape:
     """The shape with the sizes that are given; those that follow from them are computed anew."""
-    given = {name: value for name, value in sizes.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     if not given:
         return shape
     if ("hidden_size" in given or "num_attention_heads" in given) and "head_dim" not in given:
