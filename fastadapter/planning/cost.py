@@ -127,7 +127,8 @@ class Job:
         if isinstance(config, LlamaAdapterV2Config):
             channels = sum(a + b for part in shape.linears().values() for a, b in part)
             norms = hidden * (1 if shape.rms_norm else 2)
-            count += shape.num_hidden_layers * (channels + 2 * norms) + norms
+            last = norms if shape.causal else 0  # an encoder's blocks end with a norm, and no other follows
+            count += shape.num_hidden_layers * (channels + 2 * norms) + last
         return count
 
 

@@ -142,7 +142,16 @@ def step_factor(job: Job, device: Device) -> tuple[Range, str]:
 
 
 def host_milliseconds(job: Job) -> tuple[Range, str]:
-    """What Python takes for one block, forward and backward, on a card; and where it is from."""
+    """What Python takes for the blocks of one pass on a card, forward and backward; and where it is from."""
+    block, said = _block_milliseconds(job)
+    above = job.shape.num_hidden_layers - job.lowest
+    below = 0 if job.trunk_cache else job.lowest
+    again = above if job.gradient_checkpointing else 0
+    frozen = _of(stored(), "Python, frozen model").range
+    return block * (above + FORWARD_SHARE * again) + frozen * (FORWARD_SHARE * below), said
+
+
+def _block_milliseconds(job: Job) -> tuple[Range, str]:
     factors = stored()
     frozen = _of(factors, "Python, frozen model")
     kind = host_kind(job)

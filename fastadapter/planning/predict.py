@@ -17,7 +17,6 @@ from fastadapter.planning.cost import (
     with_prompt,
 )
 from fastadapter.planning.factors import (
-    FORWARD_SHARE,
     Range,
     host_milliseconds,
     memory_factor,
@@ -123,7 +122,7 @@ def predict(name: str, job: Job, lengths: Lengths, batching: Batching, device: D
     host = Range(0, 0, 0)
     if not device.cpu:
         host, host_said = host_milliseconds(job)
-        host = host * (1e-3 * _walked(job))
+        host = host * 1e-3
         assumptions.append(host_said)
     one_pass, waiting = Range(0, 0, 0), 0.0
     parts: dict[str, float] = {}
@@ -167,14 +166,6 @@ def predict(name: str, job: Job, lengths: Lengths, batching: Batching, device: D
         parts=parts,
         assumptions=(*assumptions, memory_said),
     )
-
-
-def _walked(job: Job) -> float:
-    """Blocks that Python walks through in one pass, forward and backward counted as one."""
-    above = job.shape.num_hidden_layers - job.lowest
-    below = 0 if job.trunk_cache else job.lowest
-    again = above if job.gradient_checkpointing else 0
-    return above + FORWARD_SHARE * (below + again)
 
 
 def _memory(job: Job, load: Workload, device: Device) -> tuple[Memory, Range, str]:
@@ -242,15 +233,15 @@ def _remedies(run: Run, lengths: Lengths, epochs: int) -> list[str]:
     found: list[str] = []
     for count in range(1, len(changes) + 1):
         for chosen in itertools.combinations(changes, count):
-            job, batching = run.job, run.batching
-            for _, of_job, of_batching in chosen:
-                job, batching = (
-                    dataclasses.replace(job, **of_job),
-                    dataclasses.replace(batching, **of_batching),
-                )
-            needed = gib(job, batching)
-            if needed <= device.memory_gib:
-                found.append(f"{' with '.join(text for text, *_ in chosen)} ({needed:.1f} GiB)")
+            for options in itertools.product(*chosen):
+                job, batching = run.job, run.batching
+                for _, of_job, of_batching in options:
+                    job = dataclasses.replace(job, **of_job)
+                    batching = dataclasses.replace(batching, **of_batching)
+                needed = gib(job, batching)
+                if needed <= device.memory_gib:
+                    found.append(f"{' with '.join(text for text, *_ in options)} ({needed:.1f} GiB)")
+                    break
         if found:
             break
     larger = [card for card in GPUS.values() if not device.cpu and card.memory_gib > device.memory_gib]
@@ -258,22 +249,26 @@ def _remedies(run: Run, lengths: Lengths, epochs: int) -> list[str]:
     return found + ([f"--gpu {' or '.join(enough)}"] if enough else [])
 
 
-def _changes(run: Run) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """What could be asked for instead: the option, and the fields of job and batching that it sets."""
+_Option = tuple[str, dict[str, Any], dict[str, Any]]
+
+
+def _changes(run: Run) -> list[list[_Option]]:
+    """What could be asked for instead, weaker forms first: the option, and what it sets in job and batching."""
     job, batching = run.job, run.batching
-    changes: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
-    most = batching.batch_size // batching.num_gpus
-    if most > batching.gradient_accumulation_steps:
-        text = f"--gradient-accumulation-steps {most}"
-        changes.append((text, {}, {"gradient_accumulation_steps": most}))
+    changes: list[list[_Option]] = []
+    count, most = batching.gradient_accumulation_steps, batching.batch_size // batching.num_gpus
+    more = [count * 2**power for power in range(1, 20) if count * 2**power < most] + [most] * (most > count)
+    if more:
+        name = "gradient_accumulation_steps"
+        changes.append([(f"--gradient-accumulation-steps {steps}", {}, {name: steps}) for steps in more])
     if not job.gradient_checkpointing:
         text = "--gradient-checkpointing (in training: model.gradient_checkpointing_enable() from Python)"
-        changes.append((text, {"gradient_checkpointing": True}, {}))
+        changes.append([(text, {"gradient_checkpointing": True}, {})])
     if job.dtype == "fp32" and "bf16" in run.device.tflops:
-        changes.append(("--dtype bf16", {"dtype": "bf16"}, {}))
-    fewer = job.adapted // 2
-    if fewer and getattr(job.config, "layers", "none") != "none" and job.form != "whole":
-        changes.append((f"--layers {fewer}", {"config": dataclasses.replace(job.config, layers=fewer)}, {}))  # type: ignore[call-arg]
+        changes.append([("--dtype bf16", {"dtype": "bf16"}, {})])
+    if job.form != "whole" and (fewer := job.adapted // 2):
+        config: Any = job.config
+        changes.append([(f"--layers {fewer}", {"config": dataclasses.replace(config, layers=fewer)}, {})])
     return changes
 
 
