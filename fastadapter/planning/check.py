@@ -86,7 +86,10 @@ def _predicted(row: Measured, factor: Factor) -> Range:
 
 
 def table(checked: Sequence[Checked], unplanned: Sequence[Unplanned]) -> str:
-    """Side by side, class by class; what is outside again at the end, then what is not planned, by reason."""
+    """Side by side, class by class; what is outside again at the end, then what is not planned, by reason.
+
+    ``!``: outside; ``=``: no other run is of this class, so the factor was made from this one.
+    """
     kinds: dict[str, list[Checked]] = defaultdict(list)
     for each in checked:
         kinds[each.row.kind].append(each)
@@ -104,7 +107,8 @@ def table(checked: Sequence[Checked], unplanned: Sequence[Unplanned]) -> str:
     held = sum(each.others.holds(each.row.value) for each in alone if each.others is not None)
     lines += [
         f"{len(checked) - len(outside)} of {len(checked)} rows are inside the stated range; {held} of {len(alone)} "
-        f"inside the range that other runs alone give; {len(checked) - len(alone)} have no other run.",
+        f"inside the range that other runs alone give; {len(checked) - len(alone)} have no other run "
+        "(=).",
         "",
         f"outside, {len(outside)}:",
         *(_line(each) for each in outside),
@@ -118,7 +122,7 @@ def table(checked: Sequence[Checked], unplanned: Sequence[Unplanned]) -> str:
 
 def _line(each: Checked) -> str:
     row, predicted = each.row, each.predicted
-    mark = " " if each.inside else "!"
+    mark = "!" if not each.inside else "=" if each.others is None and row.fitted else " "
     return (
         f"{mark} {row.value:9.4g}  {predicted.mid:9.4g} {row.unit:3}  {predicted.low:7.4g} to {predicted.high:7.4g}  "
         f"{each.error:+6.0%}  {row.what} [{row.source}]"

@@ -17,6 +17,7 @@ from fastadapter.training.config import UserError
 FILE = "factors.json"
 # Few rows say little about other sizes: a range reaches at least so far, as a factor, both ways. Assumptions.
 LEAST = {"times": 1.1, "memory": 1.05}
+ONE_RUN = 1.15
 ONE_ROW = 1.2
 NO_ROWS_OF_THE_CARD = 1.15
 # Python takes about a third of a block's time in forward.
@@ -90,11 +91,12 @@ def _factor(kind: str, rows: list[Measured]) -> Factor:
     if len(ratios) >= 20:
         low, *_, high = statistics.quantiles(ratios, n=20, method="inclusive")
     least = LEAST["memory" if kind.startswith("memory") else "times"]
-    if len(ratios) == 1:
-        least = max(least, ONE_ROW)
+    runs = len({row.run for row in rows})
+    if runs == 1:
+        least = ONE_ROW if len(ratios) == 1 else ONE_RUN
     found = Range(low, statistics.median(ratios), high).reaching(least)
     devices = tuple(sorted({row.device for row in rows}))
-    return Factor(found, len(rows), len({row.run for row in rows}), devices)
+    return Factor(found, len(rows), runs, devices)
 
 
 def to_json(factors: dict[str, Factor], until: str) -> str:

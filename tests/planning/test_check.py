@@ -95,6 +95,8 @@ def test_a_range_holds_all_of_few_rows_and_nine_in_ten_of_many():
 def test_a_range_is_never_narrower_than_is_assumed():
     one = factors.fit([measured("step", 2.0)])["step"].range
     assert (one.low, one.high) == (2.0 / factors.ONE_ROW, 2.0 * factors.ONE_ROW)
+    run = factors.fit([measured("step", 2.0)] * 2)["step"].range
+    assert (run.low, run.high) == (2.0 / factors.ONE_RUN, 2.0 * factors.ONE_RUN)
     two = factors.fit([measured("step", 2.0), measured("step", 2.0, "two")])["step"].range
     assert (two.low, two.high) == (2.0 / factors.LEAST["times"], 2.0 * factors.LEAST["times"])
 
