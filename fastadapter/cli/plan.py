@@ -22,7 +22,7 @@ from fastadapter.planning.hardware import GPUS, Device, resolve_gpu
 from fastadapter.planning.lengths import DATA, Batching, Lengths, drawn_lengths, named_lengths
 from fastadapter.planning.predict import Run, baseline, predict, require_fits
 from fastadapter.planning.report import report
-from fastadapter.planning.rows import Measured, stored_rows
+from fastadapter.planning.rows import Measured, results_folder, stored_rows
 from fastadapter.planning.shapes import MODELS, ModelShape, changed, resolve_shape
 from fastadapter.training import Example, TrainingConfig, UserError, encode_examples, read_examples
 from fastadapter.training.config import TRUNCATION
@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(record, indent=1))
         else:
             print(check.table(checked, unplanned))
+            if not any(results_folder().glob("compare_*/runs")):
+                print("\nRows of comparisons and sweeps are in a checkout alone.")
         return 0
     shape, device = _shape(args), _device(args)
     config = method_config(args, args.adapter)
@@ -156,6 +158,7 @@ def _parser() -> Parser:
     )
     train.add_argument("--gradient-accumulation-steps", type=int, default=1, help="passes of a step")
     train.add_argument("--packing", action="store_true", help="records in one row, without padding")
+    train.add_argument("--pack-length", type=int, help="most tokens of such a row, as of finetune")
     train.add_argument(
         "--trunk-cache", action="store_true", help="states below the lowest adapted block once per record"
     )
@@ -207,6 +210,7 @@ def _batching(args: argparse.Namespace, num_gpus: int) -> Batching:
         num_gpus,
         args.gradient_accumulation_steps,
         args.max_length,
+        args.pack_length,
     )
 
 

@@ -32,7 +32,10 @@ _BELOW = {
     "parallel": PARTS,
 }
 # Memory-mapped states of the trunk: read through the page cache, written to a local disk.
-TRUNK_READ, TRUNK_WRITE = 5e9, 1e9
+TRUNK_WRITE = 1e9
+TRUNK_READ = 5e9
+# Logits that the supervised loss makes at a time: 64 MiB of fp32.
+MAX_LOGITS = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Part:
-    """Work of one kind; ``kind`` says which rate bounds it: ``"product"``, ``"attention"`` or ``"bytes"``."""
+    """Work of one kind; ``kind`` says which rate bounds it: ``"product"``, ``"attention"``, ``"bytes"`` or
+    ``"file"``."""
 
     name: str
     kind: str
@@ -147,7 +151,8 @@ class Part:
         if self.kind == "attention":
             ours = job.implementation == "fastadapter"
             rate *= device.attention if ours else device.plain_attention
-        return max(self.flops / rate, self.bytes / (device.gb_per_s * 1e9))
+        bandwidth = TRUNK_READ if self.kind == "file" else device.gb_per_s * 1e9
+        return max(self.flops / rate, self.bytes / bandwidth)
 
 
 def with_prompt(job: Job, load: Workload) -> Workload:
@@ -191,8 +196,7 @@ def step_parts(job: Job, load: Workload) -> list[Part]:
     above = total - lowest
     parts = forward_parts(job, load, above if job.trunk_cache else total)
     if job.trunk_cache:
-        size = load.tokens * shape.hidden_size * s
-        parts.append(Part("states of the trunk, read", "bytes", 0, size))
+        parts.append(Part("states of the trunk, read", "file", 0, load.tokens * shape.hidden_size * s))
     parts += _backward(job, load, above)
     if job.gradient_checkpointing:
         parts += [
@@ -272,13 +276,20 @@ def _activation(job: Job) -> tuple[float, float]:
     return (5 * s * inner, 9 * s * inner) if job.shape.gated else (2 * s * inner, 3 * s * inner)
 
 
+def logits_at_once(job: Job, count: float) -> float:
+    """Logits that exist together, of ``count`` positions: all, or what a piece of the supervised loss holds."""
+    logits = count * job.shape.vocab_size if job.shape.causal else 0
+    return logits if job.all_logits else min(logits, MAX_LOGITS)
+
+
 def _head(job: Job, load: Workload) -> list[Part]:
-    """Logits where a target is, or everywhere, the loss, and the gradient of the states."""
+    """Logits where a target is, or everywhere, the loss, and the gradient of the states; pieces are made twice."""
     shape = job.shape
     count = load.tokens if job.all_logits else load.learned
-    flops = 4 * count * shape.head_parameters
-    moved = 2 * shape.head_parameters * BYTES[job.dtype] if count else 0
     logits = count * shape.vocab_size if shape.causal else 0
+    products = 3 if logits > logits_at_once(job, count) else 2
+    flops = products * 2 * count * shape.head_parameters
+    moved = products * shape.head_parameters * BYTES[job.dtype] if count else 0
     return [
         Part("head", "product", flops, moved),
         Part("loss", "bytes", 0, 8 * 4 * logits),

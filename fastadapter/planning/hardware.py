@@ -134,6 +134,6 @@ def this_cpu(threads: int) -> Device:
         *_CPU_ATTENTION,
         0.0,
         "the best of a few products and copies, timed just now",
-        rows_name=EPYC if model.startswith(EPYC) else model,
+        rows_name=model,
         cpu=True,
     )

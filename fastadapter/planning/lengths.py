@@ -1,5 +1,6 @@
 """How long records are, and what batches of them hold: simulated on the lengths, not guessed."""
 
+import dataclasses
 import itertools
 import math
 import random
@@ -27,6 +28,7 @@ _REVIEWS = {
 }
 REVIEW_RECORDS = 8309
 GROUPS = 8  # of steps of like size
+PACK_LENGTH = 8192
 # Records of Alpaca have 547 bytes with its template (47.8 MB for instruction, input, output and all three in the
 # template, of 52,002 records), about 4.2 a token; half of them are the template and the instruction. The shape is
 # taken to be log-normal, answers spread as wide as their mean.
@@ -142,6 +144,8 @@ class Batching:
         batch_size: records of a step, over all cards and passes.
         layout: one of :data:`LAYOUTS`.
         max_length: what ``"max_length"`` pads to.
+        pack_length: most tokens of a packed row; what a step has beyond takes further passes. ``None``: 8192, or the
+            longest record where that is longer.
     """
 
     batch_size: int
@@ -149,6 +153,7 @@ class Batching:
     num_gpus: int = 1
     gradient_accumulation_steps: int = 1
     max_length: int | None = None
+    pack_length: int | None = None
 
     def __post_init__(self):
         for option in ("batch_size", "num_gpus", "gradient_accumulation_steps"):
@@ -159,6 +164,11 @@ class Batching:
             raise UserError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         if self.layout == "max_length" and self.max_length is None:
             raise UserError("--padding max_length needs --max-length")
+        if self.pack_length is not None:
+            if self.layout != "packed":
+                raise UserError(f"--pack-length {self.pack_length} goes with --packing")
+            if self.pack_length < 1:
+                raise UserError(f"--pack-length must be at least 1, got {self.pack_length}")
         if self.batch_size < self.num_gpus * self.gradient_accumulation_steps:
             raise UserError(
                 f"--batch-size {self.batch_size} must be at least --num-gpus {self.num_gpus} times "
@@ -175,7 +185,7 @@ class Workload:
         squares: sum of the squared lengths that attention sees.
         rows: sequences.
         learned: positions with a target.
-        steps: of an epoch; ``passes`` of each on every card.
+        steps: of an epoch; ``passes`` of each on that card, in the mean.
         epoch_tokens: real tokens of an epoch; ``useful``: their share of the computed ones.
         groups: the same for steps of like size, with their share of all: a small step may wait for something else
             than a large one.
@@ -188,7 +198,7 @@ class Workload:
     largest_tokens: int = 0
     largest_learned: int = 0
     steps: int = 1
-    passes: int = 1
+    passes: float = 1
     epoch_tokens: int = 0
     useful: float = 1.0
     groups: tuple[tuple[float, "Workload"], ...] = ()
@@ -215,51 +225,71 @@ def simulate(lengths: Lengths, batching: Batching) -> Workload:
         raise UserError(
             f"--max-length {batching.max_length} is below the longest record, {max(totals)} tokens"
         )
+    if batching.layout == "packed" and max(totals) > (batching.pack_length or max(totals)):
+        raise UserError(
+            f"--pack-length {batching.pack_length} is below the longest record, {max(totals)} tokens; cut records with "
+            "--max-length"
+        )
+    most = None
+    if batching.layout == "packed":
+        most = batching.pack_length or max(PACK_LENGTH, max(totals))
     count = batching.gradient_accumulation_steps
     waited: list[tuple[float, ...]] = []
     computed, largest = 0, (0, 0)
     for step in steps:
-        slowest: list[tuple[int, int, int, int]] = []
+        slowest: tuple[float, ...] = ()
         for rank in share(step, batching.num_gpus):
-            passes = [_pass(part, totals, learned, batching) for part in share(rank, count)]
+            parts = [each for part in share(rank, count) for each in _rows_of_passes(part, totals, most)]
+            passes = [_pass(part, totals, learned, batching) for part in parts]
             computed += sum(each[0] for each in passes)
-            largest = max(largest, *((each[0], each[3]) for each in passes))
-            if sum(each[0] for each in passes) > sum(each[0] for each in slowest) or not slowest:
-                slowest = passes
-        waited.append(tuple(sum(each[place] for each in slowest) / count for place in range(4)))
-    tokens, squares, rows, targets = _mean(waited)
+            largest = max(largest, *((each[0], each[3]) for each in passes), (0, 0))
+            sums = (*(float(sum(each[place] for each in passes)) for place in range(4)), float(len(passes)))
+            slowest = max(slowest, sums)
+        waited.append(slowest)
     waited.sort()
     bounds = [len(waited) * part // GROUPS for part in range(GROUPS + 1)]
     groups = tuple(
-        ((high - low) / len(waited), Workload(*_mean(waited[low:high])))
+        ((high - low) / len(waited), _mean(waited[low:high]))
         for low, high in itertools.pairwise(bounds)
         if high > low
     )
-    return Workload(
-        tokens,
-        squares,
-        rows,
-        targets,
+    return dataclasses.replace(
+        _mean(waited),
         largest_tokens=largest[0],
         largest_learned=largest[1],
         steps=len(steps),
-        passes=count,
         epoch_tokens=sum(totals),
         useful=sum(totals) / computed,
         groups=groups,
     )
 
 
-def _mean(found: Sequence[tuple[float, ...]]) -> tuple[float, float, float, float]:
-    tokens, squares, rows, learned = (sum(each[place] for each in found) / len(found) for place in range(4))
-    return tokens, squares, rows, learned
+def _mean(steps: Sequence[tuple[float, ...]]) -> Workload:
+    """The mean pass of steps, given what each sums up and how many passes it has."""
+    tokens, squares, rows, learned, passes = (sum(each[place] for each in steps) for place in range(5))
+    return Workload(
+        tokens / passes, squares / passes, rows / passes, learned / passes, passes=passes / len(steps)
+    )
+
+
+def _rows_of_passes(rows: Sequence[int], totals: Sequence[int], most: int | None) -> list[list[int]]:
+    """One pass of all rows, or as many as packs of ``most`` tokens take, in the order of the rows."""
+    if not rows or most is None:
+        return [list(rows)] if rows else []
+    found: list[list[int]] = [[]]
+    tokens = 0
+    for row in rows:
+        tokens += totals[row]
+        if tokens > most and found[-1]:
+            found.append([])
+            tokens = totals[row]
+        found[-1].append(row)
+    return found
 
 
 def _pass(
     rows: Sequence[int], totals: Sequence[int], learned: Sequence[int], batching: Batching
 ) -> tuple[int, int, int, int]:
-    if not rows:
-        return 0, 0, 0, 0
     lengths = [totals[row] for row in rows]
     targets = sum(learned[row] for row in rows)
     if batching.layout == "packed":

@@ -13,7 +13,7 @@ from fastadapter.methods import (
     LlamaAdapterV2Config,
     PrefixTuningConfig,
 )
-from fastadapter.planning.cost import BYTES, Job, with_prompt
+from fastadapter.planning.cost import BYTES, Job, logits_at_once, with_prompt
 from fastadapter.planning.lengths import Workload
 
 # The driver's context and libraries on a card; an assumption.
@@ -68,7 +68,7 @@ def step_memory(job: Job, load: Workload, *, cpu: bool = False) -> Memory:
         weights=shape.parameters * s,
         trained=trained,
         activations=seen.tokens * (kept + last),
-        logits=counted * shape.vocab_size * LOGIT if shape.causal else 0,
+        logits=LOGIT * logits_at_once(job, counted),
         context=0 if cpu else CONTEXT,
     )
 

@@ -124,18 +124,18 @@ def predict(name: str, job: Job, lengths: Lengths, batching: Batching, device: D
         host, host_said = host_milliseconds(job)
         host = host * 1e-3
         assumptions.append(host_said)
-    one_pass, waiting = Range(0, 0, 0), 0.0
+    step, waiting = Range(0, 0, 0), 0.0
     parts: dict[str, float] = {}
     for share, group in load.groups:
         found = step_parts(job, group)
         busy = factor * sum(part.seconds(device, job) for part in found)
-        one_pass = one_pass + Range.larger(busy, host) * share
+        step = step + Range.larger(busy, host) * (share * group.passes)
         waiting += share * (host.mid > busy.mid)
-        _add(parts, found, device, job, share * factor.mid * load.passes)
+        _add(parts, found, device, job, share * factor.mid * group.passes)
     last = optimiser_parts(job)
     _add(parts, last, device, job, factor.mid)
     exchange = exchange_seconds(job, device, batching.num_gpus)
-    step = one_pass * load.passes + factor * sum(part.seconds(device, job) for part in last)
+    step = step + factor * sum(part.seconds(device, job) for part in last)
     step = step + Range(exchange, exchange, exchange)
     epoch = step * load.steps
     cache, cache_size = Range(0, 0, 0), 0
@@ -203,7 +203,7 @@ def baseline(
     if name is None:
         return None
     theirs = dataclasses.replace(job, implementation="peft", all_logits=True, trunk_cache=False)
-    padded = dataclasses.replace(batching, layout=padding)
+    padded = dataclasses.replace(batching, layout=padding, pack_length=None)
     return predict(f"{name}, padded", theirs, lengths, padded, device, epochs)
 
 

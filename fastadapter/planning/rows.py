@@ -23,7 +23,7 @@ from fastadapter.methods import (
     SoftPromptConfig,
 )
 from fastadapter.planning.cost import Job, Part, op_parts, optimiser_parts, step_parts
-from fastadapter.planning.hardware import GPUS, Device, epyc
+from fastadapter.planning.hardware import EPYC, GPUS, Device, epyc
 from fastadapter.planning.lengths import ALPACA_RECORDS, Batching, Workload, named_lengths, one_pass, simulate
 from fastadapter.planning.memory import step_memory
 from fastadapter.planning.shapes import MODELS, ModelShape
@@ -48,7 +48,7 @@ class Measured:
         unit: ``"ms"``, ``"us"``, ``"s"`` or ``"MiB"``; ``floor`` is in it too.
         run: rows of one run stand or fall together.
         blocks: of a step on a card, blocks that Python walks through.
-        fitted: whether the factor of its kind may come from it.
+        fitted: whether the factor of its kind may come from it: not from those of a busy machine.
         device: what it was measured on.
     """
 
@@ -88,8 +88,12 @@ def stored_rows(folder: Path | None = None) -> Iterator[Measured | Unplanned]:
         raise UserError(f"{folder}: no folder with stored rows")
     yield published()
     for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            yield _benchmark(path.name, json.loads(line))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                found = _benchmark(path.name, json.loads(line))
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{path}:{number}: not a row of a benchmark: {error!r}") from error
+            yield found
     for path in sorted(folder.glob("estimates_measured.csv")):
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
@@ -129,6 +133,13 @@ _NO_TRAINING = ("decode", "mixed-decode", "generate")
 
 
 def _benchmark(file: str, row: dict[str, Any]) -> Measured | Unplanned:
+    found = _planned(file, row)
+    if isinstance(found, Measured) and row.get("extra", {}).get("busy"):
+        return replace(found, what=f"{found.what} (busy machine)", fitted=False)
+    return found
+
+
+def _planned(file: str, row: dict[str, Any]) -> Measured | Unplanned:
     entry, shape, variant = row["entry"], row["shape"], row["variant"]
     what = f"{entry}, {shape}: {variant}"
     source = f"{file} {row['date'][:16]}"
@@ -173,7 +184,7 @@ def host_kind(job: Job) -> str:
 
 
 def _device(name: str, threads: int) -> Device | None:
-    if name.startswith("AMD EPYC"):
+    if name == EPYC:
         return epyc(threads)
     return next((card for card in GPUS.values() if card.rows_name == name), None)
 

@@ -7,6 +7,7 @@ import pytest
 
 from fastadapter.planning import check, factors
 from fastadapter.planning.rows import Measured, results_folder
+from fastadapter.training import UserError
 
 STEPS = ("step", "memory of a step", "Python")
 
@@ -118,11 +119,20 @@ def test_an_unknown_entry_is_listed_not_dropped(tmp_path):
         {**row, "variant": "a new peer"},
         {**row, "device": "another CPU"},
     ]
+    rows.append({**row, "median": 9999.0, "extra": {"busy": 1.0}})
     (tmp_path / "cpu.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     checked, unplanned = check.check(tmp_path)
-    assert [each.row.value for each in checked[1:]] == [2119.7]
+    assert [(each.row.value, each.row.fitted) for each in checked[1:]] == [(2119.7, True), (9999.0, False)]
     assert [each.reason for each in unplanned] == [
         "an entry that is not planned",
         "a variant that is not planned",
         "another CPU is not in the table of devices",
     ]
+
+
+def test_a_line_that_is_no_row_is_named(tmp_path):
+    (tmp_path / "cpu.jsonl").write_text('{"entry": "training-step"}\n')
+    with pytest.raises(UserError, match=r"cpu\.jsonl:1: not a row of a benchmark"):
+        check.check(tmp_path)
+    with pytest.raises(UserError, match="no folder with stored rows"):
+        check.check(tmp_path / "nowhere")

@@ -38,6 +38,21 @@ def test_a_step_waits_for_the_card_with_most_tokens():
     assert halves.tokens == one.tokens / 2 and halves.passes == 2
 
 
+def test_a_pack_holds_so_much_and_the_rest_takes_further_passes():
+    load = simulate(LENGTHS, Batching(6, "packed", pack_length=12))
+    order = [LENGTHS.totals[row] for row in epoch_batches(LENGTHS.totals, 6, 0, 0)[0]]
+    packs, tokens = 1, 0
+    for total in order:
+        if tokens + total > 12:
+            packs, tokens = packs + 1, 0
+        tokens += total
+    assert load.passes == packs > 2 and load.tokens == TOTAL / packs and load.largest_tokens <= 12
+    with pytest.raises(UserError, match="--pack-length 9 is below the longest record, 10 tokens"):
+        simulate(LENGTHS, Batching(6, "packed", pack_length=9))
+    with pytest.raises(UserError, match="--pack-length 9 goes with --packing"):
+        Batching(6, pack_length=9)
+
+
 def test_groups_of_steps_make_up_the_mean():
     load = simulate(named_lengths("reviews", True), Batching(16))
     assert sum(share for share, _ in load.groups) == pytest.approx(1)

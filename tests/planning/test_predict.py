@@ -10,6 +10,7 @@ from fastadapter.planning.cost import Job, exchange_seconds, step_parts
 from fastadapter.planning.factors import Range
 from fastadapter.planning.hardware import GPUS, Device, epyc
 from fastadapter.planning.lengths import Batching, drawn_lengths, named_lengths, one_pass
+from fastadapter.planning.memory import step_memory
 from fastadapter.planning.predict import baseline, predict, require_fits
 from fastadapter.planning.shapes import MODELS, ModelShape, changed, resolve_shape
 from fastadapter.training import UserError
@@ -77,6 +78,21 @@ def test_checkpointing_trades_memory_for_time():
     )
     assert again.memory_gib.mid < 0.5 * kept.memory_gib.mid
     assert 1.2 < again.step_seconds.mid / kept.step_seconds.mid < 1.6
+
+
+def test_logits_exist_in_pieces_unless_all_are_asked_for():
+    load = one_pass(64, 512)
+    everything = dataclasses.replace(LLAMA, all_logits=True)
+    assert step_memory(everything, load).logits == 12 * 64 * 512 * 32000
+    assert step_memory(LLAMA, load).logits == 3 * 2**26  # of 64 MiB in fp32
+    few = one_pass(64, 512, learned=100)
+    assert step_memory(LLAMA, few).logits == 12 * 100 * 32000
+
+    def products(job, of):
+        return next(part.flops for part in step_parts(job, of) if part.name == "head")
+
+    assert products(LLAMA, load) == 1.5 * products(everything, load)
+    assert products(LLAMA, few) == 4 * 100 * 32000 * 4096
 
 
 def test_a_card_without_rows_has_a_wider_range():
