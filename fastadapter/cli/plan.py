@@ -43,6 +43,13 @@ _PADDING = {"longest": "random", "max_length": "max_length"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a plan, or hold the stored rows against their predictions."""
     args = _parser().parse_args(argv)
+    if args.check or args.fit:
+        for option in ("model", "gpu", "device", "data", "mean_tokens"):
+            if getattr(args, option) is not None:
+                asked = "--check" if args.check else "--fit"
+                raise UserError(
+                    f"{asked} is about all stored rows; --{option.replace('_', '-')} has no say in it"
+                )
     if args.fit:
         _fit(Path(args.fit))
         return 0
@@ -173,8 +180,9 @@ def _parser() -> Parser:
     )
     shown = parser.add_argument_group("output")
     shown.add_argument("--json", action="store_true", help="print JSON")
-    shown.add_argument("--check", action="store_true", help="every stored row beside its prediction")
-    shown.add_argument("--fit", metavar="FILE", help="write the factors that the stored rows give to FILE")
+    rows = shown.add_mutually_exclusive_group()
+    rows.add_argument("--check", action="store_true", help="every stored row beside its prediction")
+    rows.add_argument("--fit", metavar="FILE", help="write the factors that the stored rows give to FILE")
     return parser
 
 

@@ -60,7 +60,8 @@ def step_memory(job: Job, load: Workload, *, cpu: bool = False) -> Memory:
     if job.gradient_checkpointing:
         kept = blocks * shape.hidden_size * s + whole + _adapter_kept(job)
     else:
-        kept = (blocks - 1) * whole + lowest + job.adapted * _adapter_kept(job)
+        everywhere = isinstance(job.config, LlamaAdapterV2Config)  # its scales are, whatever --layers says
+        kept = (blocks - 1) * whole + lowest + (blocks if everywhere else job.adapted) * _adapter_kept(job)
     last = shape.hidden_size * (4 + s)  # the last norm's input, and the gradient that comes back
     counted = largest.tokens if job.all_logits else largest.learned
     trained = 0 if job.implementation == "frozen" else 16 * job.trained_parameters()

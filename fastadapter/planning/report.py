@@ -119,7 +119,8 @@ def _hints(run: Run, lengths: Lengths, epochs: int) -> list[str]:
         changes.append(("--trunk-cache", dataclasses.replace(run.job, trunk_cache=True), run.batching))
     if run.waiting > 0.5:
         larger = dataclasses.replace(run.batching, batch_size=4 * run.batching.batch_size)
-        changes.append((f"--batch-size {larger.batch_size}", run.job, larger))
+        text = f"--batch-size {larger.batch_size}, which makes other, fewer steps"
+        changes.append((text, run.job, larger))
     lines = []
     for text, job, batching in changes:
         try:

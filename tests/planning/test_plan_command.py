@@ -74,6 +74,12 @@ def test_rows_beside_their_predictions(capsys):
     assert "rows are inside the stated range" in said and "outside," in said and "not planned," in said
 
 
+def test_factors_are_written(tmp_path):
+    assert plan("--fit", str(tmp_path / "factors.json")) == 0
+    record = json.loads((tmp_path / "factors.json").read_text())
+    assert record["until"] >= "2026-11-27" and "step on a card" in record["factors"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -96,6 +102,7 @@ def test_rows_beside_their_predictions(capsys):
         ("--model llama-7b --gpu h100 --data reviews --threads 2", "--threads 2 goes with --device cpu"),
         ("--model llama-7b --gpu h100 --data reviews --prompt-len 3", "llama-adapter has no such option"),
         ("--model llama-7b --gpu h100 --data reviews --layers 0", "layers must be at least 1"),
+        ("--check --gpu h100", "--check is about all stored rows; --gpu has no say in it"),
         ("--model llama-65b --gpu l40s --data reviews", "GiB too much"),
         (
             "--model llama-7b --gpu h100 --data nowhere.jsonl",
