@@ -1,23 +1,23 @@
 """``fastadapter bench``: the benchmarks that are installed with the package.
 
+fastadapter bench plan --model llama-7b --gpu h100 --data alpaca-like   # time and memory of a run, before it
 fastadapter bench audit --arch sm_90 --dtype bf16     # what the GPU kernels compile to; needs no GPU
 fastadapter bench run --only gated_prefix             # CPU timings against peers
 fastadapter bench gpu                                 # GPU correctness and timings
 fastadapter bench table README.md --check             # tables drawn from stored rows
-fastadapter bench plan --model llama-7b --gpu h100 --data alpaca-like   # time and memory before a run
 """
 
 import argparse
 import importlib
 
-# By name in fastadapter.benchmarks. What each needs beyond torch is asked for when it is chosen.
+# Modules by their names in fastadapter.benchmarks. What each needs beyond torch is asked for when it is chosen.
 WHAT = {
+    "plan": (".cli.plan", "predict time and memory of a training run, and hold measured rows against it"),
     "audit": ("audit.command", "compile the Triton kernels without a GPU and show registers, spills, floors"),
     "run": ("run", "time ops and recipes on this machine's CPU, against peers"),
     "gpu": ("gpu", "GPU correctness against fp64, then timings against peers"),
     "table": ("table", "draw Markdown tables from stored rows"),
     "plot": ("plot", "draw stored ratios as bars"),
-    "plan": (".cli.plan", "predict time and memory of a training run, and hold measured rows against it"),
 }
 
 

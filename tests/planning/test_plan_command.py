@@ -15,6 +15,13 @@ def plan(*words):
     return main(["bench", "plan", *words])
 
 
+def test_help_names_models_and_cards(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        plan("--help")
+    said = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0 and "llama-7b" in said and "h100-pcie" in said and "alpaca-like" in said
+
+
 def test_the_papers_run_on_one_and_on_eight_cards(capsys):
     assert plan(*PAPER, "--gpu", "h100", "--num-gpus", "1", "8", "--records", "2000") == 0
     said = capsys.readouterr().out
