@@ -100,6 +100,9 @@ def stored_rows(folder: Path | None = None) -> Iterator[Measured | Unplanned]:
                 yield _kernel(path.name, row)
     for path in sorted(folder.glob("compare_*/runs/*/*/result.json")):
         yield from _comparison(path, folder)
+    for path in sorted(folder.glob("compare_*/peft.json")):
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            yield _peft(path, row)
     for path in sorted(folder.glob("learning_rates_*.json")):
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
             yield _sweep(path.name, row)
@@ -233,6 +236,8 @@ _HEADS = re.compile(r"(\d+)x(\d+), (\d+)/(\d+) heads of (\d+), prefix (\d+)(.*)"
 _ROWS = re.compile(r"(\d+) rows, (\d+) -> (\d+)")
 _CASE = re.compile(r"b(\d+)-h(\d+)-kv(\d+)-q(\d+)(?:-s\d+)?-d(\d+)-p(\d+)(.*)")
 _WIDTH = re.compile(r"b(\d+)-q(\d+)-c(\d+)-r(\d+)(.*)")
+# Attention without a prefix, as it stands beside ours in rows of cards.
+_ALONE = {"(cudnn alone)": "cudnn", "(flash alone)": "flash"}
 _DIRECTIONS = {
     "forward": ("forward",),
     "backward": ("backward",),
@@ -250,7 +255,8 @@ def _op(
     variant: str,
     row: dict[str, Any],
 ) -> Measured | Unplanned:
-    if variant not in ("fastadapter", "fastadapter-cpp"):
+    alone = _ALONE.get(variant)
+    if alone is None and variant not in ("fastadapter", "fastadapter-cpp"):
         return Unplanned(source, what, "a peer, or a form that training does not take")
     if device.cpu:
         words = shape.split()
@@ -260,9 +266,8 @@ def _op(
     else:
         op, _, direction = entry.partition(" ")
         case = shape
-    return _op_row(
-        source, what, run, device, op, direction, case, DTYPES.get(row["dtype"], ""), row["median"]
-    )
+    dtype = DTYPES.get(row["dtype"], "")
+    return _op_row(source, what, run, device, op, direction, case, dtype, row["median"], alone)
 
 
 def _kernel(file: str, row: dict[str, str]) -> Measured | Unplanned:
@@ -285,7 +290,9 @@ def _op_row(
     case: str,
     dtype: str,
     value: float,
+    alone: str | None = None,
 ) -> Measured | Unplanned:
+    """A row of an operation; ``alone``: of attention without a prefix, by whom."""
     if direction not in _DIRECTIONS or not dtype:
         return Unplanned(source, what, "a direction that training does not take")
     if "left-padded" in case:
@@ -298,14 +305,17 @@ def _op_row(
         part
         for each in _DIRECTIONS[direction]
         for part in op_parts(job, load, each)
-        if "prompts" not in part.name
+        if "prompts" not in part.name and not alone
     ]
-    if op in ("gated_prefix_attention", "prefix_attention"):
+    if "attention" in op:
         parts += [
             part
             for part in step_parts(replace(job, implementation="frozen"), load)
             if part.name in {f"attention, {each}" for each in _DIRECTIONS[direction]}
         ]
+    if alone:
+        job = replace(job, implementation="fastadapter" if alone == "cudnn" else "frozen")
+        op = f"{alone}'s attention"
     floor = 1e6 * _seconds(parts, device, job)
     if not device.cpu:  # one kernel forward, two backward
         floor += LAUNCH_US * sum({"forward": 1, "backward": 2}[each] for each in _DIRECTIONS[direction])
@@ -355,11 +365,15 @@ _BATCH = 16
 
 
 @functools.cache
-def _recipe(method: str, model: str, records: int) -> tuple[Job, Workload] | str:
+def _recipe(
+    method: str, model: str, records: int, implementation: str = "fastadapter"
+) -> tuple[Job, Workload] | str:
+    """A classification: of a decoder too, the head has a class or two, and no label is among the tokens."""
     if method not in _COMPARED:
         return "not an adapter" if method else "no method"
-    job = Job(MODELS[model], _COMPARED[method], dtype="fp32")
-    return job, simulate(named_lengths("reviews", job.shape.causal, records), Batching(_BATCH))
+    job = Job(MODELS[model], _COMPARED[method], implementation, dtype="fp32")
+    reviews = replace(named_lengths("reviews", job.shape.causal, records), completions=(0,) * records)
+    return job, simulate(reviews, Batching(_BATCH))
 
 
 def _comparison(path: Path, folder: Path) -> Iterator[Measured | Unplanned]:
@@ -395,6 +409,22 @@ def _comparison(path: Path, folder: Path) -> Iterator[Measured | Unplanned]:
         yield Measured(
             "memory of a process", source, what, "MiB", peak, whole, source, device=device.rows_name
         )
+
+
+def _peft(path: Path, row: dict[str, Any]) -> Measured | Unplanned:
+    """PEFT's methods on the first comparison's 800 records, in our loop. Threads were not stored: one, as beside it."""
+    source, model = f"{path.parent.name}/{path.name}", path.parent.name.removeprefix("compare_")
+    what = f"{row['method']} of PEFT, seed {row['seed']}"
+    made = _recipe(row["method"], model, 800, "peft") if model in MODELS else "another comparison"
+    if isinstance(made, str):
+        return Unplanned(source, what, made)
+    job, load = made
+    device = epyc(1)
+    floor = load.steps * _seconds([*step_parts(job, load), *optimiser_parts(job)], device, job)
+    kind = step_kind(job, device)
+    return Measured(
+        kind, source, what, "s", row["seconds"], floor, source, fitted=False, device=device.rows_name
+    )
 
 
 def _sweep(file: str, row: dict[str, Any]) -> Measured | Unplanned:
