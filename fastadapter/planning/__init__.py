@@ -1,4 +1,4 @@
-"""What a training run will take, before it is started: time, memory, and how sure that is. No torch, no GPU.
+"""What a training run will take, before it is started: time, memory, and how sure that is. No model is loaded.
 
 A step's floor is counted from the shape of the model (:mod:`.cost`), the data (:mod:`.lengths`) and what a card or a
 CPU reaches (:mod:`.hardware`); how much longer real steps take comes from the stored rows of measured ones
