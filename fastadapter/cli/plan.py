@@ -79,12 +79,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     batchings = [_batching(args, count) for count in args.num_gpus]
     lengths = _lengths(args, shape)
     runs: list[Run] = []
+    too_large: dict[int, UserError] = {}
     for batching in batchings:
         run = predict("fastadapter", job, lengths, batching, device, args.num_train_epochs)
-        require_fits(run, lengths, args.num_train_epochs)
+        try:
+            require_fits(run, lengths, args.num_train_epochs)
+        except UserError as error:
+            too_large[batching.num_gpus] = error
+            continue
         runs.append(run)
         other = baseline(job, lengths, batching, device, args.num_train_epochs, _PADDING[args.padding])
         runs += [other] if other else []
+    if not runs:
+        raise next(iter(too_large.values()))
     if args.json:
         planned = {
             "model": vars(shape) | {"parameters": shape.parameters},
@@ -93,9 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             "data": {"name": lengths.name, "records": len(lengths.prompts), "source": lengths.source},
             "num_train_epochs": args.num_train_epochs,
             "runs": [run.to_dict() for run in runs],
+            "too_large": {str(count): str(error) for count, error in too_large.items()},
         }
         print(json.dumps(planned, indent=1))
     else:
+        for count, error in too_large.items():
+            print(f"{count} GPU{'s' if count > 1 else ''}: {error}\n")
         print(report(runs, lengths, args.num_train_epochs))
     return 0
 

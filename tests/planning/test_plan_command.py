@@ -33,6 +33,16 @@ def test_the_papers_run_on_one_and_on_eight_cards(capsys):
         assert word in said, word
 
 
+def test_what_fits_on_some_cards_alone_is_planned_there(capsys):
+    words = "--model llama-7b --gpu h100 --data alpaca-like --records 2000 --num-gpus 1 8".split()
+    assert plan(*words) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("1 GPU: llama-7b") and "GiB too much" in said and "fastadapter, 8 GPUs" in said
+    assert plan(*words, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert list(record["too_large"]) == ["1"] and len(record["runs"]) == 2
+
+
 def test_json_holds_ranges_and_assumptions(capsys):
     assert plan(*PAPER, "--gpu", "h200", "--records", "500", "--packing", "--trunk-cache", "--json") == 0
     record = json.loads(capsys.readouterr().out)
