@@ -19,6 +19,7 @@ from fastadapter.training.loss import supervised_logits, supervised_loss
 from fastadapter.training.report import FinetuneResult, peak_rss_bytes, write_json
 from fastadapter.training.targets import last_layers, load_parameters, training_only
 from fastadapter.training.task_text import from_text, task_text
+from fastadapter.training.trunk import TrunkCache
 
 __all__ = [
     "Batch",
@@ -28,6 +29,7 @@ __all__ = [
     "NonFiniteError",
     "TrainingConfig",
     "TrainingInterrupted",
+    "TrunkCache",
     "UserError",
     "class_names",
     "classify",

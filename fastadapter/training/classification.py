@@ -24,6 +24,7 @@ from fastadapter.training.evaluation import require_known_labels
 from fastadapter.training.held_out import Tick
 from fastadapter.training.report import write_json
 from fastadapter.training.tasks import require_max_length
+from fastadapter.training.trunk.cached import Trunk, beginning
 
 TEXT_TEMPLATE = "{text}"
 LABELS_FILE = "labels.json"
@@ -44,6 +45,7 @@ class HeldOutTexts:
     texts: list[Row]
     labels: list[str]
     pad_token_id: int
+    trunk: Trunk | None = None
 
     by_accuracy = True
 
@@ -58,7 +60,12 @@ class HeldOutTexts:
     def predict(self, model: nn.Module, rows: Sequence[int], batch_size: int, tick: Tick | None) -> Tensor:
         """Log-probabilities of the classes."""
         ids = [self.texts[row].input_ids for row in rows]
-        return class_scores(model, ids, len(self.labels), self.pad_token_id, batch_size, tick)
+        return class_scores(
+            model, ids, len(self.labels), self.pad_token_id, batch_size, tick, trunk=self.trunk
+        )
+
+    def sequences(self) -> list[tuple[int, ...]]:
+        return [row.input_ids for row in self.texts]
 
     def measure(self, table: Tensor) -> dict[str, Any]:
         """``loss``, the mean cross-entropy, and the metrics of classes."""
@@ -90,6 +97,7 @@ class ClassificationTask:
         config: TrainingConfig,
     ):
         self.labels = class_names(train, held_out or ())
+        self.trunk: Trunk | None = None
         require_head(model, self.labels)
         numbers = {label: number for number, label in enumerate(self.labels)}
         self.train = encode_for(model, tokenizer, train, numbers, config)
@@ -102,6 +110,12 @@ class ClassificationTask:
         self.weights = class_weights(self.labels, [int(row.label) for row in self.train], config)
         self.smoothing = config.label_smoothing_factor
 
+    def sequences(self) -> list[tuple[int, ...]]:
+        return [row.input_ids for row in self.train]
+
+    def inputs(self, sequences: Sequence[tuple[int, ...]], device: torch.device) -> dict[str, Tensor]:
+        return pad(sequences, self.pad_token_id, device)
+
     def weight(self, row: int) -> float:
         return 1 if self.weights is None else self.weights[int(self.train[row].label)]
 
@@ -109,7 +123,12 @@ class ClassificationTask:
         chosen = [self.train[row] for row in rows]
         (truth,) = to_device([torch.tensor([row.label for row in chosen])], device)
         logits = class_logits(
-            model, [row.input_ids for row in chosen], len(self.labels), self.pad_token_id, device
+            model,
+            [row.input_ids for row in chosen],
+            len(self.labels),
+            self.pad_token_id,
+            device,
+            self.trunk,
         )
         weight = None
         if self.weights is not None:
@@ -289,33 +308,50 @@ def pad(texts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device 
 
 
 def class_logits(
-    model: nn.Module, texts: Sequence[Sequence[int]], classes: int, pad_token_id: int, device: torch.device
+    model: nn.Module,
+    texts: Sequence[tuple[int, ...]],
+    classes: int,
+    pad_token_id: int,
+    device: torch.device,
+    trunk: Trunk | None = None,
 ) -> Tensor:
-    """Logits ``(batch, classes)``, fp32, or fp64 of an fp64 model. Classes of the head without a label do not count."""
-    logits = model(**pad(texts, pad_token_id, device)).logits[:, :classes]
+    """Logits ``(batch, classes)``, fp32, or fp64 of an fp64 model. Classes of the head without a label do not count.
+
+    Args:
+        trunk: states of the texts to begin with; ``None``: the pass begins with the tokens.
+    """
+    inputs = pad(texts, pad_token_id, device)
+    places = [(row, 0, len(ids)) for row, ids in enumerate(texts)]
+    with beginning(trunk, inputs["input_ids"], places, texts):
+        logits = model(**inputs).logits[:, :classes]
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def class_scores(
     model: nn.Module,
-    texts: Sequence[Sequence[int]],
+    texts: Sequence[tuple[int, ...]],
     classes: int,
     pad_token_id: int,
     batch_size: int,
     tick: Tick | None = None,
+    *,
+    trunk: Trunk | None = None,
 ) -> Tensor:
     """Log-probabilities, fp64 ``(texts, classes)`` on the CPU, computed in eval mode."""
-    return text_outputs(model, texts, classes, pad_token_id, batch_size, tick).log_softmax(-1)
+    found = text_outputs(model, texts, classes, pad_token_id, batch_size, tick, trunk=trunk)
+    return found.log_softmax(-1)
 
 
 @torch.no_grad()
 def text_outputs(
     model: nn.Module,
-    texts: Sequence[Sequence[int]],
+    texts: Sequence[tuple[int, ...]],
     outputs: int,
     pad_token_id: int,
     batch_size: int,
     tick: Tick | None = None,
+    *,
+    trunk: Trunk | None = None,
 ) -> Tensor:
     """What the head says, fp64 ``(texts, outputs)`` on the CPU, computed in eval mode, short texts first."""
     found = torch.zeros(len(texts), outputs, dtype=torch.float64)
@@ -326,7 +362,8 @@ def text_outputs(
     try:
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
-            logits = class_logits(model, [texts[index] for index in chunk], outputs, pad_token_id, device)
+            chosen = [texts[index] for index in chunk]
+            logits = class_logits(model, chosen, outputs, pad_token_id, device, trunk)
             found[chunk] = logits.double().cpu()
             if tick is not None:
                 tick((start + len(chunk)) / len(order))

@@ -59,6 +59,7 @@ class Run:
         self.signals = StopSignals()
         self.batches: tuple[int, list[list[int]]] = (-1, [])
         self.log: RunLog | None = None
+        self.trunk: dict[str, Any] | None = None
         self.identity = {
             "training": config.to_dict(),
             "adapter": target.identity,
@@ -405,4 +406,5 @@ class Run:
             peak_cuda_bytes=report.peak_cuda_bytes(self.accelerator.device),
             evaluations=progress.evaluations,
             stopped_early=self.is_stopped_early(),
+            trunk_cache=self.trunk,
         )

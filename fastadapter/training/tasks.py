@@ -17,6 +17,7 @@ from fastadapter.training.config import TrainingConfig, UserError
 from fastadapter.training.data import Encoded, Example, context_length, encode_examples, label_completions
 from fastadapter.training.held_out import HeldOut
 from fastadapter.training.loss import supervised_loss
+from fastadapter.training.trunk.cached import Trunk, beginning
 
 
 class Task(Protocol):
@@ -25,12 +26,20 @@ class Task(Protocol):
     Attributes:
         lengths: tokens of every training row.
         held_out: the rows to evaluate; ``None``: there is no held-out data.
+        trunk: states to begin the passes with; ``None``: they begin with the tokens.
     """
 
     lengths: list[int]
+    trunk: Trunk | None
 
     @property
     def held_out(self) -> HeldOut | None: ...
+
+    def sequences(self) -> list[tuple[int, ...]]:
+        """The tokens of every training row."""
+
+    def inputs(self, sequences: Sequence[tuple[int, ...]], device: torch.device) -> dict[str, Tensor]:
+        """What the model is given for some rows or held-out ones, padded on the right."""
 
     def weight(self, row: int) -> float:
         """What the row's terms count in the sum of the loss: the mean over a step divides by the sum of it."""
@@ -57,6 +66,7 @@ class GenerationTask:
         config: TrainingConfig,
     ):
         self.causal = looks_back_only(model)
+        self.trunk: Trunk | None = None
         if config.class_weights is not None:
             raise UserError("class_weights are for task classification, not for generation")
         smoothing = config.label_smoothing_factor
@@ -68,12 +78,22 @@ class GenerationTask:
         if held_out:
             self.held_out = evaluation.prepare(tokenizer, held_out, label_completions(train), **encoding)
 
+    def sequences(self) -> list[tuple[int, ...]]:
+        return [each.input_ids for each in self.train]
+
+    def inputs(self, sequences: Sequence[tuple[int, ...]], device: torch.device) -> dict[str, Tensor]:
+        rows = [Encoded(ids, len(ids)) for ids in sequences]
+        return collate(rows, device, causal=self.causal).model_inputs()
+
     def weight(self, row: int) -> float:
         return self.train[row].num_supervised
 
     def loss(self, model: nn.Module, rows: Sequence[int], device: torch.device) -> Tensor:
-        batch = collate([self.train[row] for row in rows], device, causal=self.causal)
-        return supervised_loss(model, batch, **self.loss_options)
+        chosen = [self.train[row] for row in rows]
+        batch = collate(chosen, device, causal=self.causal)
+        sequences = [each.input_ids for each in chosen]
+        with beginning(self.trunk, batch.input_ids, batch.places, sequences):
+            return supervised_loss(model, batch, **self.loss_options)
 
     def identity(self) -> dict[str, Any]:
         held_out: list[list[Encoded]] = self.held_out.candidates if self.held_out else []

@@ -67,6 +67,33 @@ def finetune(model_folder, data, tmp_path):
     return command
 
 
+def test_passes_begin_behind_the_trunk_where_that_is_asked_for(finetune, tmp_path, capsys):
+    cache = {"trunk_cache": True, "trunk_cache_dir": tmp_path / "cache", "num_train_epochs": 1}
+    assert finetune(output_dir=tmp_path / "none", **cache) == 2
+    assert "trunk_cache: what is trained acts from the first block on" in capsys.readouterr().err
+    assert finetune(layers=1, json=tmp_path / "out.json", **cache) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["trunk_cache"]["blocks"] == 1
+    assert main(["cache", "--trunk-cache-dir", str(tmp_path / "cache"), "--clear"]) == 0
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        (
+            {"trunk_cache_dtype": "bf16"},
+            "--trunk-cache-dtype bf16 changes the numbers, so it needs --trunk-cache",
+        ),
+        ({"no_trunk_cache": True, "trunk_cache_dir": "x"}, "--trunk-cache-dir goes without --no-trunk-cache"),
+        ({"trunk_cache_gib": 0}, "--trunk-cache-gib must be above 0, got 0"),
+        ({"trunk_cache_gib": "nan"}, "--trunk-cache-gib must be above 0, got nan"),
+    ],
+)
+def test_options_of_the_trunk_cache_that_do_not_go_together(finetune, tmp_path, capsys, options, why):
+    assert finetune(**options) == 2
+    assert why in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("command", ["finetune", "generate", "compare"])
 def test_a_gpu_that_is_asked_for_must_be_there(command, model_folder, data, tmp_path, capsys):
