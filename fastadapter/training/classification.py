@@ -19,9 +19,10 @@ from fastadapter.checkpoints import CheckpointError
 from fastadapter.training import metrics
 from fastadapter.training.batching import to_device
 from fastadapter.training.config import TrainingConfig, UserError
-from fastadapter.training.data import Example, tokenize
+from fastadapter.training.data import Example, context_length, tokenize
 from fastadapter.training.evaluation import require_known_labels
 from fastadapter.training.held_out import Tick
+from fastadapter.training.packing import Layout, packed_outputs
 from fastadapter.training.report import write_json
 from fastadapter.training.tasks import require_max_length
 
@@ -99,18 +100,24 @@ class ClassificationTask:
             texts = encode_for(model, tokenizer, held_out, numbers, config)
             self.held_out = HeldOutTexts(texts, self.labels, self.pad_token_id)
         self.lengths = [len(row.input_ids) for row in self.train]
+        self.layout = layout_of(model, train, self.lengths, config)
         self.weights = class_weights(self.labels, [int(row.label) for row in self.train], config)
         self.smoothing = config.label_smoothing_factor
 
     def weight(self, row: int) -> float:
         return 1 if self.weights is None else self.weights[int(self.train[row].label)]
 
+    def settle(self, model: nn.Module, device: torch.device) -> None:
+        self.layout.settle(model, lambda rows, packed: list(self.logits(model, rows, device, packed)))
+
+    def logits(self, model: nn.Module, rows: Sequence[int], device: torch.device, packed: bool) -> Tensor:
+        texts = [self.train[row].input_ids for row in rows]
+        return class_logits(model, texts, len(self.labels), self.pad_token_id, device, packed=packed)
+
     def loss(self, model: nn.Module, rows: Sequence[int], device: torch.device) -> Tensor:
         chosen = [self.train[row] for row in rows]
         (truth,) = to_device([torch.tensor([row.label for row in chosen])], device)
-        logits = class_logits(
-            model, [row.input_ids for row in chosen], len(self.labels), self.pad_token_id, device
-        )
+        logits = self.logits(model, rows, device, self.layout.packed)
         weight = None
         if self.weights is not None:
             (weight,) = to_device([torch.tensor(self.weights, dtype=logits.dtype)], device)
@@ -268,6 +275,13 @@ def text_limit(model: Any, tokenizer: Any, config: TrainingConfig | None = None)
     return min(limits) if limits else None
 
 
+def layout_of(
+    model: nn.Module, train: Sequence[Example], lengths: Sequence[int], config: TrainingConfig
+) -> Layout:
+    """How the texts of a run lie in a forward pass."""
+    return Layout(lengths, [example.source for example in train], config, context_length(model))
+
+
 def pad_token(model: Any, tokenizer: Any) -> int:
     """The token that fills rows up. A model that looks for it to find the last token of a row is told which it is."""
     config = model.config.get_text_config()
@@ -289,10 +303,23 @@ def pad(texts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device 
 
 
 def class_logits(
-    model: nn.Module, texts: Sequence[Sequence[int]], classes: int, pad_token_id: int, device: torch.device
+    model: nn.Module,
+    texts: Sequence[Sequence[int]],
+    classes: int,
+    pad_token_id: int,
+    device: torch.device,
+    *,
+    packed: bool = False,
 ) -> Tensor:
-    """Logits ``(batch, classes)``, fp32, or fp64 of an fp64 model. Classes of the head without a label do not count."""
-    logits = model(**pad(texts, pad_token_id, device)).logits[:, :classes]
+    """Logits ``(texts, classes)``, fp32, or fp64 of an fp64 model. Classes of the head without a label do not count.
+
+    Args:
+        packed: the texts are one row of tokens instead of padded rows.
+    """
+    if packed:
+        logits = packed_outputs(model, texts, pad_token_id, device)[:, :classes]
+    else:
+        logits = model(**pad(texts, pad_token_id, device)).logits[:, :classes]
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

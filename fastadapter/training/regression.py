@@ -16,6 +16,7 @@ from fastadapter.training.classification import (
     class_logits,
     encode_for,
     identify_rows,
+    layout_of,
     pad_token,
     require_classifier,
     require_labels,
@@ -89,14 +90,22 @@ class RegressionTask:
                 encode_for(model, tokenizer, held_out, numbers, config), self.pad_token_id
             )
         self.lengths = [len(row.input_ids) for row in self.train]
+        self.layout = layout_of(model, train, self.lengths, config)
 
     def weight(self, row: int) -> float:
         return 1
 
+    def settle(self, model: nn.Module, device: torch.device) -> None:
+        self.layout.settle(model, lambda rows, packed: list(self.numbers(model, rows, device, packed)))
+
+    def numbers(self, model: nn.Module, rows: Sequence[int], device: torch.device, packed: bool) -> Tensor:
+        texts = [self.train[row].input_ids for row in rows]
+        return class_logits(model, texts, 1, self.pad_token_id, device, packed=packed)[:, 0]
+
     def loss(self, model: nn.Module, rows: Sequence[int], device: torch.device) -> Tensor:
-        chosen = [self.train[row] for row in rows]
-        found = class_logits(model, [row.input_ids for row in chosen], 1, self.pad_token_id, device)[:, 0]
-        (truth,) = to_device([torch.tensor([row.label for row in chosen], dtype=found.dtype)], device)
+        found = self.numbers(model, rows, device, self.layout.packed)
+        truth_of = torch.tensor([self.train[row].label for row in rows], dtype=found.dtype)
+        (truth,) = to_device([truth_of], device)
         return (found - truth).square().sum()
 
     def identity(self) -> dict[str, Any]:
