@@ -19,7 +19,7 @@ from fastadapter.checkpoints import CheckpointError
 from fastadapter.training import metrics
 from fastadapter.training.batching import to_device
 from fastadapter.training.config import TrainingConfig, UserError
-from fastadapter.training.data import Example, context_length, tokenize
+from fastadapter.training.data import Example, tokenize
 from fastadapter.training.evaluation import require_known_labels
 from fastadapter.training.held_out import Tick
 from fastadapter.training.packing import Layout, packed_outputs
@@ -100,7 +100,7 @@ class ClassificationTask:
             texts = encode_for(model, tokenizer, held_out, numbers, config)
             self.held_out = HeldOutTexts(texts, self.labels, self.pad_token_id)
         self.lengths = [len(row.input_ids) for row in self.train]
-        self.layout = layout_of(model, train, self.lengths, config)
+        self.layout = Layout(self.lengths, [example.source for example in train], config)
         self.weights = class_weights(self.labels, [int(row.label) for row in self.train], config)
         self.smoothing = config.label_smoothing_factor
 
@@ -273,13 +273,6 @@ def text_limit(model: Any, tokenizer: Any, config: TrainingConfig | None = None)
     context = require_max_length(model, config or TrainingConfig())
     limits = [limit for limit in (context, tokenizer.model_max_length) if limit is not None and limit < 10**9]
     return min(limits) if limits else None
-
-
-def layout_of(
-    model: nn.Module, train: Sequence[Example], lengths: Sequence[int], config: TrainingConfig
-) -> Layout:
-    """How the texts of a run lie in a forward pass."""
-    return Layout(lengths, [example.source for example in train], config, context_length(model))
 
 
 def pad_token(model: Any, tokenizer: Any) -> int:

@@ -82,8 +82,8 @@ class TrainingConfig:
             text like any other.
         packing: put the rows of a forward pass one behind the other into one row, where none sees another, instead
             of padding them. The loss is the same; a model that cannot do that gets padded rows, and the run says so.
-        pack_length: most tokens of such a row; a step that has more takes further forward passes. ``None``: the
-            model's context, at most 8192, or the longest row where that is longer.
+        pack_length: most tokens of such a row; a step that has more takes further forward passes. ``None``: 8192, or
+            the longest row where that is longer. It may exceed the model's context, which each row keeps to by itself.
     Raises: TypeError, UserError: naming the field, what was expected and what came.
 
     >>> TrainingConfig(num_train_epochs=3).learning_rate

@@ -19,8 +19,8 @@ from fastadapter.training.batching import Batch, to_device
 from fastadapter.training.config import TrainingConfig, UserError
 from fastadapter.training.data import Encoded
 
-# Of a pack, where neither the configuration nor the model's context asks for fewer: the mask of a row has the square
-# of its tokens.
+# Of a pack, where pack_length says nothing. The model's context is no bound, since positions begin again in each row;
+# but a mask of the whole row has the square of its tokens.
 MOST_TOKENS = 8192
 # How far logits may be from those of a row alone, as a share of their norm. In 30 layers of SmolLM2 rounding makes 2e-6
 # in fp32 and 0.02 in bf16, tokens of a neighbour 0.3 and more.
@@ -55,7 +55,10 @@ def pack(examples: Sequence[Encoded], device: torch.device | str = "cpu") -> Bat
         input_ids += example.input_ids
         position_ids += range(len(example.input_ids))
         starts.append(len(input_ids))
-    made = [torch.tensor(each, dtype=torch.int64) for each in (input_ids, position_ids, positions, targets, starts)]
+    made = [
+        torch.tensor(each, dtype=torch.int64)
+        for each in (input_ids, position_ids, positions, targets, starts)
+    ]
     ids, places, at, tokens, offsets = to_device(made, device)
     return Batch(
         input_ids=ids[None],
@@ -80,13 +83,10 @@ class Layout:
     Args:
         lengths: tokens of every training row.
         sources: where each was read.
-        context: positions the model has; ``None``: any number.
     Raises: UserError: naming the record: it is longer than a pack.
     """
 
-    def __init__(
-        self, lengths: Sequence[int], sources: Sequence[str], config: TrainingConfig, context: int | None
-    ):
+    def __init__(self, lengths: Sequence[int], sources: Sequence[str], config: TrainingConfig):
         self.lengths = lengths
         self.asked = config.packing
         self.pack_length: int | None = None
@@ -95,7 +95,7 @@ class Layout:
         if not config.packing:
             return
         longest = max(lengths)
-        self.pack_length = config.pack_length or max(min(context or MOST_TOKENS, MOST_TOKENS), longest)
+        self.pack_length = config.pack_length or max(MOST_TOKENS, longest)
         if longest > self.pack_length:
             source = sources[list(lengths).index(longest)]
             raise UserError(

@@ -16,7 +16,6 @@ from fastadapter.training.classification import (
     class_logits,
     encode_for,
     identify_rows,
-    layout_of,
     pad_token,
     require_classifier,
     require_labels,
@@ -25,6 +24,7 @@ from fastadapter.training.classification import (
 from fastadapter.training.config import TrainingConfig, UserError
 from fastadapter.training.data import Example
 from fastadapter.training.held_out import Tick
+from fastadapter.training.packing import Layout
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class RegressionTask:
                 encode_for(model, tokenizer, held_out, numbers, config), self.pad_token_id
             )
         self.lengths = [len(row.input_ids) for row in self.train]
-        self.layout = layout_of(model, train, self.lengths, config)
+        self.layout = Layout(self.lengths, [example.source for example in train], config)
 
     def weight(self, row: int) -> float:
         return 1

@@ -70,8 +70,7 @@ class GenerationTask:
         encoding = encoding_options(model, train, config)
         self.train = encode_examples(tokenizer, train, **encoding)
         self.lengths = [len(each.input_ids) for each in self.train]
-        sources = [example.source for example in train]
-        self.layout = Layout(self.lengths, sources, config, context_length(model))
+        self.layout = Layout(self.lengths, [example.source for example in train], config)
         self.held_out: evaluation.EvalData | None = None
         if held_out:
             self.held_out = evaluation.prepare(tokenizer, held_out, label_completions(train), **encoding)

@@ -33,7 +33,10 @@ def _dispatch(attention, module, query, key, value, attention_mask, *args, **kwa
         batch, num_heads, q_len, _ = query.shape
         return query.new_zeros(batch, q_len, num_heads, value.shape[-1]), None
     prompts = kwargs.pop(PROMPTS, None)
-    call, options = functools.partial(attention, module, query, key, value, attention_mask, *args, **kwargs), kwargs
+    call, options = (
+        functools.partial(attention, module, query, key, value, attention_mask, *args, **kwargs),
+        kwargs,
+    )
     if PACKED in kwargs:
         sequences = sequences_in(module, query, key, value, attention_mask, kwargs)
         call.keywords.pop(PACKED)

@@ -37,7 +37,12 @@ _compared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def sequences_in(
-    attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+    attention: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: dict[str, Any],
 ) -> Sequences | None:
     """The sequences of a packed row, where attention can run over each by itself; ``None``: it runs under the mask.
 
@@ -52,9 +57,8 @@ def sequences_in(
     base = attention.config._attn_implementation
     if mask is None and base in ("sdpa", "eager") and len(cu_seqlens) > 2:
         raise ValueError(
-            f"{PACKED}: {type(attention).__name__} was given {len(cu_seqlens) - 1} sequences in one row and no mask that "
-            "keeps them apart: call the model with position_ids that begin again at 0 in each, without attention_mask "
-            "and with use_cache=False, or pad them"
+            f"{PACKED}: {type(attention).__name__} was given {len(cu_seqlens) - 1} sequences in one row, and no mask "
+            "that keeps them apart (position_ids have to begin again at 0 in each, without attention_mask and cache)"
         )
     if base != "sdpa" or mask is None or reason_for_mask(query.device, query.dtype) is not None:
         return None
