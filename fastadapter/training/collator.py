@@ -69,7 +69,9 @@ def _read(feature: Mapping[str, Any], where: str) -> tuple[list[int], list[int]]
     ids = columns["input_ids"]
     for name, values in columns.items():
         if len(values) != len(ids):
-            raise ValueError(f"{where}: {name} must have {len(ids)} entries like input_ids, got {len(values)}")
+            raise ValueError(
+                f"{where}: {name} must have {len(ids)} entries like input_ids, got {len(values)}"
+            )
     labels = columns.get("labels", ids)
     for mask in (columns[name] for name in _TRAINED if name in columns):
         labels = [label if trained else _NOT_TRAINED for label, trained in zip(labels, mask, strict=True)]

@@ -179,12 +179,29 @@ def test_what_the_op_cannot_do_stays_under_the_mask(option, ran):
 
 
 @torch.no_grad()
-def test_sequences_without_a_mask_between_them_are_refused():
-    """With a cache the model does not look for packed rows: the sequences would see each other."""
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"use_cache": True},
+        {"attention_mask": torch.ones(1, 1, 21, 21, dtype=torch.bool).tril()},
+        {PACKED: torch.tensor([0, 5, 21], dtype=torch.int32)},
+        {PACKED: torch.tensor([0, 9, 20], dtype=torch.int32)},
+    ],
+    ids=["cache", "mask", "other-offsets", "too-few"],
+)
+def test_sequences_that_would_see_each_other_are_refused(more, attention):
+    """With a cache a model does not look for packed rows, and a mask of the caller's it takes as it is."""
+    model = adapted("llama", "llama-adapter", attention)
+    with pytest.raises(
+        ValueError, match=r"fa_cu_seqlens: LlamaAttention was given \d sequences in one row, and no mask"
+    ):
+        model(**row(DataCollatorWithPacking()) | more)
+
+
+@torch.no_grad()
+def test_one_sequence_needs_no_mask():
     model = adapted("llama", "llama-adapter")
-    inputs = row(DataCollatorWithPacking()) | {"use_cache": True}
-    with pytest.raises(ValueError, match="fa_cu_seqlens: LlamaAttention was given 4 sequences in one row, and no mask"):
-        model(**inputs)
     one = DataCollatorWithPacking()(features()[:1]) | {"use_cache": True}
     assert same_bits(model(**one).logits, model(sequences()[0]).logits)
 
@@ -220,5 +237,7 @@ def test_the_explanation_names_the_way():
     assert ways(adapted("llama", "prefix", "eager")) == {"under a mask of the row"}
     assert ways(adapted("llama", "houlsby")) == {""}
     assert "refused" in ways(adapted("mistral", "soft-prompt"))
-    assert packed.packed_path("flash_attention_2", torch.device("cuda"), torch.bfloat16) == "by sequence (flash)"
+    assert (
+        packed.packed_path("flash_attention_2", torch.device("cuda"), torch.bfloat16) == "by sequence (flash)"
+    )
     assert packed.packed_path("sdpa", torch.device("cuda"), torch.bfloat16) == "under a mask of the row"

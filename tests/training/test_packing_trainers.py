@@ -74,10 +74,18 @@ def test_sft_trainer_has_the_losses_of_padded_batches(tmp_path):
     """TRL gives masks of completions instead of labels; rows that TRL packs itself are right as well."""
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
-    records = [{"prompt": each.prompt, "completion": each.completion} for each in make_examples(8, labelled=False)]
+    records = [
+        {"prompt": each.prompt, "completion": each.completion} for each in make_examples(8, labelled=False)
+    ]
 
     def trainer(collator, **options):
-        settings = {**ARGUMENTS, "num_train_epochs": 1, "bf16": False, "gradient_checkpointing": False, **options}
+        settings = {
+            **ARGUMENTS,
+            "num_train_epochs": 1,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            **options,
+        }
         return trl.SFTTrainer(
             model=adapted("prefix"),
             args=trl.SFTConfig(output_dir=str(tmp_path), max_length=64, **settings),
@@ -105,7 +113,11 @@ def test_what_the_collator_reads():
     collate = DataCollatorWithPacking()
     batch = collate(
         [
-            {"input_ids": torch.tensor([0, 4, 5, 6]), "attention_mask": [0, 1, 1, 1], "labels": [-100, 4, -100, 6]},
+            {
+                "input_ids": torch.tensor([0, 4, 5, 6]),
+                "attention_mask": [0, 1, 1, 1],
+                "labels": [-100, 4, -100, 6],
+            },
             {"input_ids": []},
             {"input_ids": [7, 8, 9], "completion_mask": [0, 0, 1]},
             {"input_ids": [3, 2], "assistant_masks": [1, 1]},

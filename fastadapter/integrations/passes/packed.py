@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastadapter.integrations.passes.choice import may_keep
 from fastadapter.integrations.passes.dtypes import attention_dtype
 from fastadapter.integrations.passes.options import is_plain
 from fastadapter.ops import prefix_attention
@@ -32,7 +33,16 @@ class Sequences(NamedTuple):
     window: int | None
 
 
-# Of masks that passes are using: offsets and window they were compared with, and whether they say the same.
+class _Comparison(NamedTuple):
+    """A mask beside offsets and a window: whether no sequence sees another, and whether it says just what they say."""
+
+    cu_seqlens: Tensor
+    window: int | None
+    apart: bool
+    same: bool
+
+
+# Of masks that passes are using.
 _compared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -49,27 +59,27 @@ def sequences_in(
     Args:
         attention: the module, query and the others as in :meth:`PrefixHost.attend`.
         options: the keyword arguments of the attention, ``PACKED`` among them.
-    Raises: ValueError: the row holds several sequences, and the model made no mask that keeps them apart.
+    Raises: ValueError: the row holds several sequences, and the model's mask does not keep them apart.
     """
     cu_seqlens = options.get(PACKED)
     if cu_seqlens is None:
         return None
-    base = attention.config._attn_implementation
-    if mask is None and base in ("sdpa", "eager") and len(cu_seqlens) > 2:
+    base, window = attention.config._attn_implementation, options.get("sliding_window")
+    if base not in ("sdpa", "eager") or not may_keep(query.device):
+        return None
+    compared = None if mask is None else _compare(mask, cu_seqlens, window)
+    if len(cu_seqlens) > 2 and (compared is None or not compared.apart):
         raise ValueError(
             f"{PACKED}: {type(attention).__name__} was given {len(cu_seqlens) - 1} sequences in one row, and no mask "
             "that keeps them apart (position_ids have to begin again at 0 in each, without attention_mask and cache)"
         )
-    if base != "sdpa" or mask is None or reason_for_mask(query.device, query.dtype) is not None:
+    if base != "sdpa" or compared is None or not compared.same:
         return None
     dropout = (options.get("dropout") or 0.0) if attention.training else 0.0
-    if dropout or not is_plain(options):
+    if dropout or not is_plain(options) or reason_for_mask(query.device, query.dtype) is not None:
         return None
     one_row = query.shape[0] == 1 and query.shape[2] == key.shape[2]
-    if not one_row or key.shape[3] != value.shape[3] or torch.compiler.is_compiling():
-        return None
-    window = options.get("sliding_window")
-    return Sequences(cu_seqlens, window) if _says_the_same(mask, cu_seqlens, window) else None
+    return Sequences(cu_seqlens, window) if one_row and key.shape[3] == value.shape[3] else None
 
 
 def reason_for_mask(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -102,25 +112,28 @@ def by_sequences(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _says_the_same(mask: Tensor, cu_seqlens: Tensor, window: int | None) -> bool:
-    """Whether a mask is that of causal attention within each sequence; looked at once in a pass."""
+def _compare(mask: Tensor, cu_seqlens: Tensor, window: int | None) -> _Comparison:
+    """Looked at once in a pass: all layers that share a mask share what it says."""
     known = _compared.get(mask)
-    if known is None or known[0] is not cu_seqlens or known[1] != window:
-        known = cu_seqlens, window, _is_mask_of(mask, cu_seqlens, window)
-        _compared[mask] = known
-    return known[2]
+    if known is None or known.cu_seqlens is not cu_seqlens or known.window != window:
+        known = _compared[mask] = _Comparison(cu_seqlens, window, *_said(mask, cu_seqlens, window))
+    return known
 
 
-def _is_mask_of(mask: Tensor, cu_seqlens: Tensor, window: int | None) -> bool:
+def _said(mask: Tensor, cu_seqlens: Tensor, window: int | None) -> tuple[bool, bool]:
     length = mask.shape[-1]
-    if mask.dtype != torch.bool or mask.shape != (1, 1, length, length) or int(cu_seqlens[-1]) != length:
-        return False
+    if mask.dim() != 4 or mask.shape[2] != length or int(cu_seqlens[-1]) != length:
+        return False, False
     tokens = torch.arange(length, dtype=torch.int32, device=mask.device)
     number = torch.bucketize(tokens, cu_seqlens[1:-1], right=True)
-    visible = (number[:, None] == number).tril_()
+    together = number[:, None] == number
+    opened = mask if mask.dtype == torch.bool else mask == 0
+    if bool((opened & ~together).any()):
+        return False, False
+    visible = together.tril_()
     if window is not None:
         visible = visible.triu_(1 - window)
-    return torch.equal(mask[0, 0], visible)
+    return True, mask.dtype == torch.bool and torch.equal(opened, visible.expand(*mask.shape[:2], -1, -1))
 
 
 class _AsLongAsPacking(nn.Module):
