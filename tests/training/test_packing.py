@@ -157,6 +157,7 @@ def test_a_step_with_more_tokens_than_a_pack_takes_several_passes():
     found = layout([5, 3, 4, 8, 1], pack_length=8)
     assert found.passes([0, 1, 2, 3, 4]) == [[0, 1], [2], [3], [4]]
     assert found.passes([4, 2, 1, 0]) == [[4, 2, 1], [0]] and found.passes([]) == []
+    assert layout([5, 3, 4, 2, 2, 1], pack_length=8).passes(range(6)) == [[0, 1], [2, 3, 4], [5]]
     assert found.utilisation([[0, 1], [], [3]]) == 1.0
     padded = Layout([5, 3, 4], [""] * 3, TrainingConfig())
     assert padded.passes([0, 1, 2]) == [[0, 1, 2]] and padded.utilisation([[0, 1], [2]]) == 12 / 14
