@@ -112,7 +112,8 @@ class ClassificationTask:
 
     def logits(self, model: nn.Module, rows: Sequence[int], device: torch.device, packed: bool) -> Tensor:
         texts = [self.train[row].input_ids for row in rows]
-        return class_logits(model, texts, len(self.labels), self.pad_token_id, device, packed=packed)
+        logits = packed_class_logits if packed else class_logits
+        return logits(model, texts, len(self.labels), self.pad_token_id, device)
 
     def loss(self, model: nn.Module, rows: Sequence[int], device: torch.device) -> Tensor:
         chosen = [self.train[row] for row in rows]
@@ -296,23 +297,20 @@ def pad(texts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device 
 
 
 def class_logits(
-    model: nn.Module,
-    texts: Sequence[Sequence[int]],
-    classes: int,
-    pad_token_id: int,
-    device: torch.device,
-    *,
-    packed: bool = False,
+    model: nn.Module, texts: Sequence[Sequence[int]], classes: int, pad_token_id: int, device: torch.device
 ) -> Tensor:
-    """Logits ``(texts, classes)``, fp32, or fp64 of an fp64 model. Classes of the head without a label do not count.
+    """Logits ``(texts, classes)``, fp32, or fp64 of an fp64 model. Classes of the head without a label do not count."""
+    return _wide(model(**pad(texts, pad_token_id, device)).logits[:, :classes])
 
-    Args:
-        packed: the texts are one row of tokens instead of padded rows.
-    """
-    if packed:
-        logits = packed_outputs(model, texts, pad_token_id, device)[:, :classes]
-    else:
-        logits = model(**pad(texts, pad_token_id, device)).logits[:, :classes]
+
+def packed_class_logits(
+    model: nn.Module, texts: Sequence[Sequence[int]], classes: int, pad_token_id: int, device: torch.device
+) -> Tensor:
+    """The same of a packed row."""
+    return _wide(packed_outputs(model, texts, pad_token_id, device)[:, :classes])
+
+
+def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

@@ -16,6 +16,7 @@ from fastadapter.training.classification import (
     class_logits,
     encode_for,
     identify_rows,
+    packed_class_logits,
     pad_token,
     require_classifier,
     require_labels,
@@ -100,7 +101,8 @@ class RegressionTask:
 
     def numbers(self, model: nn.Module, rows: Sequence[int], device: torch.device, packed: bool) -> Tensor:
         texts = [self.train[row].input_ids for row in rows]
-        return class_logits(model, texts, 1, self.pad_token_id, device, packed=packed)[:, 0]
+        logits = packed_class_logits if packed else class_logits
+        return logits(model, texts, 1, self.pad_token_id, device)[:, 0]
 
     def loss(self, model: nn.Module, rows: Sequence[int], device: torch.device) -> Tensor:
         found = self.numbers(model, rows, device, self.layout.packed)

@@ -37,7 +37,7 @@ from fastadapter.training import (
     tasks,
 )
 from fastadapter.training.batching import lay_out
-from fastadapter.training.classification import class_logits
+from fastadapter.training.classification import class_logits, packed_class_logits
 from fastadapter.training.packing import MOST_TOKENS, Layout
 from fastadapter.training.run_record import read_run
 from tests.training.toy import (
@@ -320,7 +320,7 @@ def test_a_text_that_ends_in_padding_is_read_where_it_is_alone():
     model.config.pad_token_id = 7
     texts = [(3, 4, 5), (6, 7), (8, 9, 7, 7)]
     with torch.no_grad(), attending_packed():
-        packed = class_logits(model, texts, 2, 7, torch.device("cpu"), packed=True)
+        packed = packed_class_logits(model, texts, 2, 7, torch.device("cpu"))
         alone = [class_logits(model, [each], 2, 7, torch.device("cpu"))[0] for each in texts]
     torch.testing.assert_close(packed, torch.stack(alone), rtol=1e-5, atol=1e-6)
 
