@@ -22,6 +22,7 @@ from fastadapter.training.config import TrainingConfig, UserError
 from fastadapter.training.data import Example, tokenize
 from fastadapter.training.evaluation import require_known_labels
 from fastadapter.training.held_out import Tick
+from fastadapter.training.packing import Layout, packed_outputs
 from fastadapter.training.report import write_json
 from fastadapter.training.tasks import require_max_length
 from fastadapter.training.trunk.cached import Trunk, beginning
@@ -107,6 +108,7 @@ class ClassificationTask:
             texts = encode_for(model, tokenizer, held_out, numbers, config)
             self.held_out = HeldOutTexts(texts, self.labels, self.pad_token_id)
         self.lengths = [len(row.input_ids) for row in self.train]
+        self.layout = Layout(self.lengths, [example.source for example in train], config)
         self.weights = class_weights(self.labels, [int(row.label) for row in self.train], config)
         self.smoothing = config.label_smoothing_factor
 
@@ -119,17 +121,18 @@ class ClassificationTask:
     def weight(self, row: int) -> float:
         return 1 if self.weights is None else self.weights[int(self.train[row].label)]
 
+    def settle(self, model: nn.Module, device: torch.device) -> None:
+        self.layout.settle(model, lambda rows, packed: list(self.logits(model, rows, device, packed)))
+
+    def logits(self, model: nn.Module, rows: Sequence[int], device: torch.device, packed: bool) -> Tensor:
+        texts = [self.train[row].input_ids for row in rows]
+        logits = packed_class_logits if packed else class_logits
+        return logits(model, texts, len(self.labels), self.pad_token_id, device, self.trunk)
+
     def loss(self, model: nn.Module, rows: Sequence[int], device: torch.device) -> Tensor:
         chosen = [self.train[row] for row in rows]
         (truth,) = to_device([torch.tensor([row.label for row in chosen])], device)
-        logits = class_logits(
-            model,
-            [row.input_ids for row in chosen],
-            len(self.labels),
-            self.pad_token_id,
-            device,
-            self.trunk,
-        )
+        logits = self.logits(model, rows, device, self.layout.packed)
         weight = None
         if self.weights is not None:
             (weight,) = to_device([torch.tensor(self.weights, dtype=logits.dtype)], device)
@@ -315,7 +318,7 @@ def class_logits(
     device: torch.device,
     trunk: Trunk | None = None,
 ) -> Tensor:
-    """Logits ``(batch, classes)``, fp32, or fp64 of an fp64 model. Classes of the head without a label do not count.
+    """Logits ``(texts, classes)``, fp32, or fp64 of an fp64 model. Classes of the head without a label do not count.
 
     Args:
         trunk: states of the texts to begin with; ``None``: the pass begins with the tokens.
@@ -323,7 +326,22 @@ def class_logits(
     inputs = pad(texts, pad_token_id, device)
     places = [(row, 0, len(ids)) for row, ids in enumerate(texts)]
     with beginning(trunk, inputs["input_ids"], places, texts):
-        logits = model(**inputs).logits[:, :classes]
+        return _wide(model(**inputs).logits[:, :classes])
+
+
+def packed_class_logits(
+    model: nn.Module,
+    texts: Sequence[tuple[int, ...]],
+    classes: int,
+    pad_token_id: int,
+    device: torch.device,
+    trunk: Trunk | None = None,
+) -> Tensor:
+    """The same of a packed row."""
+    return _wide(packed_outputs(model, texts, pad_token_id, device, trunk)[:, :classes])
+
+
+def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

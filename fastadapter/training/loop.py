@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastadapter.integrations.parts.wrappers import unwrap
+from fastadapter.integrations.passes.packed import attending_packed
 from fastadapter.training import metrics, report
 from fastadapter.training.classification import ClassificationTask
 from fastadapter.training.config import TrainingConfig, UserError
@@ -127,7 +128,10 @@ def finetune(
         metrics.require_packages()
     rows = TASKS[task](unwrap(model), tokenizer, train, evaluation_data, config)
     model.to(accelerator.device)
-    with nullcontext() if trainable is None else training_only(model, trainable):
+    with (
+        nullcontext() if trainable is None else training_only(model, trainable),
+        attending_packed() if config.packing else nullcontext(),
+    ):
         target = AdapterTarget(model, name) if trainable is None else ParameterTarget(model)
         run = Run(model, rows, target, config, Path(output_dir), accelerator, details)
         if options.dtype != "base":  # what rounds the states is another run

@@ -16,6 +16,7 @@ from fastadapter.training.classification import (
     class_logits,
     encode_for,
     identify_rows,
+    packed_class_logits,
     pad,
     pad_token,
     require_classifier,
@@ -25,6 +26,7 @@ from fastadapter.training.classification import (
 from fastadapter.training.config import TrainingConfig, UserError
 from fastadapter.training.data import Example
 from fastadapter.training.held_out import Tick
+from fastadapter.training.packing import Layout
 from fastadapter.training.trunk.cached import Trunk
 
 
@@ -96,6 +98,7 @@ class RegressionTask:
                 encode_for(model, tokenizer, held_out, numbers, config), self.pad_token_id
             )
         self.lengths = [len(row.input_ids) for row in self.train]
+        self.layout = Layout(self.lengths, [example.source for example in train], config)
 
     def sequences(self) -> list[tuple[int, ...]]:
         return [row.input_ids for row in self.train]
@@ -106,11 +109,18 @@ class RegressionTask:
     def weight(self, row: int) -> float:
         return 1
 
+    def settle(self, model: nn.Module, device: torch.device) -> None:
+        self.layout.settle(model, lambda rows, packed: list(self.numbers(model, rows, device, packed)))
+
+    def numbers(self, model: nn.Module, rows: Sequence[int], device: torch.device, packed: bool) -> Tensor:
+        texts = [self.train[row].input_ids for row in rows]
+        logits = packed_class_logits if packed else class_logits
+        return logits(model, texts, 1, self.pad_token_id, device, self.trunk)[:, 0]
+
     def loss(self, model: nn.Module, rows: Sequence[int], device: torch.device) -> Tensor:
-        chosen = [self.train[row] for row in rows]
-        ids = [row.input_ids for row in chosen]
-        found = class_logits(model, ids, 1, self.pad_token_id, device, self.trunk)[:, 0]
-        (truth,) = to_device([torch.tensor([row.label for row in chosen], dtype=found.dtype)], device)
+        found = self.numbers(model, rows, device, self.layout.packed)
+        truth_of = torch.tensor([self.train[row].label for row in rows], dtype=found.dtype)
+        (truth,) = to_device([truth_of], device)
         return (found - truth).square().sum()
 
     def identity(self) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from fastadapter.integrations.parts.discovery import looks_back_only
 from fastadapter.training import evaluation, state
-from fastadapter.training.batching import collate
+from fastadapter.training.batching import Batch, collate
 from fastadapter.training.config import TrainingConfig, UserError
 from fastadapter.training.data import Encoded, Example, context_length, encode_examples, label_completions
 from fastadapter.training.held_out import HeldOut
-from fastadapter.training.loss import supervised_loss
+from fastadapter.training.loss import supervised_logits, supervised_loss
+from fastadapter.training.packing import Layout, pack
 from fastadapter.training.trunk.cached import Trunk, beginning
 
 
@@ -26,10 +27,12 @@ class Task(Protocol):
     Attributes:
         lengths: tokens of every training row.
         held_out: the rows to evaluate; ``None``: there is no held-out data.
+        layout: how rows lie in a forward pass.
         trunk: states to begin the passes with; ``None``: they begin with the tokens.
     """
 
     lengths: list[int]
+    layout: Layout
     trunk: Trunk | None
 
     @property
@@ -44,8 +47,11 @@ class Task(Protocol):
     def weight(self, row: int) -> float:
         """What the row's terms count in the sum of the loss: the mean over a step divides by the sum of it."""
 
+    def settle(self, model: nn.Module, device: torch.device) -> None:
+        """Find out what only the model can tell, before the first step."""
+
     def loss(self, model: nn.Module, rows: Sequence[int], device: torch.device) -> Tensor:
-        """Sum of the loss over some training rows."""
+        """Sum of the loss over some training rows, in one forward pass."""
 
     def identity(self) -> dict[str, Any]:
         """Fields that tell this run's data from another's."""
@@ -74,6 +80,7 @@ class GenerationTask:
         encoding = encoding_options(model, train, config)
         self.train = encode_examples(tokenizer, train, **encoding)
         self.lengths = [len(each.input_ids) for each in self.train]
+        self.layout = Layout(self.lengths, [example.source for example in train], config)
         self.held_out: evaluation.EvalData | None = None
         if held_out:
             self.held_out = evaluation.prepare(tokenizer, held_out, label_completions(train), **encoding)
@@ -88,10 +95,20 @@ class GenerationTask:
     def weight(self, row: int) -> float:
         return self.train[row].num_supervised
 
+    def settle(self, model: nn.Module, device: torch.device) -> None:
+        def logits(rows: Sequence[int], packed: bool) -> list[Tensor]:
+            parts = [self.train[row].num_supervised for row in rows]
+            return list(supervised_logits(model, self.batch(rows, device, packed)).split(parts))
+
+        self.layout.settle(model, logits)
+
+    def batch(self, rows: Sequence[int], device: torch.device, packed: bool) -> Batch:
+        examples = [self.train[row] for row in rows]
+        return pack(examples, device) if packed else collate(examples, device, causal=self.causal)
+
     def loss(self, model: nn.Module, rows: Sequence[int], device: torch.device) -> Tensor:
-        chosen = [self.train[row] for row in rows]
-        batch = collate(chosen, device, causal=self.causal)
-        sequences = [each.input_ids for each in chosen]
+        batch = self.batch(rows, device, self.layout.packed)
+        sequences = [self.train[row].input_ids for row in rows]
         with beginning(self.trunk, batch.input_ids, batch.places, sequences):
             return supervised_loss(model, batch, **self.loss_options)
 

@@ -1,9 +1,9 @@
 """One process of the toy training under torchrun; the argument is the output folder.
 
-Writes its histories to ``rank0.json`` or ``rank1.json``: of runs with labels and with free completions, and of a run
-with dropout that is left alone and of one that a signal to the second process stops and that is then resumed;
-of one that begins its passes
-from states that both computed; what is said when the processes do not share a folder, and where another run is at work.
+Writes its histories to ``rank0.json`` or ``rank1.json``: of runs with labels and with free completions, padded and
+packed; of a run with dropout that is left alone and of one that a signal to the second process stops and that is then
+resumed; of one that begins its passes from states that both computed; what is said when the processes do not share a
+folder, and where another run is at work.
 """
 
 import json
@@ -32,6 +32,7 @@ def main() -> None:
     results = {
         "labels": history(run(folder / "labels", **options)),
         "completions": history(run(folder / "completions", labelled=False, **options)),
+        "packed": history(run(folder / "packed", labelled=False, packing=True, pack_length=40, **options)),
         "whole": history(run(folder / "whole", dropout=0.2, **options)),
     }
     plain, calls = tasks.supervised_loss, []

@@ -193,6 +193,13 @@ def test_held_out_file_and_dropped_rows(finetune, data, tmp_path, capsys):
     assert "3 training records left out" in capsys.readouterr().err
 
 
+def test_packing_says_what_became_of_it(finetune, tmp_path, capsys):
+    assert finetune(packing=True, pack_length=60, num_train_epochs=1) == 0
+    told = capsys.readouterr().err
+    assert "packing: up to 60 tokens in a forward pass, attention " in told and "utilisation 100.0%" in told
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["packing"]["pack_length"] == 60
+
+
 def test_fraction_split_bf16_and_resume_after_the_end(finetune, tmp_path, capsys):
     options = {"eval_count": None, "eval_fraction": 0.2, "num_train_epochs": 1, "dtype": "bf16"}
     assert finetune(**options) == 0
@@ -239,6 +246,8 @@ def test_sigterm_gives_143_and_resumes(finetune, tmp_path, monkeypatch, capsys):
         ({"prefix_len": 0}, "prefix_len must be between 1 and"),
         ({"layers": 3}, "layers must be at most 2"),
         ({"max_length": 5}, "reviews.csv line"),
+        ({"pack_length": 40}, "pack_length goes with packing"),
+        ({"packing": True, "pack_length": 9}, "tokens, a pack at most 9; raise pack_length"),
         ({"gguf_file": "none.gguf"}, "cannot be loaded"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -51,10 +51,11 @@ def flat(record):
     return [record]
 
 
-@pytest.mark.parametrize("kind", ["labels", "completions"])
+@pytest.mark.parametrize("kind", ["labels", "completions", "packed"])
 def test_two_processes_equal_one(together, tmp_path, kind):
     folder, results = together
-    alone = history(run(tmp_path, labelled=kind == "labels", batch_size=5))
+    packing = {"packing": True, "pack_length": 40} if kind == "packed" else {}
+    alone = history(run(tmp_path, labelled=kind == "labels", batch_size=5, **packing))
     assert len(alone["losses"]) == 10
     assert results[kind]["losses"] == pytest.approx(alone["losses"], rel=1e-6, abs=0)
     assert flat(results[kind]) == pytest.approx(flat(alone), rel=1e-6, abs=0)
