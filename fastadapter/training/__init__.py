@@ -15,7 +15,12 @@ from fastadapter.training.data import (
 from fastadapter.training.evaluation import predict_labels
 from fastadapter.training.judge import evaluate
 from fastadapter.training.loop import finetune
-from fastadapter.training.loss import supervised_logits, supervised_loss
+from fastadapter.training.loss import (
+    causal_lm_loss,
+    supervised_logit_parts,
+    supervised_logits,
+    supervised_loss,
+)
 from fastadapter.training.report import FinetuneResult, peak_rss_bytes, write_json
 from fastadapter.training.targets import last_layers, load_parameters, training_only
 from fastadapter.training.task_text import from_text, task_text
@@ -29,6 +34,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingInterrupted",
     "UserError",
+    "causal_lm_loss",
     "class_names",
     "classify",
     "collate",
@@ -45,6 +51,7 @@ __all__ = [
     "read_examples",
     "read_labels",
     "split_examples",
+    "supervised_logit_parts",
     "supervised_logits",
     "supervised_loss",
     "task_text",
