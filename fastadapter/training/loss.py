@@ -260,7 +260,7 @@ def _liger_does(behind: BehindHead, states: Tensor) -> bool:
 
 
 def _liger_loss(head: Any, states: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", label_smoothing=label_smoothing)
     return loss(head.weight, states, targets, head.bias)
