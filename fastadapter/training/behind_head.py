@@ -176,9 +176,12 @@ def _owner(model: nn.Module, head: nn.Module) -> nn.Module | None:
 
 
 def _backbones(owner: Any) -> list[nn.Module]:
-    """What may give the states that the head gets: the base model, or the decoder in it."""
-    decoder = owner.get_decoder() if hasattr(owner, "get_decoder") else None
-    named = [getattr(owner, "base_model", None), decoder]
+    """What may give the states that the head gets: the model of transformers in its owner, or the decoder in that."""
+    named = [child for child in owner.children() if hasattr(type(child), "base_model_prefix")]
+    named += [
+        getattr(owner, "base_model", None),
+        owner.get_decoder() if hasattr(owner, "get_decoder") else None,
+    ]
     found = {id(each): each for each in named if isinstance(each, nn.Module) and each is not owner}
     return list(found.values())
 

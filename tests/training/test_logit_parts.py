@@ -8,9 +8,11 @@ import torch
 import transformers as tf
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.auto import modeling_auto
 
 import fastadapter as fa
 from fastadapter.training import (
+    Batch,
     TrainingConfig,
     causal_lm_loss,
     collate,
@@ -23,6 +25,7 @@ from fastadapter.training import (
 )
 from fastadapter.training.evaluation import score_candidates
 from tests.support.methods import CONFIGS
+from tests.support.tiny_models import tiny_model
 from tests.training.toy import WORDS, make_examples, make_model, make_tokenizer
 
 VOCABULARY = len(WORDS)
@@ -340,3 +343,27 @@ def test_liger_takes_what_is_a_plain_head(batch, monkeypatch):
     supervised_loss(make_family("a bias"), batch)  # small enough for the plain way
     supervised_loss(make_model(dtype=torch.float16), batch, max_logit_bytes=THREE)
     assert not calls
+
+
+@pytest.mark.slow
+def test_every_family_is_taken_apart(recwarn):
+    """Of all causal language models of transformers that can be made small: pieces, and the loss of all logits."""
+    tried, wrong = 0, []
+    for name in sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        ids = torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(0))
+        positions = torch.tensor([2, 3, 4, 5, 8, 9, 13])
+        targets = ids.flatten()[positions + 1]
+        try:
+            model = tiny_model(name)[0].eval()
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits.flatten(0, 1)[positions].float()
+        except Exception:  # it wants images, or kernels that are not here
+            continue
+        batch = Batch(ids, None, None, positions, targets, positions // 8, 2, ((0, 0, 8), (1, 0, 8)))
+        actual = supervised_loss(model, batch, max_logit_bytes=4 * 3 * logits.shape[1])
+        expected = F.cross_entropy(logits, targets, reduction="sum")
+        tried += 1
+        if not torch.allclose(actual, expected, rtol=1e-4):
+            wrong.append(name)
+    assert tried > 100 and not wrong
+    assert not [str(each.message) for each in recwarn if "in one piece" in str(each.message)]
