@@ -108,6 +108,7 @@ def causal_lm_loss(
 
     For a training loop of your own, and for transformers' ``Trainer`` and those that build on it, in place of its
     method ``compute_loss``. Its option ``compute_loss_func`` comes too late: it is given the logits of all positions.
+    What a mixture of experts adds for the balance of its routers is not part of it.
 
     Args:
         model: with or without adapters; may be wrapped.
@@ -192,7 +193,7 @@ def _whole(
     model: nn.Module, head: nn.Module, inputs: dict[str, Any], shape: torch.Size, positions: Tensor
 ) -> Tensor:
     with watching(model, head, shape, positions):
-        return _scored(model(**inputs, use_cache=False).logits.squeeze(0))
+        return _scored(model(**{**inputs, "use_cache": False}).logits.squeeze(0))
 
 
 def _to_head(
@@ -203,7 +204,7 @@ def _to_head(
     if not reason:
         generators = _generators(positions.device) if reason is None else []
         with watching(model, head, shape, positions, PROBE) as seen:
-            logits = model(**inputs, use_cache=False).logits.squeeze(0)
+            logits = model(**{**inputs, "use_cache": False}).logits.squeeze(0)
         behind = BehindHead(model, head, seen)
         if reason is None:
             reason = prove(behind, seen.states[:PROBE].detach(), logits.detach())

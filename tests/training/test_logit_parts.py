@@ -292,7 +292,7 @@ def test_the_loss_of_labels_is_that_of_transformers(batch):
         for options in ({}, {"max_logit_bytes": THREE}):
             actual = causal_lm_loss(model_or_wrapper, inputs, **options)
             torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
-    shared = causal_lm_loss(model, inputs, torch.tensor(7))
+    shared = causal_lm_loss(model, {**inputs, "use_cache": True}, torch.tensor(7))
     torch.testing.assert_close(shared, model(**inputs, num_items_in_batch=7).loss, rtol=1e-6, atol=0)
     embeds = {**inputs, "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}
     del embeds["input_ids"]
