@@ -1,5 +1,7 @@
 """Logits made in pieces: loss, gradients and size, judged by the model's own loss over all its logits."""
 
+import contextlib
+import signal
 import sys
 import types
 
@@ -345,6 +347,22 @@ def test_liger_takes_what_is_a_plain_head(batch, monkeypatch):
     assert not calls
 
 
+@contextlib.contextmanager
+def seconds_of_a_processor(count):
+    """TimeoutError after so many: some small models are not small."""
+
+    def stop(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, count)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
 @pytest.mark.slow
 def test_every_family_is_taken_apart(recwarn):
     """Of all causal language models of transformers that can be made small: pieces, and the loss of all logits."""
@@ -354,8 +372,8 @@ def test_every_family_is_taken_apart(recwarn):
         positions = torch.tensor([2, 3, 4, 5, 8, 9, 13])
         targets = ids.flatten()[positions + 1]
         try:
-            model = tiny_model(name)[0].eval()
-            with torch.no_grad():
+            with seconds_of_a_processor(10), torch.no_grad():
+                model = tiny_model(name)[0].eval()
                 logits = model(input_ids=ids).logits.flatten(0, 1)[positions].float()
         except Exception:  # it wants images, or kernels that are not here
             continue
