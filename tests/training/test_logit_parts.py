@@ -372,7 +372,7 @@ def test_every_family_is_taken_apart(recwarn):
         positions = torch.tensor([2, 3, 4, 5, 8, 9, 13])
         targets = ids.flatten()[positions + 1]
         try:
-            with seconds_of_a_processor(10), torch.no_grad():
+            with seconds_of_a_processor(5), torch.no_grad():
                 model = tiny_model(name)[0].eval()
                 logits = model(input_ids=ids).logits.flatten(0, 1)[positions].float()
         except Exception:  # it wants images, or kernels that are not here
