@@ -115,7 +115,9 @@ def test_options_of_training_reach_the_run(finetune, tmp_path, capsys):  # noqa:
     assert training["eval_strategy"] == "steps" and training["eps"] == 1e-7 and not training["eval_on_start"]
     printed = capsys.readouterr()
     assert "f1_macro" in printed.out and "step 3: held-out loss" in printed.err
-    assert "before" not in printed.err and re.search(r"held-out accuracy \d+\.\d\d% on 10 records", printed.out)
+    assert "before" not in printed.err and re.search(
+        r"held-out accuracy \d+\.\d\d% on 10 records", printed.out
+    )
     steps = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert [each["step"] for each in steps if "loss" in each] == list(range(1, 8))
 
