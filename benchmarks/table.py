@@ -18,7 +18,9 @@ from .rows import Row
 KINDS = "|".join(["benchmark", *comparisons.DRAW])
 MARKED = re.compile(rf"(<!-- ({KINDS}): ([\w, -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 EXTRA = {
+    "gflop_per_s": "GFLOP/s",
     "gb_per_s": "GB/s",
+    "percent_of_roof": "% of roof",
     "percent_of_copy": "% of copy",
     "percent_of_floor": "% of floor",
     "eager_us": "from Python, us",
@@ -80,11 +82,14 @@ def render(names: list[str], stored: list[Row]) -> str:
 
     Raises: ValueError: nothing is stored for a name.
     """
-    chosen = [row for name in names for row in rows.latest(stored) if row.entry == name]
+    shown = rows.latest(rows.published(stored))
+    chosen = [row for name in names for row in shown if row.entry == name]
     missing = [name for name in names if not any(row.entry == name for row in chosen)]
     if missing:
-        known = ", ".join(sorted({row.entry for row in stored})) or "none"
-        raise ValueError(f"no stored rows of {', '.join(missing)}; stored: {known}")
+        known = ", ".join(sorted({row.entry for row in shown})) or "none"
+        busy = sorted({row.entry for row in stored} & set(missing))
+        also = f"; of a busy machine alone, not shown: {', '.join(busy)}" if busy else ""
+        raise ValueError(f"no stored rows of {', '.join(missing)}{also}; stored: {known}")
     machines = list(dict.fromkeys((row.device, row.threads) for row in chosen))
     parts = []
     for machine in machines:
