@@ -12,17 +12,12 @@ import ctypes
 import gc
 import json
 import os
-import re
 from pathlib import Path
+
+from .peers.protocol import status_mib
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 RESET_PEAK = "5"
-
-
-def status_mib(field: str) -> float:
-    """``VmRSS`` (now) or ``VmHWM`` (peak)."""
-    text = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)[1]) / 1024
 
 
 def measure(name: str, quick: bool) -> dict[str, float]:

@@ -77,6 +77,8 @@ class Settings:
     quick: bool = False
     device: str = "cpu"
     environment: Mapping[str, Any] = field(default_factory=dict)
+    # of single entries: sizes of the recipe
+    options: Mapping[str, Any] = field(default_factory=dict)
     # takes the samples; another one lets rounds wait for those of another process (versions.py)
     interleave: Callable[["Case", int, Meter], dict[str, list[float]]] = field(
         default_factory=lambda: interleave
