@@ -6,21 +6,22 @@ environment of its own where its library needs one (``scripts/peer_environments.
 ratio is that of one round of turns. Tokens per second count real tokens, no padding. What a party prepares after the
 start, such as reading records or building a cache, is spread over its first epoch.
 
-    python -m benchmarks.run --only recipe recipe-memory time-to-accuracy
-    python -m benchmarks.run --only time-to-accuracy --records 800 --held-out 400
+    python -m benchmarks.run --only recipe-all-layers recipe-top-layers recipe-pfeiffer recipe-memory
+    python -m benchmarks.run --only time-to-accuracy-top-layers --records 800 --held-out 400
 
-Rows of ``recipe``: epoch 1 and epoch 2 apart. Of ``time-to-accuracy``: seconds at the end of each epoch, and in
+Rows of ``recipe-``: epoch 1 and epoch 2 apart. Of ``time-to-accuracy-``: seconds at the end of each epoch, and in
 ``extra`` the accuracy there; and seconds until the first epoch that is as accurate as the last one of the floor.
 """
 
 import contextlib
+import functools
 import json
 import os
 import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,9 @@ ADAPTERS = Party("adapters 1.3.0", "train_adapters.py", "adapters")
 
 @dataclass(frozen=True)
 class Recipe:
-    """One comparison; the first party is the floor of its ratios."""
+    """One comparison; the first party is the floor of its ratios. ``name`` is in the names of its entries."""
 
+    name: str
     title: str
     parties: tuple[Party, ...]
     layers: int | None = None  # the top so many; None: all
@@ -64,9 +66,9 @@ class Recipe:
 
 
 RECIPES = (
-    Recipe("LLaMA-Adapter, all layers", (PEFT, OURS, PACKED, LITGPT)),
-    Recipe("LLaMA-Adapter, top 10 layers", (PEFT, OURS, PACKED, CACHED, LITGPT), layers=10),
-    Recipe("Pfeiffer adapters, all layers", (ADAPTERS, OURS, PACKED), method="pfeiffer"),
+    Recipe("all-layers", "LLaMA-Adapter, all layers", (PEFT, OURS, PACKED, LITGPT)),
+    Recipe("top-layers", "LLaMA-Adapter, top 10 layers", (PEFT, OURS, PACKED, CACHED, LITGPT), layers=10),
+    Recipe("pfeiffer", "Pfeiffer adapters, all layers", (ADAPTERS, OURS, PACKED), method="pfeiffer"),
 )
 
 
@@ -271,19 +273,13 @@ def rows_of(
     return found
 
 
-def _recipes(settings: Settings) -> Iterator[tuple[Recipe, list[Party]]]:
-    """Those that are wanted, with who can take part; one without its floor is left out, said so."""
-    wanted = settings.options.get("recipes") or [recipe.title for recipe in RECIPES]
-    if unknown := [each for each in wanted if not any(each in recipe.title for recipe in RECIPES)]:
-        titles = "; ".join(recipe.title for recipe in RECIPES)
-        raise ValueError(f"recipes: {', '.join(unknown)} is in no title; there is {titles}")
-    for recipe in RECIPES:
-        if any(each in recipe.title for each in wanted):
-            parties = present(recipe)
-            if recipe.parties[0] in parties and len(parties) > 1:
-                yield recipe, parties
-            else:
-                print(f"recipe, {recipe.title}: left out: nobody to compare with", file=sys.stderr)
+def _comparable(recipe: Recipe) -> list[Party]:
+    """Who can take part; nobody, said so, where the floor or everybody else cannot."""
+    parties = present(recipe)
+    if recipe.parties[0] in parties and len(parties) > 1:
+        return parties
+    print(f"recipe, {recipe.title}: left out: nobody to compare with", file=sys.stderr)
+    return []
 
 
 def _sizes(settings: Settings, **defaults: int) -> Sizes:
@@ -294,24 +290,27 @@ def _sizes(settings: Settings, **defaults: int) -> Sizes:
     return Sizes(**{**defaults, **(small if settings.quick else {}), **given})
 
 
-def tokens_per_second(settings: Settings) -> Iterator[list[Row]]:
+def tokens_per_second(recipe: Recipe, settings: Settings) -> Iterator[list[Row]]:
     """Real tokens per second in each epoch."""
     sizes = _sizes(settings)
-    for recipe, parties in _recipes(settings):
-        with tempfile.TemporaryDirectory() as folder:
-            job = recipe_data.make_job(recipe, sizes, settings, Path(folder), measure_memory=False)
-            told = side_by_side(recipe, parties, job, Path(folder))
-        for epoch in range(1, sizes.epochs + 1):
-            samples = {name: each.seconds_per_token(epoch) for name, each in told.items()}
-            extra = {name: {"epoch": float(epoch)} for name in told}
-            what = f"epoch {epoch}, {sizes.records} reviews, batch {job['batch_size']}"
-            yield rows_of("recipe", recipe, what, "tokens/s", samples, settings, extra)
+    if not (parties := _comparable(recipe)):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        job = recipe_data.make_job(recipe, sizes, settings, Path(folder), measure_memory=False)
+        told = side_by_side(recipe, parties, job, Path(folder))
+    for epoch in range(1, sizes.epochs + 1):
+        samples = {name: each.seconds_per_token(epoch) for name, each in told.items()}
+        extra = {name: {"epoch": float(epoch)} for name in told}
+        what = f"epoch {epoch}, {sizes.records} reviews, batch {job['batch_size']}"
+        yield rows_of(f"recipe-{recipe.name}", recipe, what, "tokens/s", samples, settings, extra)
 
 
 def peak_memory(settings: Settings) -> Iterator[list[Row]]:
-    """Peak of a few steps, the largest batches of the reviews among them."""
+    """Peak of a few steps of every recipe above the model, and of the whole process."""
     sizes = _sizes(settings, records=96, epochs=1, turns=1)
-    for recipe, parties in _recipes(settings):
+    for recipe in RECIPES:
+        if not (parties := _comparable(recipe)):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             job = recipe_data.make_job(recipe, sizes, settings, Path(folder), measure_memory=True)
             told = one_after_another(parties, job, Path(folder))
@@ -322,38 +321,44 @@ def peak_memory(settings: Settings) -> Iterator[list[Row]]:
             yield rows_of("recipe-memory", recipe, shape, "MiB", samples, settings, {})
 
 
-def time_to_accuracy(settings: Settings) -> Iterator[list[Row]]:
+def time_to_accuracy(recipe: Recipe, settings: Settings) -> Iterator[list[Row]]:
     """Seconds and accuracy at the end of every epoch, and seconds until as accurate as the floor at its end."""
     sizes = _sizes(settings, records=800, held_out=400, epochs=3)
-    for recipe, parties in _recipes(settings):
-        with tempfile.TemporaryDirectory() as folder:
-            job = recipe_data.make_job(recipe, sizes, settings, Path(folder), measure_memory=False)
-            told = side_by_side(recipe, parties, job, Path(folder))
-        of = f"{sizes.records} reviews, batch {job['batch_size']}"
-        for epoch in range(1, sizes.epochs + 1):
-            samples = {name: [each.seconds(epoch)] for name, each in told.items()}
-            extra = {
-                name: {"epoch": float(epoch), "accuracy": each.accuracies[epoch]}
-                for name, each in told.items()
-            }
-            yield rows_of(
-                "time-to-accuracy", recipe, f"after epoch {epoch}, {of}", "s", samples, settings, extra
-            )
-        yield from [_reached(recipe, told, of, sizes, settings)]
+    if not (parties := _comparable(recipe)):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        job = recipe_data.make_job(recipe, sizes, settings, Path(folder), measure_memory=False)
+        told = side_by_side(recipe, parties, job, Path(folder))
+    entry, of = f"time-to-accuracy-{recipe.name}", f"{sizes.records} reviews, batch {job['batch_size']}"
+    for epoch in range(1, sizes.epochs + 1):
+        samples = {name: [each.seconds(epoch)] for name, each in told.items()}
+        extra = {
+            name: {"epoch": float(epoch), "accuracy": each.accuracies[epoch]} for name, each in told.items()
+        }
+        yield rows_of(entry, recipe, f"after epoch {epoch}, {of}", "s", samples, settings, extra)
+    samples, extra = reached(recipe, told, sizes.epochs)
+    what = f"until as accurate as {recipe.parties[0].name} after {sizes.epochs} epochs, {of}"
+    yield rows_of(entry, recipe, what, "s", samples, settings, extra)
 
 
-def _reached(
-    recipe: Recipe, told: Mapping[str, Told], of: str, sizes: Sizes, settings: Settings
-) -> list[Row]:
-    """Seconds until the accuracy that the floor has at its end; who never gets there has no row, said so."""
-    goal = told[recipe.parties[0].name].accuracies[sizes.epochs]
+def reached(
+    recipe: Recipe, told: Mapping[str, Told], epochs: int
+) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
+    """Seconds until the floor's accuracy at its end, and the epoch; who never gets there is named on stderr."""
+    goal = told[recipe.parties[0].name].accuracies[epochs]
     samples, extra = {}, {}
     for name, each in told.items():
-        epochs = [epoch for epoch, accuracy in sorted(each.accuracies.items()) if accuracy >= goal]
-        if epochs:
-            samples[name] = [each.seconds(epochs[0])]
-            extra[name] = {"epoch": float(epochs[0]), "accuracy": each.accuracies[epochs[0]]}
+        good = [epoch for epoch, accuracy in sorted(each.accuracies.items()) if accuracy >= goal]
+        if good:
+            samples[name] = [each.seconds(good[0])]
+            extra[name] = {"epoch": float(good[0]), "accuracy": each.accuracies[good[0]]}
         else:
             print(f"recipe, {recipe.title}: {name} never reached {goal:.1%}", file=sys.stderr)
-    what = f"until as accurate as {recipe.parties[0].name} after {sizes.epochs} epochs, {of}"
-    return rows_of("time-to-accuracy", recipe, what, "s", samples, settings, extra)
+    return samples, extra
+
+
+ENTRIES: dict[str, Callable[[Settings], Iterator[list[Row]]]] = {
+    **{f"recipe-{each.name}": functools.partial(tokens_per_second, each) for each in RECIPES},
+    "recipe-memory": peak_memory,
+    **{f"time-to-accuracy-{each.name}": functools.partial(time_to_accuracy, each) for each in RECIPES},
+}
