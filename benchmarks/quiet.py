@@ -20,6 +20,7 @@ TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 # Per cent: of all processors, and of the calculation's time. Rounds differ by a tenth on a quiet virtual machine.
 MOST_OTHERS, MOST_STEAL, MOST_CHANGE = 8.0, 3.0, 25.0
 MARK = "busy"
+MARKS = ("load_average", "others_percent", "steal_percent", "calibration_change_percent")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def why(marks: dict[str, float]) -> str:
     >>> why({"load_average": 2.5, "others_percent": 51.0})
     'load average 2.5, others percent 51'
     """
-    return ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in marks.items() if name != MARK)
+    return ", ".join(f"{name.replace('_', ' ')} {marks[name]:.3g}" for name in MARKS if name in marks)
 
 
 def calibrate(repeats: int = 15) -> float:

@@ -4,7 +4,8 @@
     python -m benchmarks.table README.md --check   # exit status 1 if one is out of date
 
 A table stands between ``<!-- benchmark: NAME, NAME -->`` and ``<!-- end -->``; the names are entries. Tables of stored
-comparisons have markers of their own (``benchmarks/comparisons.py``).
+comparisons have markers of their own (``benchmarks/comparisons.py``), pictures and lost rows others
+(``benchmarks/report.py``).
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 from . import comparisons, rows
 from .rows import Row
 
-KINDS = "|".join(["benchmark", *comparisons.DRAW])
+KINDS = "|".join(["benchmark", "measured", "where-we-lose", *comparisons.DRAW])
 MARKED = re.compile(rf"(<!-- ({KINDS}): ([\w, -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 EXTRA = {
     "gflop_per_s": "GFLOP/s",
@@ -99,13 +100,23 @@ def render(names: list[str], stored: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def block(kind: str, names: list[str], stored: list[Row]) -> str:
+    """What stands in a block of this kind."""
+    if kind == "benchmark":
+        return render(names, stored)
+    if kind in comparisons.DRAW:
+        return comparisons.DRAW[kind](names)
+    from . import lost, report  # they draw with this module's tables
+
+    return report.measured(names, stored) if kind == "measured" else lost.block(names, stored)
+
+
 def rewrite(text: str, stored: list[Row]) -> str:
     """``text`` with every marked table drawn anew."""
 
     def draw(match: re.Match) -> str:
         names = [name.strip() for name in match[3].split(",")]
-        drawn = render(names, stored) if match[2] == "benchmark" else comparisons.DRAW[match[2]](names)
-        return f"{match[1]}{drawn}\n{match[4]}"
+        return f"{match[1]}{block(match[2], names, stored)}\n{match[4]}"
 
     drawn, count = MARKED.subn(draw, text)
     if not count:

@@ -1,0 +1,56 @@
+"""Draw every picture and every table anew from the stored rows: ``python -m benchmarks.report``.
+
+    python -m benchmarks.report            # docs/pictures, README.md, docs/benchmarks.md, docs/comparison.md
+    python -m benchmarks.report --check    # exit status 1 if a table is out of date; draws nothing
+
+Blocks of a document, besides those of ``benchmarks.table``: ``<!-- measured: NAME -->`` a picture and the table of its
+entries, or how to measure them where no row is stored; ``<!-- where-we-lose: cpu, gpu -->`` every lost row.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import pictures, rows, table
+from .rows import ROOT, Row
+
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/comparison.md")
+
+
+def measured(names: Sequence[str], stored: Sequence[Row]) -> str:
+    """Picture and table of each name. Raises: ValueError: there is no such picture."""
+    parts = []
+    for name in names:
+        if name not in pictures.PICTURES:
+            raise ValueError(f"measured: {name} is none of {', '.join(pictures.PICTURES)}")
+        picture = pictures.PICTURES[name]
+        kept = {row.entry for row in rows.published(list(stored))}
+        entries = [entry for entry in picture.entries if entry in kept]
+        if entries:
+            parts.append(f"![{picture.words}]({pictures.FOLDER}/{name}.png)")
+            parts.append(table.render(entries, list(stored)))
+        if absent := [entry for entry in picture.entries if entry not in entries]:
+            parts.append(f"Not stored yet: `python -m benchmarks.run --only {' '.join(absent)}` measures it.")
+    return "\n\n".join(parts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if a table is out of date")
+    args = parser.parse_args(argv)
+    if not (ROOT / "pyproject.toml").is_file():
+        parser.error("pictures and documents are those of a checkout: run it in one")
+    if not args.check:
+        draw(ROOT, rows.load())
+    return max(table.main([str(ROOT / name), *(["--check"] if args.check else [])]) for name in DOCUMENTS)
+
+
+def draw(root: Path, stored: Sequence[Row]) -> None:
+    """The pictures that the documents under ``root`` show."""
+    for path in pictures.draw_all(root / "docs" / pictures.FOLDER, stored):
+        print(f"drawn: {path.relative_to(root)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
