@@ -2,8 +2,8 @@
 
     python -m benchmarks.serve ENTRY [--quick]
 
-A line of JSON for every case, then one with the seconds of every variant for each line on stdin, as many as rounds.
-Only ours and the floor are timed: the other version is the rival.
+A line of JSON says which library this is, then one for every case, followed by one with the seconds of every variant
+for each line on stdin, as many as rounds. Only ours and the floor are timed: the other version is the rival.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from . import lost, runner
@@ -59,6 +60,12 @@ def main(argv: list[str] | None = None) -> int:
 
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
+    import fastadapter
+    from fastadapter.ops.backends import extension_error
+
+    # so that nobody compares a version with itself, or compiled code with none
+    said = {"library": str(Path(fastadapter.__file__).parent), "extension": extension_error() or "works"}
+    print(json.dumps(said), file=out, flush=True)
     settings = runner.Settings(rounds=args.rounds, quick=args.quick, environment=rows.environment())
     serve(run.entries()[args.entry], settings, out, sys.stdin)
     return 0

@@ -145,6 +145,18 @@ def base_version(commit: str) -> Iterator[tuple[Path, Path]]:
 def compare(sides: Sequence[Side], rounds: int) -> Iterator[dict[str, Any]]:
     """Every case of an entry with the seconds of each side's variants, round by round; or why there is none."""
     shuffle = random.Random(0).shuffle
+    versions = {side.name: side.hear() for side in sides}
+    failed = {name: said["error"] for name, said in versions.items() if "error" in said}
+    failed |= {
+        name: f"its extension does not work: {said['extension']}"
+        for name, said in versions.items()
+        if said.get("extension", "works") != "works"
+    }
+    if not failed and len({said["library"] for said in versions.values()}) < len(versions):
+        failed = {name: f"both sides run {said['library']}" for name, said in versions.items()}
+    if failed:
+        yield {"failed": failed}
+        return
     while True:
         heads = {side.name: side.hear() for side in sides}
         failed = {name: head["error"] for name, head in heads.items() if "error" in head}

@@ -11,16 +11,17 @@ import adapters
 import common
 import protocol
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 
 def main() -> None:
     job = protocol.read_job(sys.argv[1])
     torch.set_num_threads(job["threads"])
     torch.manual_seed(job["seed"])
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    # it only pads: rows are in tokens already, and release 4 does not know the class that release 5 writes down
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(job["model"], "tokenizer.json")))
     tokenizer.padding_side = "right"
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
     config = AutoConfig.from_pretrained(job["model"])
     # transformers 5 writes the base of the rotary embedding where release 4 does not look for it
     rotary = json.loads(Path(job["model"], "config.json").read_text()).get("rope_parameters") or {}
