@@ -47,11 +47,12 @@ def is_ours(variant: str) -> bool:
 
 def is_rival(row: Row) -> bool:
     """Whether it does the same work and is not of this library."""
-    floor = row.variant in FLOORS or row.variant.startswith("(")
+    variant = row.variant
+    if is_ours(variant) or "fastadapter" in variant or variant == "sdpa+gated_prefix":
+        return False  # ours, if only in part: torch's attention with our term
     # torch's attention alone is less than what was asked for; over concatenated keys it is all of it
-    if row.entry == "gated_prefix_attention" and row.variant == "sdpa":
-        floor = True
-    return not floor and "fastadapter" not in row.variant and not is_ours(row.variant)
+    alone = (row.entry, variant) == ("gated_prefix_attention", "sdpa")
+    return not alone and variant not in FLOORS and not variant.startswith("(")
 
 
 def losses(stored: Sequence[Row]) -> Iterator[Loss]:

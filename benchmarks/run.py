@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         "--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores"
     )
     parser.add_argument("--out", type=Path, help="file to append to (benchmarks/results/cpu.jsonl)")
+    parser.add_argument("--report", action="store_true", help="then draw the documents' tables and pictures")
     parser.add_argument("--records", type=int, help="reviews that the recipes train on")
     parser.add_argument("--held-out", type=int, help="reviews that time-to-accuracy is judged by")
     parser.add_argument("--epochs", type=int, help="of the recipes")
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     import transformers
 
-    from . import quiet, rows, table
+    from . import quiet, report, rows, table
 
     known = entries()
     if args.list:
@@ -78,6 +79,10 @@ def main(argv: list[str] | None = None) -> int:
     print(table.table(measured))
     print(f"\n{table.caption(measured[0])}")
     print("quick run: not to be quoted" if args.quick else f"stored in {out}")
+    if args.report and out == rows.destination("cpu.jsonl"):
+        report.main([])
+    elif args.report:
+        print("--report: drawn is what is stored with the project, and nothing of this run is")
     for name, why in busy.items():
         print(f"NOT PUBLISHED: the machine was busy during {name} ({why})", file=sys.stderr)
     return 0

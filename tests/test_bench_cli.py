@@ -17,7 +17,7 @@ def run(*command, cwd=ROOT):
     return subprocess.run([sys.executable, "-m", *command], cwd=cwd, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("what", ["audit", "run", "gpu", "table", "plot"])
+@pytest.mark.parametrize("what", ["audit", "run", "gpu", "versions", "table", "plot", "report"])
 def test_each_benchmark_has_its_own_help(what, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["bench", what, "--help"])
