@@ -1,6 +1,6 @@
 """Draw every picture and every table anew from the stored rows: ``python -m benchmarks.report``.
 
-    python -m benchmarks.report            # docs/pictures, README.md, docs/benchmarks.md, docs/comparison.md
+    python -m benchmarks.report            # docs/pictures and the documents' tables
     python -m benchmarks.report --check    # exit status 1 if a table is out of date; draws nothing
 
 Blocks of a document, besides those of ``benchmarks.table``: ``<!-- measured: NAME -->`` a picture and the table of its
@@ -15,7 +15,7 @@ from pathlib import Path
 from . import pictures, rows, table
 from .rows import ROOT, Row
 
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/comparison.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/recipe.md", "docs/comparison.md")
 
 
 def measured(names: Sequence[str], stored: Sequence[Row]) -> str:

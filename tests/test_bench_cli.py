@@ -66,6 +66,8 @@ def test_stored_rows_are_installed():
         assert json.loads(line)["entry"]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/benchmarks.md", "docs/comparison.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/benchmarks.md", "docs/recipe.md", "docs/comparison.md"]
+)
 def test_the_tables_are_those_of_the_stored_rows(document):
     assert main(["bench", "table", str(ROOT / document), "--check"]) == 0
