@@ -4,7 +4,8 @@
     python -m benchmarks.report --check    # exit status 1 if a table is out of date; draws nothing
 
 Blocks of a document, besides those of ``benchmarks.table``: ``<!-- measured: NAME -->`` a picture and the table of its
-entries, or how to measure them where no row is stored; ``<!-- where-we-lose: cpu, gpu -->`` every lost row.
+entries, or how to measure them where no row is stored; ``<!-- recipe-short: RECIPE -->`` tokens per second alone;
+``<!-- where-we-lose: cpu, gpu -->`` every lost row.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import pictures, rows, table
+from . import pictures, recipe, rows, table
 from .rows import ROOT, Row
 
 DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/recipe.md", "docs/comparison.md")
@@ -33,6 +34,32 @@ def measured(names: Sequence[str], stored: Sequence[Row]) -> str:
         if absent := [entry for entry in picture.entries if entry not in entries]:
             parts.append(f"Not stored yet: `python -m benchmarks.run --only {' '.join(absent)}` measures it.")
     return "\n\n".join(parts)
+
+
+def recipe_short(names: Sequence[str], stored: Sequence[Row]) -> str:
+    """Real tokens per second of each party, epochs side by side; ``names`` are those of recipes.
+
+    Raises: ValueError: there is no such recipe.
+    """
+    known = {each.name: each for each in recipe.RECIPES}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"recipe-short: {', '.join(unknown)} is none of {', '.join(known)}")
+    shown = rows.latest(rows.published(list(stored)))
+    lines, captions = [], {}
+    for name in names:
+        found = [row for row in shown if row.entry == f"recipe-{name}"]
+        epochs = sorted({row.extra["epoch"] for row in found})
+        for variant in dict.fromkeys(row.variant for row in found):
+            mine = {row.extra["epoch"]: row for row in found if row.variant == variant}
+            cells = [f"{table.number(mine[at].median)} ({1 / mine[at].ratio:.2f} x)" for at in epochs[:2]]
+            lines.append(f"| {known[name].title} | {variant} | {' | '.join(cells)} |")
+        captions |= dict.fromkeys(table.caption(row) for row in found)
+    if not lines:
+        return (
+            "No run on a quiet machine is stored yet; [docs/recipe.md](docs/recipe.md) says how to make one."
+        )
+    head = "| recipe | by | tokens/s, first epoch | second epoch |\n| --- | --- | ---: | ---: |"
+    return "\n".join([head, *lines, "", *captions])
 
 
 def main(argv: list[str] | None = None) -> int:

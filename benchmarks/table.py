@@ -16,7 +16,7 @@ from pathlib import Path
 from . import comparisons, rows
 from .rows import Row
 
-KINDS = "|".join(["benchmark", "measured", "where-we-lose", *comparisons.DRAW])
+KINDS = "|".join(["benchmark", "measured", "recipe-short", "where-we-lose", *comparisons.DRAW])
 MARKED = re.compile(rf"(<!-- ({KINDS}): ([\w, -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 EXTRA = {
     "gflop_per_s": "GFLOP/s",
@@ -108,7 +108,8 @@ def block(kind: str, names: list[str], stored: list[Row]) -> str:
         return comparisons.DRAW[kind](names)
     from . import lost, report  # they draw with this module's tables
 
-    return report.measured(names, stored) if kind == "measured" else lost.block(names, stored)
+    draw = {"measured": report.measured, "recipe-short": report.recipe_short, "where-we-lose": lost.block}
+    return draw[kind](names, stored)
 
 
 def rewrite(text: str, stored: list[Row]) -> str:

@@ -97,6 +97,17 @@ def test_measured_blocks_show_what_is_stored_and_how_to_measure_the_rest():
     assert lines[1] == "No stored row of these devices is lost."
 
 
+def test_the_short_table_says_how_often_the_floor_s_rate_it_is():
+    stored = list(entry_rows("recipe"))
+    text = report.recipe_short(["all-layers", "top-layers"], stored)
+    title = recipe.RECIPES[0].title
+    assert f"| {title} | PEFT | 1250 (1.00 x) | 1250 (1.00 x) |" in text
+    assert f"| {title} | fastadapter | 1250 (2.00 x) | 1250 (2.00 x) |" in text and "commit abc1234" in text
+    assert "No run on a quiet machine" in report.recipe_short(["pfeiffer"], stored)
+    with pytest.raises(ValueError, match="recipe-short: nothing is none of all-layers, "):
+        report.recipe_short(["nothing"], stored)
+
+
 def test_every_entry_of_a_picture_can_be_run():
     assert {each for picture in pictures.PICTURES.values() for each in picture.entries} <= set(run.entries())
     assert set(versions.ENTRIES) <= set(run.entries())
