@@ -107,6 +107,12 @@ class Told:
         prepared = sum(turn["setup"] for turn in mine) / sum(turn["tokens"] for turn in mine)
         return [turn["seconds"] / turn["tokens"] + prepared for turn in mine]
 
+    def tokens_per_second(self, epoch: int) -> float:
+        """Of a whole epoch: a median over turns does not show one turn that was slow."""
+        mine = [turn for turn in self.turns if turn["epoch"] == epoch]
+        seconds = sum(turn["seconds"] + turn["setup"] for turn in mine)
+        return sum(turn["tokens"] for turn in mine) / seconds
+
 
 class Process:
     """A party at work."""
@@ -300,7 +306,10 @@ def tokens_per_second(recipe: Recipe, settings: Settings) -> Iterator[list[Row]]
         told = side_by_side(recipe, parties, job, Path(folder))
     for epoch in range(1, sizes.epochs + 1):
         samples = {name: each.seconds_per_token(epoch) for name, each in told.items()}
-        extra = {name: {"epoch": float(epoch)} for name in told}
+        extra = {
+            name: {"epoch": float(epoch), "epoch_tokens_per_s": each.tokens_per_second(epoch)}
+            for name, each in told.items()
+        }
         what = f"epoch {epoch}, {sizes.records} reviews, batch {job['batch_size']}"
         yield rows_of(f"recipe-{recipe.name}", recipe, what, "tokens/s", samples, settings, extra)
 

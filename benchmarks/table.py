@@ -22,6 +22,8 @@ EXTRA = {
     "gflop_per_s": "GFLOP/s",
     "gb_per_s": "GB/s",
     "percent_of_roof": "% of roof",
+    "epoch_tokens_per_s": "over the whole epoch",
+    "accuracy": "accuracy",
     "percent_of_copy": "% of copy",
     "percent_of_floor": "% of floor",
     "eager_us": "from Python, us",

@@ -113,6 +113,7 @@ def test_preparations_belong_to_the_first_epoch():
     assert told.seconds_per_token(1) == pytest.approx([0.1 + 0.1, 0.2 + 0.1])
     assert told.seconds_per_token(2) == pytest.approx([0.2])
     assert (told.seconds(1), told.seconds(2)) == (8.0, 10.0)
+    assert (told.tokens_per_second(1), told.tokens_per_second(2)) == pytest.approx((30 / 8, 5.0))
 
 
 def test_who_reaches_the_floor_s_last_accuracy_first(capsys):
