@@ -22,6 +22,7 @@ LAYERS = [
     "cli",
     "benchmarks",
     "compare",
+    "planning",
     "training",
     "checkpoints",
     "integrations",

@@ -1,5 +1,6 @@
 """``fastadapter bench``: the benchmarks that are installed with the package.
 
+fastadapter bench plan --model llama-7b --gpu h100 --data alpaca-like   # time and memory of a run, before it
 fastadapter bench audit --arch sm_90 --dtype bf16     # what the GPU kernels compile to; needs no GPU
 fastadapter bench run --only gated_prefix             # CPU timings against peers
 fastadapter bench gpu                                 # GPU correctness and timings
@@ -11,8 +12,9 @@ fastadapter bench report                              # every table and picture 
 import argparse
 import importlib
 
-# What each needs beyond torch is asked for when it is chosen.
+# Modules by their names in fastadapter.benchmarks. What each needs beyond torch is asked for when it is chosen.
 WHAT = {
+    "plan": (".cli.plan", "predict time and memory of a training run, and hold measured rows against it"),
     "audit": ("audit.command", "compile the Triton kernels without a GPU and show registers, spills, floors"),
     "run": ("run", "time ops and recipes on this machine's CPU, against peers"),
     "gpu": ("gpu", "GPU correctness against fp64, then timings against peers"),
@@ -37,4 +39,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the chosen benchmark with its own options; its exit status."""
     module, _ = WHAT[args.what]
-    return importlib.import_module(f"fastadapter.benchmarks.{module}").main(args.options) or 0
+    return importlib.import_module(f".{module}", "fastadapter.benchmarks").main(args.options) or 0
