@@ -5,16 +5,26 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastadapter.integrations.parts.discovery import device_of
+from fastadapter.integrations.parts.discovery import device_of, floating_dtype
 from fastadapter.integrations.parts.wrappers import unwrap
-from fastadapter.integrations.passes.prefix import PromptSlot
+from fastadapter.integrations.passes.packed import packed_path
+from fastadapter.integrations.passes.prefix import PrefixHost, PromptSlot
 from fastadapter.integrations.passes.soft_prompt_decoder import SoftPromptHost
 from fastadapter.integrations.verbs.record import attachments, hosts
 from fastadapter.nn import Bottleneck, ChannelScale, GatedPrefix, ModuleCopy, PrefixTuning
 from fastadapter.ops.backends import automatic_backend
 from fastadapter.ops.base_attention import GPU_PRIORITY
 
-_COLUMNS = ("module", "adapter", "parameters", "base_attention", "projection", "backend", "reason")
+_COLUMNS = (
+    "module",
+    "adapter",
+    "parameters",
+    "base_attention",
+    "packed_rows",
+    "projection",
+    "backend",
+    "reason",
+)
 
 # The op that each kind of adapter runs in.
 _OPS: dict[type, str] = {
@@ -38,7 +48,7 @@ class Explanation:
 
     Args:
         rows: one per adapted module and adapter, with the keys module, adapter, parameters, base_attention,
-            projection, backend and reason.
+            packed_rows, projection, backend and reason.
     """
 
     rows: list[dict[str, str]]
@@ -58,7 +68,8 @@ def explain(model: nn.Module) -> Explanation:
 
     ``*`` marks the active adapter. ``projection`` says how the prompt becomes keys and values: by the layer's key
     and value projections alone, or, where these do not give the same bits, by the layer's own forward; of a decoder's
-    soft prompt, whether it runs apart from the text or with it. Backend
+    soft prompt, whether it runs apart from the text or with it. ``packed_rows`` says how attention runs over the
+    sequences of a packed row: by sequence, or under a mask of the row, which computes all pairs of its tokens. Backend
     ``weights``: the adapter is folded, nothing of it runs there.
 
     >>> import torch
@@ -92,14 +103,19 @@ def explain(model: nn.Module) -> Explanation:
                     projection = "decoder forward"
                 elif isinstance(host, SoftPromptHost):
                     projection = "apart from the text" if host.apart else "with the text"
+                implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+                packed = ""
+                if isinstance(host, SoftPromptHost) and not host.apart:
+                    packed = "refused"
+                elif isinstance(host, PrefixHost):
+                    packed = packed_path(implementation, device_of(module), floating_dtype(module))
                 rows.append(
                     {
                         "module": path,
                         "adapter": name + ("*" if name == record.active else ""),
                         "parameters": str(sum(p.numel() for p in adapter.parameters())),
-                        "base_attention": str(
-                            getattr(getattr(module, "config", None), "_attn_implementation", "")
-                        ),
+                        "base_attention": str(implementation or ""),
+                        "packed_rows": packed,
                         "projection": projection,
                         "backend": backend,
                         "reason": reason,

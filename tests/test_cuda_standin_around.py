@@ -96,12 +96,12 @@ def test_explain_names_the_backend_of_a_gpu(gpu):
 
 def test_the_devices_generator_is_saved_and_restored(gpu):
     """Dropout on a GPU draws from a generator of its own: a resumed run has to go on with it."""
-    from fastadapter.training.state import _generators, _restore_generators
+    from fastadapter.training.state import random_states, restore_random
 
-    saved = _generators(CPU)
+    saved = random_states(CPU)
     assert "generator.cuda" in saved
     drawn = [torch.rand(3), torch.rand(3, generator=gpu.generator)]
-    _restore_generators({name: state.clone() for name, state in saved.items()}, CPU)
+    restore_random({name: state.clone() for name, state in saved.items()}, CPU)
     again = [torch.rand(3), torch.rand(3, generator=gpu.generator)]
     assert all(torch.equal(x, y) for x, y in zip(drawn, again))
 

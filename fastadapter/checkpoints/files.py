@@ -106,12 +106,37 @@ def read_tensors(
         if check is not None:
             check(header, metadata)
         tensors = load(data)
+    _require_whole(target, tensors, metadata)
+    return tensors, metadata
+
+
+def map_tensors(
+    path: str | os.PathLike, check: Callable[[Header, dict[str, str]], None] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As :func:`read_tensors`, but the tensors stay in the file, mapped into memory: read what you need of them.
+
+    The file may be replaced or removed while they are in use, not written to.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    target = resolve(path)
+    with _named_errors(target, (ValueError, SafetensorError)):
+        header, metadata = _parse_header(_read_regular_file(target, header_only=True))
+        if check is not None:
+            check(header, metadata)
+        with safe_open(target, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in header}
+    _require_whole(target, tensors, metadata)
+    return tensors, metadata
+
+
+def _require_whole(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Take the digest out of ``metadata`` and compare. Raises: CheckpointError: there is none, or another one."""
     digest = metadata.pop(DIGEST, None)
     if digest is None:
         raise CheckpointError(f"{target}: it holds no content digest, so it was not written by fastadapter")
     if digest != _digest(tensors, metadata):
         raise CheckpointError(f"{target}: its contents do not match its digest; the file is damaged")
-    return tensors, metadata
 
 
 def read_header(path: str | os.PathLike) -> tuple[Header, dict[str, str]]:

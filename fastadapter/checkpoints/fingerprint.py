@@ -87,7 +87,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     }
     step = max(1, -(-len(parameters) // _PARAMETERS))
     chosen = list(parameters)[::-1][::step]  # the last one is always among them: siblings differ there first
-    facts = _facts(configuration(model))
+    facts = facts_of(configuration(model))
     return {
         "name": _name(model),
         "revision": getattr(getattr(model, "config", None), "_commit_hash", None),
@@ -139,7 +139,10 @@ def unlike(saved: dict[str, Any], model: nn.Module, brought: Iterable[str] = ())
         own.pop(name, None)
     different, absent = [], []
     try:
-        old, new = saved.get("config", {}), json.loads(json.dumps(_facts(configuration(model)), default=str))
+        old, new = (
+            saved.get("config", {}),
+            json.loads(json.dumps(facts_of(configuration(model)), default=str)),
+        )
         found = differences(shared(old, new), shared(new, old))
         for name, (shape, values) in saved.get("weights", {}).items():
             before = torch.frombuffer(bytearray(bytes.fromhex(values)), dtype=torch.float32)
@@ -173,9 +176,10 @@ def _short(value: Any) -> str:
     return f"{value[:12]}..." if is_digest else repr(value)
 
 
-def _facts(config: dict[str, Any]) -> dict[str, Any]:
+def facts_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration that decide what a model computes, dropout apart."""
     return {
-        key: _facts(value) if isinstance(value, dict) else value
+        key: facts_of(value) if isinstance(value, dict) else value
         for key, value in config.items()
         if isinstance(key, str) and not key.startswith("_") and "drop" not in key and key not in _IRRELEVANT
     }

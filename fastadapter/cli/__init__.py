@@ -19,6 +19,7 @@ COMMANDS = {
     "inspect": "show what is in an adapter's file or folder, without its model",
     "fold": "put an adapter into a model's own files, as far as that is possible",
     "explain": "show what an adapter adds to a model and which backend runs it",
+    "cache": "list what training has kept of frozen models for later runs, or remove it",
     "bench": "measure, compare with peers, and audit what the GPU kernels compile to",
     "doctor": "show versions, extension, devices and the backend of every op",
 }

@@ -9,6 +9,7 @@ from typing import Any
 from fastadapter.cli import assets
 from fastadapter.cli.loading import add_model_arguments, device_and_dtype
 from fastadapter.cli.options import unescape
+from fastadapter.cli.trunk_options import add_trunk_arguments, trunk_cache
 from fastadapter.compare import (
     DEFAULT_METHODS,
     METHODS_TO_COMPARE,
@@ -124,6 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="400 training and 200 test records, 1 seed, 1 epoch"
     )
     what.add_argument("--threads", type=int, help="of PyTorch in every run; its own choice if not given")
+    add_trunk_arguments(parser, one_run=False)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output-dir",
@@ -159,6 +161,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if len(set(args.seeds)) < len(args.seeds):
         raise UserError(f"--seeds must differ, got {' '.join(map(str, args.seeds))}")
+    trunk = trunk_cache(args, runs=len(args.seeds))
     if args.threads is not None and args.threads < 1:
         raise UserError(f"--threads must be at least 1, got {args.threads}")
     training = {
@@ -198,6 +201,7 @@ def run(args: argparse.Namespace) -> int:
             threads=args.threads,
             device=device.type,
             save_steps=args.save_steps,
+            trunk_cache=trunk,
             after_run=lambda so_far: _write(args, comparison.settings, so_far),
         )
     except TrainingInterrupted as stop:

@@ -23,6 +23,7 @@ from fastadapter.cli.training_options import (
     require_possible,
     training_config,
 )
+from fastadapter.cli.trunk_options import add_trunk_arguments, trunk_cache
 from fastadapter.methods import METHODS
 from fastadapter.training import (
     Example,
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adapter.add_argument("--adapter", choices=METHODS, default="llama-adapter", help="method")
     add_method_arguments(adapter)
     add_training_arguments(parser)
+    add_trunk_arguments(parser)
     add_output_arguments(parser)
 
 
@@ -74,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         parse_special_tokens=args.parse_special_tokens,
     )
     adapter = method_config(args, args.adapter)
+    trunk = trunk_cache(args)
     # What can be wrong is found out before the minutes that loading a model may take.
     require_fresh_or_resume(args.output_dir, args.resume)
     if accelerator.is_main_process:
@@ -107,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
             save_steps=args.save_steps,
             accelerator=accelerator,
             details=_details(args, train, held_out),
+            trunk_cache=trunk,
         )
     except TrainingInterrupted as stop:
         if accelerator.is_main_process:

@@ -33,6 +33,18 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS.gradient_accumulation_steps,
         help="forward passes that a step is cut into",
     )
+    add(
+        "--packing",
+        action="store_true",
+        help="put the records of a forward pass one behind the other into one row instead of padding them; the loss is "
+        "the same. A model that cannot do that gets batches grouped by length, as without it, and the run says so",
+    )
+    add(
+        "--pack-length",
+        type=int,
+        help="most tokens of such a row, further forward passes take the rest of a step; 8192, or the longest record "
+        "if that is longer, if not given",
+    )
     add("--learning-rate", type=float, default=_DEFAULTS.learning_rate, help="at the end of the warm-up")
     add(
         "--head-learning-rate",
@@ -145,6 +157,8 @@ def training_config(args: argparse.Namespace, **more: Any) -> TrainingConfig:
         max_grad_norm=args.max_grad_norm,
         label_smoothing_factor=args.label_smoothing_factor,
         class_weights=args.class_weights,
+        packing=args.packing,
+        pack_length=args.pack_length,
         seed=args.seed,
         **more,
     )

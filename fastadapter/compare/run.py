@@ -7,14 +7,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fastadapter.checkpoints.fingerprint import differences
 from fastadapter.compare.methods import Method
 from fastadapter.compare.worker import RESULT
-from fastadapter.training import TrainingInterrupted, UserError, write_json
+from fastadapter.training import TrainingInterrupted, TrunkCache, UserError, write_json
 from fastadapter.training.data import Example
 from fastadapter.training.report import require_writable
 from fastadapter.training.step import StopSignals
@@ -95,6 +95,7 @@ def compare(
     threads: int | None = None,
     device: str = "auto",
     save_steps: int = 200,
+    trunk_cache: TrunkCache | bool | None = None,
     progress: bool = True,
     after_run: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -104,6 +105,8 @@ def compare(
         command: starts a process that does the job in the folder given as last word.
         learning_rates, head_learning_rates: of methods, in place of the table's.
         threads: of every process; ``None``: PyTorch's choice.
+        trunk_cache: of every run, as of :func:`fastadapter.training.finetune`; not required, since not every method
+            can have one.
         after_run: called with the results so far whenever a run ends, and with all of them.
     Returns: the results, method by method, seed by seed.
     Raises:
@@ -133,7 +136,8 @@ def compare(
                     file=sys.stderr,
                     flush=True,
                 )
-            write_json(folder / "job.json", {**job, "save_steps": save_steps, "progress": progress})
+            free = {"save_steps": save_steps, "progress": progress, "trunk_cache": _trunk_cache(trunk_cache)}
+            write_json(folder / "job.json", {**job, **free})
             _run([*command, str(folder)], method.name, seed)
         result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         results.append(result)
@@ -165,8 +169,16 @@ def _job(
     }
 
 
+def _trunk_cache(asked: TrunkCache | bool | None) -> dict[str, Any] | bool | None:
+    """What a job says of it, as JSON."""
+    if not isinstance(asked, TrunkCache):
+        return asked
+    folder = None if asked.folder is None else str(Path(asked.folder).resolve())
+    return {**asdict(asked), "folder": folder}
+
+
 # Where the files are and who computes does not decide the numbers' meaning; a moved folder is still the same one.
-_FREE = ("model", "train", "test", "threads", "device", "save_steps", "progress")
+_FREE = ("model", "train", "test", "threads", "device", "save_steps", "progress", "trunk_cache")
 
 
 def _prepare_run(folder: Path, job: dict[str, Any]) -> bool:

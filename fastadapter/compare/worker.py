@@ -17,6 +17,7 @@ from fastadapter.methods import METHODS
 from fastadapter.training import (
     Example,
     TrainingConfig,
+    TrunkCache,
     UserError,
     class_names,
     finetune,
@@ -158,6 +159,7 @@ def _train(
             return str(error)
     else:
         trainable = ["*"] if method.blocks is None else last_layers(model, method.blocks)
+    trunk_cache = job.get("trunk_cache")
     outcome = finetune(
         model,
         tokenizer,
@@ -171,6 +173,7 @@ def _train(
         save_steps=job["save_steps"],
         progress=job["progress"],
         accelerator=Accelerator(cpu=job["device"] == "cpu"),
+        trunk_cache=TrunkCache(**trunk_cache) if isinstance(trunk_cache, dict) else trunk_cache,
     )
     seconds = [epoch["seconds"] for epoch in outcome.epochs]
     file = folder / (ParameterTarget.file if trainable else AdapterTarget.file)
@@ -181,10 +184,11 @@ def _train(
         "trainable_parameters": outcome.trainable_parameters,
         "train_rows": outcome.train_rows,
         "test_rows": outcome.eval["rows"],
-        "seconds": sum(seconds),
+        "seconds": sum(seconds) + (outcome.trunk_cache["seconds"] if outcome.trunk_cache else 0.0),
         "seconds_per_epoch": sum(seconds) / len(seconds),
         "epochs": outcome.epochs,
         "losses": outcome.losses,
+        "trunk_cache": outcome.trunk_cache,
         "file_bytes": file.stat().st_size,
     }
 

@@ -2,6 +2,7 @@
 
 from fastadapter.training.batching import Batch, collate, epoch_batches
 from fastadapter.training.classification import class_names, classify, read_labels
+from fastadapter.training.collator import DataCollatorWithPacking
 from fastadapter.training.config import NonFiniteError, TrainingConfig, TrainingInterrupted, UserError
 from fastadapter.training.data import (
     Encoded,
@@ -16,18 +17,22 @@ from fastadapter.training.evaluation import predict_labels
 from fastadapter.training.judge import evaluate
 from fastadapter.training.loop import finetune
 from fastadapter.training.loss import supervised_logits, supervised_loss
+from fastadapter.training.packing import pack
 from fastadapter.training.report import FinetuneResult, peak_rss_bytes, write_json
 from fastadapter.training.targets import last_layers, load_parameters, training_only
 from fastadapter.training.task_text import from_text, task_text
+from fastadapter.training.trunk import TrunkCache
 
 __all__ = [
     "Batch",
+    "DataCollatorWithPacking",
     "Encoded",
     "Example",
     "FinetuneResult",
     "NonFiniteError",
     "TrainingConfig",
     "TrainingInterrupted",
+    "TrunkCache",
     "UserError",
     "class_names",
     "classify",
@@ -40,6 +45,7 @@ __all__ = [
     "label_completions",
     "last_layers",
     "load_parameters",
+    "pack",
     "peak_rss_bytes",
     "predict_labels",
     "read_examples",

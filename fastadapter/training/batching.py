@@ -4,10 +4,12 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastadapter.integrations.passes.packed import PACKED
 from fastadapter.training.data import Encoded
 
 WINDOW = 32  # batches sorted by length together: little padding, still close to random
@@ -45,14 +47,31 @@ class Batch:
     def num_supervised(self) -> int:
         return self.targets.numel()
 
-    def model_inputs(self) -> dict[str, Tensor]:
+    def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments for the model's forward."""
         inputs = {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
         }
-        return {name: value for name, value in inputs.items() if value is not None}
+        given = {name: value for name, value in inputs.items() if value is not None}
+        if self.cu_seqlens is not None:
+            given |= sequence_arguments(self.cu_seqlens, max(length for _, _, length in self.places))
+        return given
+
+
+def sequence_arguments(cu_seqlens: Tensor, longest: int) -> dict[str, Any]:
+    """What tells a model's attention where the sequences of a packed row are.
+
+    Flash attention reads transformers' names; ours reads its own, since under theirs the bits would no longer be those
+    of the model without an adapter. Other attention goes by the positions.
+
+    Args:
+        cu_seqlens: int32 ``(num_seqs + 1,)``.
+        longest: tokens of the longest sequence.
+    """
+    lengths = {"max_length_q": longest, "max_length_k": longest}
+    return {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, **lengths, PACKED: cu_seqlens}
 
 
 def to_device(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:

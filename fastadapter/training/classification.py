@@ -22,8 +22,10 @@ from fastadapter.training.config import TrainingConfig, UserError
 from fastadapter.training.data import Example, tokenize
 from fastadapter.training.evaluation import require_known_labels
 from fastadapter.training.held_out import Tick
+from fastadapter.training.packing import Layout, packed_outputs
 from fastadapter.training.report import write_json
 from fastadapter.training.tasks import require_max_length
+from fastadapter.training.trunk.cached import Trunk, beginning
 
 TEXT_TEMPLATE = "{text}"
 LABELS_FILE = "labels.json"
@@ -44,6 +46,7 @@ class HeldOutTexts:
     texts: list[Row]
     labels: list[str]
     pad_token_id: int
+    trunk: Trunk | None = None
 
     by_accuracy = True
 
@@ -58,7 +61,12 @@ class HeldOutTexts:
     def predict(self, model: nn.Module, rows: Sequence[int], batch_size: int, tick: Tick | None) -> Tensor:
         """Log-probabilities of the classes."""
         ids = [self.texts[row].input_ids for row in rows]
-        return class_scores(model, ids, len(self.labels), self.pad_token_id, batch_size, tick)
+        return class_scores(
+            model, ids, len(self.labels), self.pad_token_id, batch_size, tick, trunk=self.trunk
+        )
+
+    def sequences(self) -> list[tuple[int, ...]]:
+        return [row.input_ids for row in self.texts]
 
     def measure(self, table: Tensor) -> dict[str, Any]:
         """``loss``, the mean cross-entropy, and the metrics of classes."""
@@ -90,6 +98,7 @@ class ClassificationTask:
         config: TrainingConfig,
     ):
         self.labels = class_names(train, held_out or ())
+        self.trunk: Trunk | None = None
         require_head(model, self.labels)
         numbers = {label: number for number, label in enumerate(self.labels)}
         self.train = encode_for(model, tokenizer, train, numbers, config)
@@ -99,18 +108,31 @@ class ClassificationTask:
             texts = encode_for(model, tokenizer, held_out, numbers, config)
             self.held_out = HeldOutTexts(texts, self.labels, self.pad_token_id)
         self.lengths = [len(row.input_ids) for row in self.train]
+        self.layout = Layout(self.lengths, [example.source for example in train], config)
         self.weights = class_weights(self.labels, [int(row.label) for row in self.train], config)
         self.smoothing = config.label_smoothing_factor
+
+    def sequences(self) -> list[tuple[int, ...]]:
+        return [row.input_ids for row in self.train]
+
+    def inputs(self, sequences: Sequence[tuple[int, ...]], device: torch.device) -> dict[str, Tensor]:
+        return pad(sequences, self.pad_token_id, device)
 
     def weight(self, row: int) -> float:
         return 1 if self.weights is None else self.weights[int(self.train[row].label)]
 
+    def settle(self, model: nn.Module, device: torch.device) -> None:
+        self.layout.settle(model, lambda rows, packed: list(self.logits(model, rows, device, packed)))
+
+    def logits(self, model: nn.Module, rows: Sequence[int], device: torch.device, packed: bool) -> Tensor:
+        texts = [self.train[row].input_ids for row in rows]
+        logits = packed_class_logits if packed else class_logits
+        return logits(model, texts, len(self.labels), self.pad_token_id, device, self.trunk)
+
     def loss(self, model: nn.Module, rows: Sequence[int], device: torch.device) -> Tensor:
         chosen = [self.train[row] for row in rows]
         (truth,) = to_device([torch.tensor([row.label for row in chosen])], device)
-        logits = class_logits(
-            model, [row.input_ids for row in chosen], len(self.labels), self.pad_token_id, device
-        )
+        logits = self.logits(model, rows, device, self.layout.packed)
         weight = None
         if self.weights is not None:
             (weight,) = to_device([torch.tensor(self.weights, dtype=logits.dtype)], device)
@@ -289,33 +311,65 @@ def pad(texts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device 
 
 
 def class_logits(
-    model: nn.Module, texts: Sequence[Sequence[int]], classes: int, pad_token_id: int, device: torch.device
+    model: nn.Module,
+    texts: Sequence[tuple[int, ...]],
+    classes: int,
+    pad_token_id: int,
+    device: torch.device,
+    trunk: Trunk | None = None,
 ) -> Tensor:
-    """Logits ``(batch, classes)``, fp32, or fp64 of an fp64 model. Classes of the head without a label do not count."""
-    logits = model(**pad(texts, pad_token_id, device)).logits[:, :classes]
+    """Logits ``(texts, classes)``, fp32, or fp64 of an fp64 model. Classes of the head without a label do not count.
+
+    Args:
+        trunk: states of the texts to begin with; ``None``: the pass begins with the tokens.
+    """
+    inputs = pad(texts, pad_token_id, device)
+    places = [(row, 0, len(ids)) for row, ids in enumerate(texts)]
+    with beginning(trunk, inputs["input_ids"], places, texts):
+        return _wide(model(**inputs).logits[:, :classes])
+
+
+def packed_class_logits(
+    model: nn.Module,
+    texts: Sequence[tuple[int, ...]],
+    classes: int,
+    pad_token_id: int,
+    device: torch.device,
+    trunk: Trunk | None = None,
+) -> Tensor:
+    """The same of a packed row."""
+    return _wide(packed_outputs(model, texts, pad_token_id, device, trunk)[:, :classes])
+
+
+def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def class_scores(
     model: nn.Module,
-    texts: Sequence[Sequence[int]],
+    texts: Sequence[tuple[int, ...]],
     classes: int,
     pad_token_id: int,
     batch_size: int,
     tick: Tick | None = None,
+    *,
+    trunk: Trunk | None = None,
 ) -> Tensor:
     """Log-probabilities, fp64 ``(texts, classes)`` on the CPU, computed in eval mode."""
-    return text_outputs(model, texts, classes, pad_token_id, batch_size, tick).log_softmax(-1)
+    found = text_outputs(model, texts, classes, pad_token_id, batch_size, tick, trunk=trunk)
+    return found.log_softmax(-1)
 
 
 @torch.no_grad()
 def text_outputs(
     model: nn.Module,
-    texts: Sequence[Sequence[int]],
+    texts: Sequence[tuple[int, ...]],
     outputs: int,
     pad_token_id: int,
     batch_size: int,
     tick: Tick | None = None,
+    *,
+    trunk: Trunk | None = None,
 ) -> Tensor:
     """What the head says, fp64 ``(texts, outputs)`` on the CPU, computed in eval mode, short texts first."""
     found = torch.zeros(len(texts), outputs, dtype=torch.float64)
@@ -326,7 +380,8 @@ def text_outputs(
     try:
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
-            logits = class_logits(model, [texts[index] for index in chunk], outputs, pad_token_id, device)
+            chosen = [texts[index] for index in chunk]
+            logits = class_logits(model, chosen, outputs, pad_token_id, device, trunk)
             found[chunk] = logits.double().cpu()
             if tick is not None:
                 tick((start + len(chunk)) / len(order))

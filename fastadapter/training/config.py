@@ -80,6 +80,10 @@ class TrainingConfig:
             prompt/completion records, not after labels, which are compared, not generated.
         parse_special_tokens: special tokens such as ``</s>`` that stand in a record are tokens; otherwise they are
             text like any other.
+        packing: put the rows of a forward pass one behind the other into one row, where none sees another, instead
+            of padding them. The loss is the same; a model that cannot do that gets padded rows, and the run says so.
+        pack_length: most tokens of such a row; a step that has more takes further forward passes. ``None``: 8192, or
+            the longest row where that is longer. It may exceed the model's context, which each row keeps to by itself.
     Raises: TypeError, UserError: naming the field, what was expected and what came.
 
     >>> TrainingConfig(num_train_epochs=3).learning_rate
@@ -110,6 +114,8 @@ class TrainingConfig:
     early_stopping_patience: int | None = None
     label_smoothing_factor: float = 0.0
     class_weights: str | Mapping[str, float] | None = None
+    packing: bool = False
+    pack_length: int | None = None
 
     def __post_init__(self):
         for name in ("num_train_epochs", "batch_size", "gradient_accumulation_steps", "eval_batch_size"):
@@ -121,6 +127,7 @@ class TrainingConfig:
             ("max_steps", 1),
             ("eval_steps", 1),
             ("early_stopping_patience", 1),
+            ("pack_length", 2),
         ):
             if getattr(self, name) is not None:
                 _require_int(name, getattr(self, name), low)
@@ -153,6 +160,10 @@ class TrainingConfig:
             )
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise UserError('early_stopping_patience needs evaluations: eval_strategy is "no"')
+        if not isinstance(self.packing, bool):
+            raise TypeError(f"packing must be a bool, got {self.packing!r}")
+        if self.pack_length is not None and not self.packing:
+            raise UserError("pack_length goes with packing")
         self._check_class_weights()
 
     def _check_class_weights(self) -> None:

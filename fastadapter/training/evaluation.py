@@ -17,6 +17,7 @@ from fastadapter.training.config import UserError
 from fastadapter.training.data import Encoded, Example, encode_examples
 from fastadapter.training.held_out import Tick
 from fastadapter.training.loss import supervised_logits
+from fastadapter.training.trunk.cached import Trunk, beginning
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ class EvalData:
             completion.
         truth: for each example the number of the right candidate.
         labels: names of the candidates where they are labels; empty: they are free completions.
+        trunk: states to begin the passes with; ``None``: they begin with the tokens.
     """
 
     candidates: list[list[Encoded]]
     truth: list[int]
     labels: tuple[str, ...] = ()
+    trunk: Trunk | None = None
 
     @property
     def rows(self) -> int:
@@ -46,9 +49,13 @@ class EvalData:
     def by_accuracy(self) -> bool:
         return bool(self.labels)
 
+    def sequences(self) -> list[tuple[int, ...]]:
+        return [each.input_ids for each in _to_score(self.candidates)[0]]
+
     def predict(self, model: nn.Module, rows: Sequence[int], batch_size: int, tick: Tick | None) -> Tensor:
         """Log-likelihoods of the candidates; of free completions also whether greedy decoding would give them."""
-        scores, greedy = score_candidates(model, [self.candidates[row] for row in rows], batch_size, tick)
+        candidates = [self.candidates[row] for row in rows]
+        scores, greedy = score_candidates(model, candidates, batch_size, tick, self.trunk)
         return scores if self.labels else torch.cat([scores, greedy.double()[:, None]], 1)
 
     def measure(self, table: Tensor) -> dict[str, Any]:
@@ -144,7 +151,11 @@ def predict_labels(
 
 @torch.no_grad()
 def score_candidates(
-    model: nn.Module, candidates: Sequence[Sequence[Encoded]], batch_size: int, tick: Tick | None = None
+    model: nn.Module,
+    candidates: Sequence[Sequence[Encoded]],
+    batch_size: int,
+    tick: Tick | None = None,
+    trunk: Trunk | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-likelihoods, fp64 ``(rows, candidates)`` on the CPU, and whether greedy decoding would give the
     first one.
@@ -155,13 +166,7 @@ def score_candidates(
         return torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool)
     rows, width = len(candidates), len(candidates[0])
     device, causal = next(model.parameters()).device, looks_back_only(model)
-    shared = all(
-        each.prompt_len == len(each.input_ids) - 1 and each.input_ids[:-1] == row[0].input_ids[:-1]
-        for row in candidates
-        for each in row
-    )
-    # With one-token candidates behind one prompt, a single forward pass scores them all.
-    flat = [row[0] for row in candidates] if shared else [each for row in candidates for each in row]
+    flat, shared = _to_score(candidates)
     scores = torch.zeros(len(flat), width if shared else 1, dtype=torch.float64)
     greedy = torch.zeros(len(flat), dtype=torch.bool)
     order = sorted(range(len(flat)), key=lambda index: len(flat[index].input_ids))
@@ -171,7 +176,9 @@ def score_candidates(
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
             batch = collate([flat[index] for index in chunk], device, causal=causal)
-            logits = supervised_logits(model, batch)
+            sequences = [flat[index].input_ids for index in chunk]
+            with beginning(trunk, batch.input_ids, batch.places, sequences):
+                logits = supervised_logits(model, batch)
             hit = (logits.argmax(-1) == batch.targets).cpu()
             members = batch.rows
             if shared:
@@ -190,6 +197,17 @@ def score_candidates(
     finally:
         model.train(training)
     return scores.view(rows, width), greedy.view(rows, -1)[:, 0]
+
+
+def _to_score(candidates: Sequence[Sequence[Encoded]]) -> tuple[list[Encoded], bool]:
+    """What forward passes are made over, and whether one scores all candidates of a row, each of one token."""
+    shared = all(
+        each.prompt_len == len(each.input_ids) - 1 and each.input_ids[:-1] == row[0].input_ids[:-1]
+        for row in candidates
+        for each in row
+    )
+    flat = [row[0] for row in candidates] if shared else [each for row in candidates for each in row]
+    return flat, shared
 
 
 def _candidates(

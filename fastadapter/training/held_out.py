@@ -27,6 +27,9 @@ class HeldOut(Protocol):
     @property
     def by_accuracy(self) -> bool: ...
 
+    def sequences(self) -> list[tuple[int, ...]]:
+        """The tokens of all passes that predictions are made with."""
+
     def predict(self, model: nn.Module, rows: Sequence[int], batch_size: int, tick: Tick | None) -> Tensor:
         """Predictions of some rows, fp64 ``(len(rows), width)`` on the CPU, in eval mode."""
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastadapter.integrations.parts.wrappers import unwrap
+from fastadapter.integrations.passes.packed import attending_packed
 from fastadapter.training import metrics, report
 from fastadapter.training.classification import ClassificationTask
 from fastadapter.training.config import TrainingConfig, UserError
@@ -16,6 +17,8 @@ from fastadapter.training.regression import RegressionTask
 from fastadapter.training.run import Run
 from fastadapter.training.targets import AdapterTarget, ParameterTarget, training_only
 from fastadapter.training.tasks import GenerationTask, Task
+from fastadapter.training.trunk.options import Asked, resolve
+from fastadapter.training.trunk.prepare import cached_trunk
 
 TASKS: dict[str, Callable[..., Task]] = {
     "generation": GenerationTask,
@@ -41,6 +44,7 @@ def finetune(
     progress: bool = True,
     accelerator: Any = None,
     details: Mapping[str, Any] | None = None,
+    trunk_cache: Asked = None,
 ) -> report.FinetuneResult:
     """Train the adapter ``name`` of ``model`` on the completions, the classes or the numbers of ``train``.
 
@@ -93,6 +97,11 @@ def finetune(
             ``log.jsonl`` gets.
         details: what the caller alone knows, for ``run.json``: some of
             :data:`fastadapter.training.run_record.DETAILS`.
+        trunk_cache: keep the hidden states behind the blocks that are below all that is trained in files, computed
+            once per row for all epochs, evaluations and later runs with the same rows: ``None``, where that pays by
+            far; ``True``, or the folder for them, or a :class:`fastadapter.training.TrunkCache`: it is an error where
+            it cannot be had, for example with dropout below; ``False``: not at all. Losses are those of whole passes
+            but for round-off.
     Returns: history, accuracies, memory.
     Raises:
         UserError: before anything is written, what is wrong with data, configuration, folder or a run to
@@ -111,6 +120,7 @@ def finetune(
         raise UserError(f"save_steps must be an int, at least 1, got {save_steps!r}")
     if task not in TASKS:
         raise UserError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    options, asked = resolve(trunk_cache)
     accelerator, config = accelerator or Accelerator(), config or TrainingConfig()
     if restart_schedule and not resume:
         raise UserError("restart_schedule goes with resume")
@@ -118,13 +128,19 @@ def finetune(
         metrics.require_packages()
     rows = TASKS[task](unwrap(model), tokenizer, train, evaluation_data, config)
     model.to(accelerator.device)
-    with nullcontext() if trainable is None else training_only(model, trainable):
+    with (
+        nullcontext() if trainable is None else training_only(model, trainable),
+        attending_packed() if config.packing else nullcontext(),
+    ):
         target = AdapterTarget(model, name) if trainable is None else ParameterTarget(model)
         run = Run(model, rows, target, config, Path(output_dir), accelerator, details)
+        if options.dtype != "base":  # what rounds the states is another run
+            run.identity["trunk_cache"] = options.dtype
         with run.folder:
             run.begin(resume, save_steps, progress, restart_schedule)
             try:
-                return run.go()
+                with cached_trunk(run, options, asked):
+                    return run.go()
             finally:
                 run.close()
                 run.buffer.release()

@@ -16,6 +16,8 @@ from fastadapter.training.classification import (
     class_logits,
     encode_for,
     identify_rows,
+    packed_class_logits,
+    pad,
     pad_token,
     require_classifier,
     require_labels,
@@ -24,6 +26,8 @@ from fastadapter.training.classification import (
 from fastadapter.training.config import TrainingConfig, UserError
 from fastadapter.training.data import Example
 from fastadapter.training.held_out import Tick
+from fastadapter.training.packing import Layout
+from fastadapter.training.trunk.cached import Trunk
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class HeldOutNumbers:
 
     texts: list[Row]
     pad_token_id: int
+    trunk: Trunk | None = None
 
     by_accuracy = False
     width = 1
@@ -43,7 +48,10 @@ class HeldOutNumbers:
     def predict(self, model: nn.Module, rows: Sequence[int], batch_size: int, tick: Tick | None) -> Tensor:
         """The numbers that the model names."""
         ids = [self.texts[row].input_ids for row in rows]
-        return text_outputs(model, ids, 1, self.pad_token_id, batch_size, tick)
+        return text_outputs(model, ids, 1, self.pad_token_id, batch_size, tick, trunk=self.trunk)
+
+    def sequences(self) -> list[tuple[int, ...]]:
+        return [row.input_ids for row in self.texts]
 
     def measure(self, table: Tensor) -> dict[str, Any]:
         """``loss``, the mean squared error, and the metrics of numbers."""
@@ -71,6 +79,7 @@ class RegressionTask:
         held_out: Sequence[Example] | None,
         config: TrainingConfig,
     ):
+        self.trunk: Trunk | None = None
         if not train:
             raise UserError("train holds no examples")
         for name, value in (
@@ -89,14 +98,29 @@ class RegressionTask:
                 encode_for(model, tokenizer, held_out, numbers, config), self.pad_token_id
             )
         self.lengths = [len(row.input_ids) for row in self.train]
+        self.layout = Layout(self.lengths, [example.source for example in train], config)
+
+    def sequences(self) -> list[tuple[int, ...]]:
+        return [row.input_ids for row in self.train]
+
+    def inputs(self, sequences: Sequence[tuple[int, ...]], device: torch.device) -> dict[str, Tensor]:
+        return pad(sequences, self.pad_token_id, device)
 
     def weight(self, row: int) -> float:
         return 1
 
+    def settle(self, model: nn.Module, device: torch.device) -> None:
+        self.layout.settle(model, lambda rows, packed: list(self.numbers(model, rows, device, packed)))
+
+    def numbers(self, model: nn.Module, rows: Sequence[int], device: torch.device, packed: bool) -> Tensor:
+        texts = [self.train[row].input_ids for row in rows]
+        logits = packed_class_logits if packed else class_logits
+        return logits(model, texts, 1, self.pad_token_id, device, self.trunk)[:, 0]
+
     def loss(self, model: nn.Module, rows: Sequence[int], device: torch.device) -> Tensor:
-        chosen = [self.train[row] for row in rows]
-        found = class_logits(model, [row.input_ids for row in chosen], 1, self.pad_token_id, device)[:, 0]
-        (truth,) = to_device([torch.tensor([row.label for row in chosen], dtype=found.dtype)], device)
+        found = self.numbers(model, rows, device, self.layout.packed)
+        truth_of = torch.tensor([self.train[row].label for row in rows], dtype=found.dtype)
+        (truth,) = to_device([truth_of], device)
         return (found - truth).square().sum()
 
     def identity(self) -> dict[str, Any]:

@@ -41,6 +41,9 @@ class FinetuneResult:
         evaluations: of each evaluation but the one before the first step, ``step``, ``loss`` and the other metrics
             that are one number.
         stopped_early: whether the run ended by ``early_stopping_patience``.
+        trunk_cache: of a run whose passes began from cached states, how many ``blocks`` ``of`` how many were below
+            them, the states' ``tokens`` and ``bytes``, how many tokens this run computed, the ``seconds`` it took to
+            have them, and the name of the ``trunk``'s folder; ``None``: passes began with the tokens.
     """
 
     config: dict[str, Any]
@@ -54,6 +57,7 @@ class FinetuneResult:
     peak_cuda_bytes: int | None
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     stopped_early: bool = False
+    trunk_cache: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -59,6 +59,7 @@ class Run:
         self.signals = StopSignals()
         self.batches: tuple[int, list[list[int]]] = (-1, [])
         self.log: RunLog | None = None
+        self.trunk: dict[str, Any] | None = None
         self.identity = {
             "training": config.to_dict(),
             "adapter": target.identity,
@@ -76,6 +77,7 @@ class Run:
         self.save_steps = save_steps
         self.state_file = self.output_dir / state.STATE_FILE
         self.folder.claim(resume)
+        self.task.settle(self.model, self.accelerator.device)
         self.saved = resume and self.state_file.exists()
         if self.saved:
             self.restore(restart_schedule)
@@ -85,6 +87,8 @@ class Run:
             for _, parameter in self.parameters:
                 parameter.data.copy_(broadcast(parameter.data))
         self.folder.begin(self.target, self.identity)
+        if self.config.packing:
+            self.folder.record["packing"] = self.task.layout.describe()
         self.reporter = report.Reporter(
             progress and self.accelerator.is_main_process,
             self.progress.step,
@@ -93,6 +97,8 @@ class Run:
         )
         if resume and not self.saved:
             self.reporter.line(f"{self.output_dir} holds nothing to resume: a new run begins")
+        if line := self.task.layout.line():
+            self.reporter.line(line)
 
     def restore(self, restart_schedule: bool) -> None:
         """Take up the saved run, or refuse to where it is another one."""
@@ -202,12 +208,12 @@ class Run:
         started = time.perf_counter()
         rows = self.step_rows(progress.step)
         supervised = sum(self.task.weight(row) for row in rows)
-        parts = share(rows, accelerator.num_processes * config.gradient_accumulation_steps)
+        parts = self.parts(rows)
         buffer.clear()
         for part in parts[accelerator.process_index :: accelerator.num_processes]:
-            if part:
+            for together in self.task.layout.passes(part):
                 with accelerator.autocast():
-                    loss = self.task.loss(self.model, part, accelerator.device) / supervised
+                    loss = self.task.loss(self.model, together, accelerator.device) / supervised
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
                 buffer.sums[0] += loss.detach()
         for index, number in enumerate(STOP_SIGNALS, 1):
@@ -241,6 +247,10 @@ class Run:
         progress.epoch_seconds += seconds
         self.tell_step(loss, norm, tokens, seconds)
         return next((number for number, stop in zip(STOP_SIGNALS, stops) if stop), None)
+
+    def parts(self, rows: list[int]) -> list[list[int]]:
+        """The rows of a step, shared out to all processes and what each of them accumulates."""
+        return share(rows, self.accelerator.num_processes * self.config.gradient_accumulation_steps)
 
     def learning_rate(self, peak: float) -> float:
         start = self.progress.schedule_start
@@ -312,6 +322,9 @@ class Run:
         }
         epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         line = f"epoch {number} of {epochs}: loss {entry['loss']:.4f}"
+        if self.config.packing:
+            entry["utilisation"] = self.utilisation(number - 1)
+            line += f", utilisation {entry['utilisation']:.1%}"
         if progress.evaluations and progress.evaluations[-1]["step"] == progress.step:
             result = metrics.scalars(progress.evaluations[-1])
             entry |= {f"eval_{key}": value for key, value in result.items()}
@@ -328,6 +341,14 @@ class Run:
             self.reporter.line(
                 f"stopped early: no evaluation after step {progress.best['step']} was better than the one there"
             )
+
+    def utilisation(self, epoch: int) -> float:
+        """Tokens of rows among all that were computed in an epoch, or in what was taken of it."""
+        first = epoch * self.steps_per_epoch
+        steps = range(first, min(first + self.steps_per_epoch, self.progress.step))
+        return self.task.layout.utilisation(
+            [part for step in steps for part in self.parts(self.step_rows(step))]
+        )
 
     def evaluate(self, when: str) -> dict[str, Any]:
         accelerator, held = self.accelerator, self.task.held_out
@@ -405,4 +426,5 @@ class Run:
             peak_cuda_bytes=report.peak_cuda_bytes(self.accelerator.device),
             evaluations=progress.evaluations,
             stopped_early=self.is_stopped_early(),
+            trunk_cache=self.trunk,
         )

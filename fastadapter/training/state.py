@@ -42,6 +42,7 @@ class Progress:
         schedule_start: the step at which the schedule of the learning rate began: 0, unless it was begun anew.
         skipped: steps whose gradient was not finite in half precision and that changed nothing.
         scaler: state of the loss scaler of a run in half precision.
+        trunk_cached: whether passes began from cached states of the trunk; ``None``: the run is from before there were.
     """
 
     step: int = 0
@@ -58,6 +59,7 @@ class Progress:
     schedule_start: int = 0
     skipped: int = 0
     scaler: dict[str, Any] | None = None
+    trunk_cached: bool | None = None
 
 
 def digest_examples(rows: Iterable[Sequence[Encoded]]) -> str:
@@ -99,7 +101,7 @@ def save_state(
     None returns before the file is there: a process that ended a run and resumed it would otherwise read the file of
     an earlier step while the first one still writes, and the two would wait for each other for ever.
     """
-    tensors = {name: each[None] for name, each in _generators(accelerator.device).items()}
+    tensors = {name: each[None] for name, each in random_states(accelerator.device).items()}
     if accelerator.num_processes > 1:  # processes exchange what is on their devices
         tensors = {
             name: accelerator.gather(each.to(accelerator.device)).cpu() for name, each in tensors.items()
@@ -183,7 +185,7 @@ def load_state(
         for name, p in parameters
         for kind in ("adapter", *_MOMENTS[: 2 * (progress.step > progress.skipped)])
     }
-    generators = _generators(accelerator.device)
+    generators = random_states(accelerator.device)
     names = set(expected) | set(generators) | {"losses"}
     if set(tensors) != names:
         raise CheckpointError(
@@ -204,7 +206,7 @@ def load_state(
             raise CheckpointError(f"{path}: {name} holds NaN or Inf")
     states = {name: tensors[name][accelerator.process_index] for name in generators}
     try:
-        _restore_generators(states, accelerator.device)
+        restore_random(states, accelerator.device)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{path}: holds no state of a random generator: {error}") from error
     if updated and accelerator.is_main_process:
@@ -247,7 +249,7 @@ def _comparable(
     )
 
 
-def _generators(device: torch.device) -> dict[str, Tensor]:
+def random_states(device: torch.device) -> dict[str, Tensor]:
     """Every random generator that a model on ``device`` may draw from, as tensors on the CPU."""
     _, words, deviate = random.getstate()
     python = [*words, deviate is not None, _bits(deviate or 0.0)]
@@ -264,7 +266,7 @@ def _generators(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
-def _restore_generators(states: dict[str, Tensor], device: torch.device) -> None:
+def restore_random(states: dict[str, Tensor], device: torch.device) -> None:
     *words, has_deviate, bits = states["generator.python"].tolist()
     random.setstate((3, tuple(words), _from_bits(bits) if has_deviate else None))
     *keys, position, has_deviate, bits = states["generator.numpy"].tolist()

@@ -8,5 +8,6 @@ from .record import Mutation
 from .training import TRAINING
 from .triton_bottleneck import BOTTLENECK
 from .triton_prefix_term import PREFIX_TERM
+from .trunk import TRUNK
 
-MUTATIONS: list[Mutation] = [*OPS, *PREFIX_TERM, *BOTTLENECK, *CPP, *TRAINING, *DATA, *INTEGRATIONS]
+MUTATIONS: list[Mutation] = [*OPS, *PREFIX_TERM, *BOTTLENECK, *CPP, *TRAINING, *TRUNK, *DATA, *INTEGRATIONS]

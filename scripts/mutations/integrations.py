@@ -7,6 +7,7 @@ ENCODER = "tests/integrations/test_soft_prompt_encoder.py tests/integrations/tes
 ROWS = "tests/integrations/test_rows.py"
 METHODS = "tests/integrations/test_methods.py"
 KEPT = "tests/integrations/test_kept.py"
+PACKED = "tests/integrations/test_packed_rows.py"
 
 INTEGRATIONS = [
     *of_file(
@@ -87,6 +88,25 @@ INTEGRATIONS = [
         scale_of_the_model_forgotten=(
             "softmax_scale=softmax_scale, softcap=softcap, row_ids",
             "softcap=softcap, row_ids",
+        ),
+    ),
+    *of_file(
+        "fastadapter/integrations/passes/packed.py",
+        PACKED,
+        windows_of_packed_rows_forgotten=('options.get("sliding_window")\n    if base', "None\n    if base"),
+        offsets_are_believed=("return True, mask.dtype == torch.bool and", "return True, True or"),
+        sequences_that_see_each_other_pass=(
+            "and (compared is None or not compared.apart)",
+            "and compared is None",
+        ),
+        packed_rows_without_attention_dropout=("    if dropout or not is_plain", "    if not is_plain"),
+    ),
+    *of_file(
+        "fastadapter/integrations/passes/attention.py",
+        PACKED,
+        scale_of_packed_rows_forgotten=(
+            '            scale = kwargs.get("scaling")\n',
+            "            scale = 1.0\n",
         ),
     ),
 ]

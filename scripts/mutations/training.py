@@ -4,6 +4,7 @@ from .record import of_file
 
 VALUES = "tests/training/test_classification.py -k 'one_text_at_a_time or more_classes'"
 REFUSED = "tests/training/test_classification.py -k 'refused'"
+PACKING = "tests/training/test_packing.py -k 'not many_steps'"
 COMPARE = "tests/compare -k 'read_back or another_comparison or embeddings or strength or table'"
 
 TRAINING = [
@@ -61,5 +62,18 @@ TRAINING = [
             '{"logisticregression__C": STRENGTHS}',
             '{"logisticregression__C": STRENGTHS[2:3]}',
         ),
+    ),
+    *of_file(
+        "fastadapter/training/packing.py",
+        PACKING,
+        positions_of_a_pack_go_on=(
+            "        position_ids += range(len(example.input_ids))\n",
+            "        position_ids += range(len(position_ids), len(position_ids) + len(example.input_ids))\n",
+        ),
+        targets_of_a_pack_one_late=("starts[-1] + at - 1 for at", "starts[-1] + at for at"),
+        packs_are_never_full=("            if tokens > self.pack_length:\n", "            if False:\n"),
+        a_pack_begins_with_what_the_last_held=("                tokens = self.lengths[row]\n", ""),
+        every_model_can_be_packed=("    if found <= allowed:\n", "    if True:\n"),
+        last_token_of_a_packed_text_may_be_padding=("if token != pad_token_id)", "if True)"),
     ),
 ]

@@ -22,6 +22,7 @@ from fastadapter.compare import run as runs
 from fastadapter.compare.baselines import STRENGTHS, embed, fit_regression, in_context
 from fastadapter.compare.report import markdown, table
 from fastadapter.training import TrainingConfig, TrainingInterrupted, classification
+from fastadapter.training.trunk import worth
 from tests.training.toy import make_classifier, make_examples, make_model, make_texts, make_tokenizer
 
 FAST = ("features", "last-layers", "llama-adapter")
@@ -85,6 +86,18 @@ def test_finished_runs_are_read_back_and_more_can_be_added(compare, calls, tmp_p
     assert losses[0] != losses[1] != losses[2], "seeds must differ in head and order"
     splits = {run["test_rows"] for run in record["runs"]}
     assert splits == {10}
+
+
+def test_seeds_share_the_states_of_a_trunk(compare, calls, tmp_path, monkeypatch):
+    """Heads and orders of the rows differ, the blocks below do not."""
+    monkeypatch.setitem(worth._LEAST, "cpu", 0)
+    assert compare("last-layers", trunk_cache_dir=tmp_path / "cache", num_train_epochs=1) == 0
+    caches = [run["trunk_cache"] for run in results(tmp_path / "out")["runs"]]
+    assert [each["computed_tokens"] > 0 for each in caches] == [True, False]
+    assert caches[0]["trunk"] == caches[1]["trunk"]
+    assert compare("last-layers", seeds="2", no_trunk_cache=True, num_train_epochs=1) == 0
+    assert results(tmp_path / "out")["runs"][0]["trunk_cache"] is None
+    assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
 
 
 def test_an_interrupted_run_goes_on_where_it_was(compare, calls, tmp_path, monkeypatch, capsys):

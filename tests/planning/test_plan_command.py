@@ -34,7 +34,9 @@ def test_the_papers_run_on_one_and_on_eight_cards(capsys):
 
 
 def test_what_fits_on_some_cards_alone_is_planned_there(capsys):
-    words = "--model llama-7b --gpu h100 --data alpaca-like --records 2000 --num-gpus 1 8 --batch-size 64".split()
+    words = (
+        "--model llama-7b --gpu h100 --data alpaca-like --records 2000 --num-gpus 1 8 --batch-size 64".split()
+    )
     assert plan(*words) == 0
     said = capsys.readouterr().out
     assert said.startswith("1 GPU: llama-7b") and "GiB too much" in said and "fastadapter, 8 GPUs" in said

@@ -1,8 +1,9 @@
 """One process of the toy training under torchrun; the argument is the output folder.
 
-Writes its histories to ``rank0.json`` or ``rank1.json``: of runs with labels and with free completions, and of a run
-with dropout that is left alone and of one that a signal to the second process stops and that is then resumed;
-what is said when the processes do not share a folder, and where another run is at work.
+Writes its histories to ``rank0.json`` or ``rank1.json``: of runs with labels and with free completions, padded and
+packed; of a run with dropout that is left alone and of one that a signal to the second process stops and that is then
+resumed; of one that begins its passes from states that both computed; what is said when the processes do not share a
+folder, and where another run is at work.
 """
 
 import json
@@ -18,6 +19,8 @@ from accelerate import Accelerator
 
 from fastadapter.training import TrainingInterrupted, UserError, state, tasks
 from fastadapter.training.lock import FolderLock
+from fastadapter.training.trunk import store
+from tests.training import trunk_runs
 from tests.training.toy import history, run
 
 
@@ -29,6 +32,7 @@ def main() -> None:
     results = {
         "labels": history(run(folder / "labels", **options)),
         "completions": history(run(folder / "completions", labelled=False, **options)),
+        "packed": history(run(folder / "packed", labelled=False, packing=True, pack_length=40, **options)),
         "whole": history(run(folder / "whole", dropout=0.2, **options)),
     }
     plain, calls = tasks.supervised_loss, []
@@ -61,6 +65,10 @@ def main() -> None:
         run(private, dropout=0.2, resume=True, **options)
     except UserError as error:
         results["private"] = str(error)
+    store.SHARD_SEQUENCES = 8
+    trunk = trunk_runs.run(folder / "trunk", folder / "cache", batch_size=5, accelerator=accelerator)
+    results["trunk"] = history(trunk)
+    results["computed"] = trunk.trunk_cache["computed_tokens"] - trunk.trunk_cache["tokens"]
     lock = FolderLock(folder / "labels")
     if accelerator.is_main_process:
         lock.acquire()

@@ -67,6 +67,33 @@ def finetune(model_folder, data, tmp_path):
     return command
 
 
+def test_passes_begin_behind_the_trunk_where_that_is_asked_for(finetune, tmp_path, capsys):
+    cache = {"trunk_cache": True, "trunk_cache_dir": tmp_path / "cache", "num_train_epochs": 1}
+    assert finetune(output_dir=tmp_path / "none", **cache) == 2
+    assert "trunk_cache: what is trained acts from the first block on" in capsys.readouterr().err
+    assert finetune(layers=1, json=tmp_path / "out.json", **cache) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["trunk_cache"]["blocks"] == 1
+    assert main(["cache", "--trunk-cache-dir", str(tmp_path / "cache"), "--clear"]) == 0
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        (
+            {"trunk_cache_dtype": "bf16"},
+            "--trunk-cache-dtype bf16 changes the numbers, so it needs --trunk-cache",
+        ),
+        ({"no_trunk_cache": True, "trunk_cache_dir": "x"}, "--trunk-cache-dir goes without --no-trunk-cache"),
+        ({"trunk_cache_gib": 0}, "--trunk-cache-gib must be above 0, got 0"),
+        ({"trunk_cache_gib": "nan"}, "--trunk-cache-gib must be above 0, got nan"),
+    ],
+)
+def test_options_of_the_trunk_cache_that_do_not_go_together(finetune, tmp_path, capsys, options, why):
+    assert finetune(**options) == 2
+    assert why in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("command", ["finetune", "generate", "compare"])
 def test_a_gpu_that_is_asked_for_must_be_there(command, model_folder, data, tmp_path, capsys):
@@ -166,6 +193,13 @@ def test_held_out_file_and_dropped_rows(finetune, data, tmp_path, capsys):
     assert "3 training records left out" in capsys.readouterr().err
 
 
+def test_packing_says_what_became_of_it(finetune, tmp_path, capsys):
+    assert finetune(packing=True, pack_length=60, num_train_epochs=1) == 0
+    told = capsys.readouterr().err
+    assert "packing: up to 60 tokens in a forward pass, attention " in told and "utilisation 100.0%" in told
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["packing"]["pack_length"] == 60
+
+
 def test_fraction_split_bf16_and_resume_after_the_end(finetune, tmp_path, capsys):
     options = {"eval_count": None, "eval_fraction": 0.2, "num_train_epochs": 1, "dtype": "bf16"}
     assert finetune(**options) == 0
@@ -212,6 +246,8 @@ def test_sigterm_gives_143_and_resumes(finetune, tmp_path, monkeypatch, capsys):
         ({"prefix_len": 0}, "prefix_len must be between 1 and"),
         ({"layers": 3}, "layers must be at most 2"),
         ({"max_length": 5}, "reviews.csv line"),
+        ({"pack_length": 40}, "pack_length goes with packing"),
+        ({"packing": True, "pack_length": 9}, "tokens, a pack at most 9; raise pack_length"),
         ({"gguf_file": "none.gguf"}, "cannot be loaded"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -13,7 +13,7 @@ import torch
 
 from fastadapter.checkpoints.files import read_tensors
 from fastadapter.training import UserError
-from tests.training import distributed_worker
+from tests.training import distributed_worker, trunk_runs
 from tests.training.toy import STATE, adapter_bits, history, run
 
 
@@ -51,10 +51,11 @@ def flat(record):
     return [record]
 
 
-@pytest.mark.parametrize("kind", ["labels", "completions"])
+@pytest.mark.parametrize("kind", ["labels", "completions", "packed"])
 def test_two_processes_equal_one(together, tmp_path, kind):
     folder, results = together
-    alone = history(run(tmp_path, labelled=kind == "labels", batch_size=5))
+    packing = {"packing": True, "pack_length": 40} if kind == "packed" else {}
+    alone = history(run(tmp_path, labelled=kind == "labels", batch_size=5, **packing))
     assert len(alone["losses"]) == 10
     assert results[kind]["losses"] == pytest.approx(alone["losses"], rel=1e-6, abs=0)
     assert flat(results[kind]) == pytest.approx(flat(alone), rel=1e-6, abs=0)
@@ -62,6 +63,13 @@ def test_two_processes_equal_one(together, tmp_path, kind):
         one, two = (read_tensors(each / file)[0] for each in (tmp_path, folder / kind))
         for name in one:
             torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_share_the_computation_of_a_trunk(together, tmp_path):
+    alone = trunk_runs.run(tmp_path, False, batch_size=5)
+    assert together[1]["computed"] == 0  # what one computed, the other did not
+    assert together[1]["trunk"]["losses"] == pytest.approx(alone.losses, rel=1e-5, abs=0)
+    assert not list((together[0] / "cache").rglob("*.lock"))
 
 
 def test_a_signal_to_one_stops_both_and_they_resume_bit_for_bit(together):

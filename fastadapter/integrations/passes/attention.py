@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from fastadapter.integrations.parts.projection import CAPTURE, StandIn
+from fastadapter.integrations.passes.packed import PACKED, by_sequences, sequences_in
 
 # Name of our child module in an attention module.
 CHILD = "fa_prefix"
@@ -32,11 +33,21 @@ def _dispatch(attention, module, query, key, value, attention_mask, *args, **kwa
         batch, num_heads, q_len, _ = query.shape
         return query.new_zeros(batch, q_len, num_heads, value.shape[-1]), None
     prompts = kwargs.pop(PROMPTS, None)
+    call, options = (
+        functools.partial(attention, module, query, key, value, attention_mask, *args, **kwargs),
+        kwargs,
+    )
+    if PACKED in kwargs:
+        sequences = sequences_in(module, query, key, value, attention_mask, kwargs)
+        call.keywords.pop(PACKED)
+        if sequences is not None:
+            scale = kwargs.get("scaling")
+            call = functools.partial(by_sequences, query, key, value, sequences, scale)
+        options = {**kwargs, PACKED: sequences}
     host = module._modules.get(CHILD)
     if host is None:
-        return attention(module, query, key, value, attention_mask, *args, **kwargs)
-    call = functools.partial(attention, module, query, key, value, attention_mask, *args, **kwargs)
-    return host.attend(call, module, query, key, value, attention_mask, prompts, kwargs)
+        return call()
+    return host.attend(call, module, query, key, value, attention_mask, prompts, options)
 
 
 def _patched_lookup(self, attn_implementation, default):

@@ -6,36 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from fastadapter.integrations.passes.dtypes import attention_dtype, prefix_in
+from fastadapter.integrations.passes.options import require_known
+from fastadapter.integrations.passes.packed import PACKED, Sequences
 from fastadapter.integrations.passes.widths import widened
 from fastadapter.ops import prefix_attention
 from fastadapter.ops.composed import joined_keys
 
 BASES = ("sdpa", "eager")
-# Keyword arguments that change what a softmax over prefix and keys would mean.
-_UNKNOWN = {
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
-    "indices": "choices of keys for each query",
-    "block_indices": "choices of keys for each query",
-}
-_SPECIAL = (*_UNKNOWN, "position_bias", "softcap")
-
-
-def require_known(options: dict[str, Any]) -> None:
-    """Refuse what the model asks of its attention and a softmax that is shared with a prefix does not do.
-
-    Args:
-        options: the keyword arguments of the model's attention.
-    Raises: ValueError: naming the argument.
-    """
-    for name, meaning in _UNKNOWN.items():
-        if options.get(name) is not None:
-            raise ValueError(f"{meaning} ({name}) do not go with a prefix or soft prompt")
-
-
-def is_plain(options: dict[str, Any]) -> bool:
-    """Whether nothing but a scale and causality is asked of the attention."""
-    return all(options.get(name) is None for name in _SPECIAL) and not options.get("output_attentions")
 
 
 def causality(attention: nn.Module, query: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
@@ -96,6 +73,13 @@ def attend_shared(
     dtype = attention_dtype(value)
     query, key, value = (each.to(dtype) for each in (query, key, value))
     prefix_key, prefix_value = prefix_in(dtype, prefix_key, prefix_value)
+    sequences: Sequences | None = options.get(PACKED)
+    if sequences is not None:
+        return prefix_attention(
+            query, key, value, prefix_key, prefix_value, is_causal=True, softmax_scale=options.get("scaling"),
+            window=sequences.window, cu_seqlens=sequences.cu_seqlens,
+            row_ids=None if row_ids is None else row_ids.repeat(len(sequences.cu_seqlens) - 1),
+        ).transpose(1, 2)  # fmt: skip
     is_causal = causality(attention, query, mask, options)
     if mask is not None:
         mask = mask[..., : key.shape[2]]

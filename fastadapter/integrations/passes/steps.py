@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastadapter.integrations.passes.shared_softmax import BASES, causality, is_plain
+from fastadapter.integrations.passes.options import is_plain
+from fastadapter.integrations.passes.shared_softmax import BASES, causality
 from fastadapter.ops.backends import choose_backend
 from fastadapter.ops.gated_prefix import run_forward as run_gated
 from fastadapter.ops.prefix_attention import run_forward as run_shared
