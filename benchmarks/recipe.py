@@ -289,11 +289,12 @@ def _comparable(recipe: Recipe) -> list[Party]:
 
 
 def _sizes(settings: Settings, **defaults: int) -> Sizes:
-    small = {"records": 8, "held_out": 4 if defaults.get("held_out") else 0, "turns": 1}
-    given = {
-        name: settings.options[name] for name in ("records", "held_out", "epochs") if name in settings.options
-    }
-    return Sizes(**{**defaults, **(small if settings.quick else {}), **given})
+    """The defaults, made small for a quick run, and what was asked for; who judges nobody holds nothing out."""
+    judges = bool(defaults.get("held_out"))
+    small = {"records": 8, "held_out": 4 if judges else 0, "turns": 1} if settings.quick else {}
+    names = ("records", "epochs", "held_out") if judges else ("records", "epochs")
+    given = {name: settings.options[name] for name in names if name in settings.options}
+    return Sizes(**{**defaults, **small, **given})
 
 
 def tokens_per_second(recipe: Recipe, settings: Settings) -> Iterator[list[Row]]:

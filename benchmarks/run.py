@@ -23,7 +23,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--skip", nargs="+", metavar="NAME", default=[], help="entries not to run")
     parser.add_argument("--list", action="store_true", help="name the entries and run nothing")
     parser.add_argument("--quick", action="store_true", help="small models, few rounds, nothing stored")
-    parser.add_argument("--rounds", type=int, help="samples of every variant (15, or 2 with --quick)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        help="samples of every variant (15, or 2 with --quick); of recipes and memory the number is fixed",
+    )
     parser.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores"
     )

@@ -156,6 +156,14 @@ def test_sizes_are_checked(wrong):
         Sizes(**wrong)
 
 
+def test_sizes_are_asked_for_where_they_mean_something():
+    """Held-out reviews only where somebody is judged by them."""
+    asked = runner.Settings(options={"records": 50, "held_out": 20, "epochs": 1})
+    assert recipe._sizes(asked) == Sizes(50, 0, 1, 4)
+    assert recipe._sizes(asked, records=800, held_out=400, epochs=3) == Sizes(50, 20, 1, 4)
+    assert recipe._sizes(QUICK, held_out=400) == Sizes(8, 4, 2, 1)
+
+
 class Notes:
     """A pacer that notes instead of waiting."""
 
