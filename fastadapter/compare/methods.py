@@ -1,10 +1,11 @@
 """What is compared, and the learning rate of each: the one place for both.
 
 They are the best of ``scripts/sweep_learning_rates.py`` on training records of the reviews alone (few candidates, one
-seed; ``benchmarks/results/learning_rates_*.json``): for encoders after 100 steps, from random starts; for decoders after
-50 steps (``last-blocks``; prompts and prefixes from text, ``llama-adapter-v2`` from a random start) or only 16 (the
-others; ``parallel`` has the rate of ``pfeiffer``). From a random start 0.01 was better for ``soft-prompt``. ``houlsby``
-on encoders is a step below the best, at which one seed of two got stuck at the loss of chance for 800 steps.
+seed; ``benchmarks/results/learning_rates_*.json``): for encoders after 100 steps, from random starts; for decoders
+after 50 (``last-blocks``, prompts and prefixes from text, ``llama-adapter-v2`` from a random start) or only 16 (the
+others; ``parallel`` has the rate of ``pfeiffer``). From a random start 0.01 was better for ``soft-prompt``.
+``houlsby`` on encoders is a step below the best, at which one seed of two got stuck at the loss of chance for 800
+steps.
 """
 
 from collections.abc import Mapping, Sequence
