@@ -19,15 +19,14 @@ from tests.training.toy import STATE, adapter_bits, make_examples
 from tests.training.trunk_runs import LAYERS, make, run
 
 HUNDRED = [
-    *((method, "llama") for method in ("llama-adapter", "prefix-tuning", "bottleneck", "last-blocks")),
-    ("llama-adapter", "bert"),
-    ("last-layers", "bert"),
+    *((method, "llama") for method in ("llama-adapter", "prefix-tuning", "bottleneck")),
+    ("last-blocks", "bert"),
 ]
 TEN = [
-    *((method, "llama") for method in ("prefix-reparam", "parallel", "last-layers")),
+    *((method, "llama") for method in ("prefix-reparam", "parallel", "last-layers", "last-blocks")),
     ("llama-adapter", "gpt2"),
     *((method, "llama-classes") for method in ("llama-adapter", "last-blocks")),
-    *((method, "bert") for method in ("prefix-tuning", "bottleneck", "last-blocks")),
+    *((method, "bert") for method in ("llama-adapter", "prefix-tuning", "bottleneck", "last-layers")),
 ]
 ABOVE = {"last-layers": 0, "last-blocks": 1, "parallel": 1}
 
@@ -49,9 +48,9 @@ def test_losses_are_those_of_whole_passes(tmp_path, method, kind, steps):
 
 @pytest.mark.parametrize("kind", ["llama", "llama-classes"])
 def test_packed_rows_begin_behind_the_trunk_too(tmp_path, kind):
-    options = {"max_steps": 20, "learning_rate": 0.003, "eval_strategy": "no", "held_out": 8}
+    options = {"max_steps": 10, "learning_rate": 0.003, "eval_strategy": "no", "held_out": 8}
     whole = run(tmp_path / "whole", False, kind=kind, **options)
-    begun = run(tmp_path / "begun", tmp_path / "cache", kind=kind, packing=True, pack_length=64, **options)
+    begun = run(tmp_path / "begun", tmp_path / "cache", kind=kind, packing=True, pack_length=40, **options)
     assert begun.trunk_cache["blocks"] == 2
     np.testing.assert_allclose(begun.losses, whole.losses, rtol=1e-5)
 
@@ -59,7 +58,7 @@ def test_packed_rows_begin_behind_the_trunk_too(tmp_path, kind):
 def test_completions_accumulation_and_numbers(tmp_path):
     """Free completions of several tokens, micro-batches, and a regression."""
     examples = make_examples(24, labelled=False)
-    options = {"examples": examples, "held_out": 8, "gradient_accumulation_steps": 2, "num_train_epochs": 1}
+    options = {"examples": examples, "held_out": 8, "gradient_accumulation_steps": 2}
     whole, begun = (run(tmp_path / str(cache), cache and tmp_path, **options) for cache in (False, "cache"))
     np.testing.assert_allclose(begun.losses, whole.losses, rtol=1e-5)
     assert begun.eval["loss_after"] == pytest.approx(whole.eval["loss_after"], rel=1e-5)

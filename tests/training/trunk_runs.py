@@ -74,7 +74,7 @@ def run(
     accelerator: Any = None,
     **options: Any,
 ) -> FinetuneResult:
-    """A run of 20 steps, of classes where the model has a head for them."""
+    """A run of 10 steps, of classes where the model has a head for them."""
     task = "classification" if kind in ("bert", "llama-classes") else "generation"
     if examples is None:
         examples = (make_texts if task == "classification" else make_examples)(60)
@@ -83,7 +83,7 @@ def run(
         torch.manual_seed(1)
         if method in CONFIGS:
             fa.attach(model, CONFIGS[method])
-    options = {"num_train_epochs": 2, "batch_size": 4, **options}
+    options = {"num_train_epochs": 1, "batch_size": 4, **options}
     return finetune(
         model,
         make_tokenizer(),

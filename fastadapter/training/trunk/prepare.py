@@ -123,7 +123,7 @@ class Builder:
         stack = find.find_stack(self.model)
         if pays:
             worth.require_large(stack.blocks, worth.Work.of(self.run, self.options.runs), self.device.type)
-        rows = prove.probe_rows(self.task.lengths)
+        rows = self.task.layout.passes(prove.probe_rows(self.task.lengths))[0]
         random = random_states(self.device)
         whole: list[tuple[float, Tensor]] = []
         training = self.model.training

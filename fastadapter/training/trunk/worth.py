@@ -29,7 +29,7 @@ class Work:
         evaluations = 0
         if held is not None:
             every = {"epoch": run.steps_per_epoch, "steps": config.eval_steps}.get(config.eval_strategy)
-            evaluations = 1 + (1 if every is None else math.ceil(run.total_steps / every))
+            evaluations = config.eval_on_start + (1 if every is None else math.ceil(run.total_steps / every))
         once = 0 if held is None else sum(map(len, held.sequences()))
         return cls(runs * epochs * sum(run.task.lengths), runs * evaluations * once)
 
