@@ -10,7 +10,7 @@ entry of its own for each row, where peers loop or use batched products.
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -155,8 +155,10 @@ def bytes_moved(shape: Shape, dtype: torch.dtype, direction: str) -> int:
     return (activations + (1 + 2 * backward) * parameters) * dtype.itemsize
 
 
-def usable_forms(shape: Shape, direction: str, inputs: Inputs) -> dict[str, Callable[..., Tensor]]:
-    """The forms that agree with the reference in fp64; no speed is reported of a wrong result.
+def usable_forms(
+    shape: Shape, direction: str, inputs: Inputs, wanted_forms: Collection[str] | None = None
+) -> dict[str, Callable[..., Tensor]]:
+    """The forms, all or those asked for, that agree with the reference in fp64; no speed is reported of a wrong result.
 
     A peer that cannot run here or is wrong is left out and named on stderr. Ours must run and be right.
     """
@@ -167,6 +169,8 @@ def usable_forms(shape: Shape, direction: str, inputs: Inputs) -> dict[str, Call
     wanted = run(functools.partial(ours, "reference", row_ids=wide.row_ids), exact)
     usable = {}
     for name, fn in forms(shape, inputs).items():
+        if wanted_forms is not None and name not in wanted_forms:
+            continue
         try:
             for mine, right in zip(run(fn, inputs), wanted, strict=True):
                 distance = (mine.double() - right).abs().max() / right.abs().max()

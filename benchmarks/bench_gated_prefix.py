@@ -10,7 +10,7 @@ is contiguous, "bthd" what transformers' attention really hands over (heads insi
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -140,9 +140,14 @@ def copy_variant(bytes_moved: int, device: str) -> Variant:
 
 
 def usable_forms(
-    shape: Shape, dtype: torch.dtype, device: str, direction: str, inputs: Inputs
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str,
+    direction: str,
+    inputs: Inputs,
+    wanted_forms: Collection[str] | None = None,
 ) -> dict[str, Callable[..., Tensor]]:
-    """The forms that agree with the reference; no speed is reported of a wrong result.
+    """The forms, all or those asked for, that agree with the reference; no speed is reported of a wrong result.
 
     A peer that cannot run here or is wrong is left out and named on stderr. Ours must run and be right.
     """
@@ -155,6 +160,8 @@ def usable_forms(
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     usable = {}
     for name, fn in forms(device).items():
+        if wanted_forms is not None and name not in wanted_forms:
+            continue
         try:
             found = run(fn, inputs)
             for mine, exact in zip(found if isinstance(found, tuple) else (found,), wanted, strict=True):

@@ -16,34 +16,7 @@ from transformers import DynamicCache
 from . import memory, models, runner
 from .rows import ROOT, Row
 from .runner import Case, Meter, Progress, Settings, Variant
-
-FLOOR = "frozen model"
-BARE = "bare model"
-MAKERS: dict[str, Callable] = {
-    FLOOR: models.with_input_gradient,
-    "fastadapter": models.with_fastadapter,
-    "fastadapter, reference op": models.with_fastadapter,
-    "PEFT": models.with_peft,
-}
-ADAPTED = [name for name in MAKERS if name != FLOOR]
-
-
-def runs_of(name: str, body: Callable[..., object]) -> Callable[..., object]:
-    """``body`` in the surroundings that belong to a variant."""
-    if name == "fastadapter":
-        return body
-
-    def run(*args):
-        with models.on_backend("reference") if name == "fastadapter, reference op" else models.without_hook():
-            return body(*args)
-
-    return run
-
-
-def backend_of(name: str, device: str) -> str:
-    if not name.startswith("fastadapter"):
-        return ""
-    return "reference" if name.endswith("reference op") else ("triton" if device == "cuda" else "cpp")
+from .variants import ADAPTED, BARE, FLOOR, MAKERS, backend_of, runs_of
 
 
 def training_cases(

@@ -23,7 +23,7 @@ from torch import nn
 
 import fastadapter as fa
 
-from . import bench_llama_adapter, bench_methods, gpu_commands, gpu_tools, models, rows, runner
+from . import bench_llama_adapter, bench_methods, gpu_commands, gpu_tools, models, rows, runner, variants
 from .gpu_tools import Bench
 from .rows import Row
 from .runner import Case, Settings, Variant
@@ -105,7 +105,7 @@ def peak_mib(bench: Bench, variant: Variant) -> float:
 def llama_adapter_step(bench: Bench, entry: str, shape: Mapping[str, Any], batch: int, length: int) -> Rows:
     settings = settings_of(bench)
     batch, length = (2, 16) if bench.dry else (batch, length)
-    makers = {**bench_llama_adapter.MAKERS, "(to the lowest adapter)": to_the_lowest_adapter}
+    makers = {**variants.MAKERS, "(to the lowest adapter)": to_the_lowest_adapter}
     cases = bench_llama_adapter.training_cases(
         settings, batch, length, bench.dtype, entry, shape_of(bench, shape), makers
     )
@@ -382,7 +382,7 @@ def first_line(error: Exception) -> str:
 
 
 def backend_of(name: str, bench: Bench) -> str:
-    return bench_llama_adapter.backend_of(name, bench.device)
+    return variants.backend_of(name, bench.device)
 
 
 def dtype_of(bench: Bench) -> str:

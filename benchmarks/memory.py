@@ -12,26 +12,21 @@ import ctypes
 import gc
 import json
 import os
-import re
 from pathlib import Path
+
+from .peers.protocol import status_mib
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 RESET_PEAK = "5"
 
 
-def status_mib(field: str) -> float:
-    """``VmRSS`` (now) or ``VmHWM`` (peak)."""
-    text = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)[1]) / 1024
-
-
 def measure(name: str, quick: bool) -> dict[str, float]:
-    from . import bench_llama_adapter, models
+    from . import models, variants
 
     model = models.build(small=quick)
-    model = bench_llama_adapter.MAKERS[name](model, len(model.model.layers)).train()
+    model = variants.MAKERS[name](model, len(model.model.layers)).train()
     ids = models.tokens(model, *((2, 32) if quick else (4, 128)))
-    step = bench_llama_adapter.runs_of(name, models.training_step)
+    step = variants.runs_of(name, models.training_step)
     step(model, ids)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

@@ -96,30 +96,30 @@ def with_input_gradient(model: LlamaForCausalLM, layers: int) -> LlamaForCausalL
     return model
 
 
-def with_fastadapter(model: LlamaForCausalLM, layers: int) -> LlamaForCausalLM:
-    config = fa.LlamaAdapterConfig(PREFIX_LEN, layers, gate="identity", gate_per_head=False)
+def with_fastadapter(model: LlamaForCausalLM, layers: int, prefix_len: int = PREFIX_LEN) -> LlamaForCausalLM:
+    config = fa.LlamaAdapterConfig(prefix_len, layers, gate="identity", gate_per_head=False)
     model = fa.attach(share(model), config)
     adapters = [m for m in model.modules() if isinstance(m, fa.nn.GatedPrefix)]
-    for adapter, prompt in zip(adapters, prompts(model, layers), strict=True):
+    for adapter, prompt in zip(adapters, prompts(model, layers, prefix_len), strict=True):
         adapter.prompt.data.copy_(prompt)
         adapter.gate.data.fill_(GATE)
     return model
 
 
-def with_peft(model: LlamaForCausalLM, layers: int) -> nn.Module:
-    config = AdaptionPromptConfig(adapter_len=PREFIX_LEN, adapter_layers=layers, task_type="CAUSAL_LM")
+def with_peft(model: LlamaForCausalLM, layers: int, prefix_len: int = PREFIX_LEN) -> nn.Module:
+    config = AdaptionPromptConfig(adapter_len=prefix_len, adapter_layers=layers, task_type="CAUSAL_LM")
     model = get_peft_model(share(model), config)
     adapters = [m for m in model.modules() if isinstance(m, AdaptedAttention)]
-    for adapter, prompt in zip(adapters, prompts(model, layers), strict=True):
+    for adapter, prompt in zip(adapters, prompts(model, layers, prefix_len), strict=True):
         adapter.adaption_prompt.data.copy_(prompt[None])
         adapter.adaption_gate.data.fill_(GATE)
     return model
 
 
-def prompts(model: nn.Module, layers: int) -> Tensor:
+def prompts(model: nn.Module, layers: int, prefix_len: int = PREFIX_LEN) -> Tensor:
     """``(layers, prefix_len, hidden_size)``, the same for everyone."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(layers, PREFIX_LEN, model.config.hidden_size, generator=generator)
+    return torch.randn(layers, prefix_len, model.config.hidden_size, generator=generator)
 
 
 def cache_keyword(model: nn.Module) -> str:

@@ -38,7 +38,11 @@ def panels(stored: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
     """
     found: dict[str, dict[str, list[Row]]] = {}
     known = {variant for _, variants in PARTIES.values() for variant in variants}
-    chosen = [row for row in rows.latest(list(stored)) if row.entry in ENTRIES and row.variant in known]
+    chosen = [
+        row
+        for row in rows.latest(rows.published(list(stored)))
+        if row.entry in ENTRIES and row.variant in known
+    ]
     for row in sorted(chosen, key=lambda row: row.driver != ""):
         if row.extra.get("red_tests"):
             continue

@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> int:
             parser.error("--overview chooses its entries itself")
         overview.draw(args.out, rows.load())
         return 0
-    found = [row for row in rows.latest(rows.load()) if not args.entry or row.entry in args.entry]
+    found = [
+        row for row in rows.latest(rows.published(rows.load())) if not args.entry or row.entry in args.entry
+    ]
     if not found:
         raise SystemExit(f"no stored rows of {', '.join(args.entry) or 'any entry'}")
     panels = list(dict.fromkeys((row.entry, row.shape, row.device) for row in found))

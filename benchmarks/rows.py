@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from . import quiet
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 
@@ -47,7 +49,7 @@ class Row:
     ratio: float
     ratio_p20: float
     ratio_p80: float
-    extra: dict[str, float]  # gb_per_s, percent_of_copy, total_mib
+    extra: dict[str, float]  # gb_per_s, percent_of_copy, total_mib; quiet.py's marks; parts of a step
     device: str
     driver: str  # empty on a CPU
     clocks: str  # read, never set; empty on a CPU
@@ -145,6 +147,16 @@ def load(*paths: Path) -> list[Row]:
                 raise ValueError(f"{path}:{number}: not a row: fields that are missing or unknown: {odd}")
             rows.append(Row(**values))
     return rows
+
+
+def published(rows: list[Row]) -> list[Row]:
+    """Without the runs of a busy machine: an entry of a run is shown whole or not at all."""
+    busy = {_run(row) for row in rows if row.extra.get(quiet.MARK)}
+    return [row for row in rows if _run(row) not in busy]
+
+
+def _run(row: Row) -> tuple[str, str, int, str]:
+    return row.entry, row.device, row.threads, row.date
 
 
 def latest(rows: list[Row]) -> list[Row]:

@@ -16,7 +16,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,8 @@ class Variant:
     run: Callable[[Any], Any]
     prepare: Callable[[], Any] = lambda: None
     backend: str = ""
+    flops: int = 0  # where they differ from the case's
+    bytes_moved: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Case:
 
     ``sample_seconds`` above zero repeats ``run`` within a sample until it lasts about that long, for work too short
     to time once. ``bytes_moved`` adds GB/s, and the share of the copy bandwidth where the floor is a copy of as
-    many bytes.
+    many bytes; ``flops`` (a multiplication and an addition are two) adds GFLOP/s.
     """
 
     entry: str
@@ -62,6 +64,7 @@ class Case:
     unit: str = "ms"
     tokens: int = 0
     bytes_moved: int = 0
+    flops: int = 0
     sample_seconds: float = 0.0
     warmup: int = 2
 
@@ -74,6 +77,12 @@ class Settings:
     quick: bool = False
     device: str = "cpu"
     environment: Mapping[str, Any] = field(default_factory=dict)
+    # of single entries: sizes of the recipe
+    options: Mapping[str, Any] = field(default_factory=dict)
+    # takes the samples; another one lets rounds wait for those of another process (versions.py)
+    interleave: Callable[["Case", int, Meter], dict[str, list[float]]] = field(
+        default_factory=lambda: interleave
+    )
 
 
 def keep_memory() -> None:
@@ -118,11 +127,10 @@ class Progress:
             print(f"{self.title}: {done}/{self.total}, {now - self.start:.0f} s", file=sys.stderr, flush=True)
 
 
-def interleave(case: Case, rounds: int, meter: Meter) -> dict[str, list[float]]:
-    """Seconds of every variant in every round, by name."""
-    if case.floor not in (names := [variant.name for variant in case.variants]) or len(set(names)) < len(
-        names
-    ):
+def rounds_of(case: Case, meter: Meter) -> Iterator[dict[str, float]]:
+    """Seconds of every variant by name, a round at a time and without end, after the warm-up."""
+    names = [variant.name for variant in case.variants]
+    if case.floor not in names or len(set(names)) < len(names):
         raise ValueError(
             f"{case.entry}: variants {names} must have distinct names, one of them {case.floor!r}"
         )
@@ -132,13 +140,20 @@ def interleave(case: Case, rounds: int, meter: Meter) -> dict[str, list[float]]:
             meter(variant.run, variant.prepare(), 1)
         seconds = meter(variant.run, variant.prepare(), 1) if case.sample_seconds else 0.0
         calls[variant.name] = max(1, round(case.sample_seconds / seconds)) if seconds > 0 else 1
-    progress = Progress(f"{case.entry}, {case.shape}", rounds)
     order, shuffle = list(case.variants), random.Random(0).shuffle
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    for done in range(1, rounds + 1):
+    while True:
         shuffle(order)
-        for variant in order:
-            samples[variant.name].append(meter(variant.run, variant.prepare(), calls[variant.name]))
+        yield {variant.name: meter(variant.run, variant.prepare(), calls[variant.name]) for variant in order}
+
+
+def interleave(case: Case, rounds: int, meter: Meter) -> dict[str, list[float]]:
+    """Seconds of every variant in every round, by name."""
+    turns = rounds_of(case, meter)
+    samples: dict[str, list[float]] = {variant.name: [] for variant in case.variants}
+    progress = Progress(f"{case.entry}, {case.shape}", rounds)
+    for done in range(1, rounds + 1):
+        for name, seconds in next(turns).items():
+            samples[name].append(seconds)
         progress(done)
     return samples
 
@@ -153,7 +168,7 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 def measure(case: Case, settings: Settings, meter: Meter | None = None) -> list[rows.Row]:
     """Run ``case`` and describe every variant by a row."""
-    samples = interleave(case, settings.rounds, meter or wall_meter())
+    samples = settings.interleave(case, settings.rounds, meter or wall_meter())
     return describe(case, samples, settings.environment)
 
 
@@ -169,8 +184,10 @@ def describe(
         # of what was sampled, so that for a rate too a larger ratio means a higher cost
         ratios = spread([mine / floor for mine, floor in zip(raw, samples[case.floor], strict=True)])
         extra = {}
-        if case.bytes_moved:
-            extra["gb_per_s"] = case.bytes_moved / statistics.median(raw) / 1e9
+        if flops := variant.flops or case.flops:
+            extra["gflop_per_s"] = flops / statistics.median(raw) / 1e9
+        if moved := variant.bytes_moved or case.bytes_moved:
+            extra["gb_per_s"] = moved / statistics.median(raw) / 1e9
             if case.floor == "copy":
                 extra["percent_of_copy"] = 100 / ratios[0]
         measured = {"median": median, "p20": p20, "p80": p80, "extra": extra, "samples": len(raw)}

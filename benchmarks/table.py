@@ -4,7 +4,8 @@
     python -m benchmarks.table README.md --check   # exit status 1 if one is out of date
 
 A table stands between ``<!-- benchmark: NAME, NAME -->`` and ``<!-- end -->``; the names are entries. Tables of stored
-comparisons have markers of their own (``benchmarks/comparisons.py``).
+comparisons have markers of their own (``benchmarks/comparisons.py``), pictures and lost rows others
+(``benchmarks/report.py``).
 """
 
 import argparse
@@ -15,10 +16,14 @@ from pathlib import Path
 from . import comparisons, rows
 from .rows import Row
 
-KINDS = "|".join(["benchmark", *comparisons.DRAW])
+KINDS = "|".join(["benchmark", "measured", "recipe-short", "where-we-lose", *comparisons.DRAW])
 MARKED = re.compile(rf"(<!-- ({KINDS}): ([\w, -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 EXTRA = {
+    "gflop_per_s": "GFLOP/s",
     "gb_per_s": "GB/s",
+    "percent_of_roof": "% of roof",
+    "epoch_tokens_per_s": "over the whole epoch",
+    "accuracy": "accuracy",
     "percent_of_copy": "% of copy",
     "percent_of_floor": "% of floor",
     "eager_us": "from Python, us",
@@ -80,11 +85,14 @@ def render(names: list[str], stored: list[Row]) -> str:
 
     Raises: ValueError: nothing is stored for a name.
     """
-    chosen = [row for name in names for row in rows.latest(stored) if row.entry == name]
+    shown = rows.latest(rows.published(stored))
+    chosen = [row for name in names for row in shown if row.entry == name]
     missing = [name for name in names if not any(row.entry == name for row in chosen)]
     if missing:
-        known = ", ".join(sorted({row.entry for row in stored})) or "none"
-        raise ValueError(f"no stored rows of {', '.join(missing)}; stored: {known}")
+        known = ", ".join(sorted({row.entry for row in shown})) or "none"
+        busy = sorted({row.entry for row in stored} & set(missing))
+        also = f"; of a busy machine alone, not shown: {', '.join(busy)}" if busy else ""
+        raise ValueError(f"no stored rows of {', '.join(missing)}{also}; stored: {known}")
     machines = list(dict.fromkeys((row.device, row.threads) for row in chosen))
     parts = []
     for machine in machines:
@@ -94,13 +102,24 @@ def render(names: list[str], stored: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def block(kind: str, names: list[str], stored: list[Row]) -> str:
+    """What stands in a block of this kind."""
+    if kind == "benchmark":
+        return render(names, stored)
+    if kind in comparisons.DRAW:
+        return comparisons.DRAW[kind](names)
+    from . import lost, report  # they draw with this module's tables
+
+    draw = {"measured": report.measured, "recipe-short": report.recipe_short, "where-we-lose": lost.block}
+    return draw[kind](names, stored)
+
+
 def rewrite(text: str, stored: list[Row]) -> str:
     """``text`` with every marked table drawn anew."""
 
     def draw(match: re.Match) -> str:
         names = [name.strip() for name in match[3].split(",")]
-        drawn = render(names, stored) if match[2] == "benchmark" else comparisons.DRAW[match[2]](names)
-        return f"{match[1]}{drawn}\n{match[4]}"
+        return f"{match[1]}{block(match[2], names, stored)}\n{match[4]}"
 
     drawn, count = MARKED.subn(draw, text)
     if not count:

@@ -17,7 +17,7 @@ def run(*command, cwd=ROOT):
     return subprocess.run([sys.executable, "-m", *command], cwd=cwd, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("what", ["audit", "run", "gpu", "table", "plot"])
+@pytest.mark.parametrize("what", ["audit", "run", "gpu", "versions", "table", "plot", "report"])
 def test_each_benchmark_has_its_own_help(what, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["bench", what, "--help"])
@@ -66,6 +66,8 @@ def test_stored_rows_are_installed():
         assert json.loads(line)["entry"]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/benchmarks.md", "docs/comparison.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/benchmarks.md", "docs/recipe.md", "docs/comparison.md"]
+)
 def test_the_tables_are_those_of_the_stored_rows(document):
     assert main(["bench", "table", str(ROOT / document), "--check"]) == 0

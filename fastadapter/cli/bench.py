@@ -4,7 +4,9 @@ fastadapter bench plan --model llama-7b --gpu h100 --data alpaca-like   # time a
 fastadapter bench audit --arch sm_90 --dtype bf16     # what the GPU kernels compile to; needs no GPU
 fastadapter bench run --only gated_prefix             # CPU timings against peers
 fastadapter bench gpu                                 # GPU correctness and timings
+fastadapter bench versions HEAD~1 --only decode       # this version beside another, a round of each in turn
 fastadapter bench table README.md --check             # tables drawn from stored rows
+fastadapter bench report                              # every table and picture of the documents
 """
 
 import argparse
@@ -16,8 +18,10 @@ WHAT = {
     "audit": ("audit.command", "compile the Triton kernels without a GPU and show registers, spills, floors"),
     "run": ("run", "time ops and recipes on this machine's CPU, against peers"),
     "gpu": ("gpu", "GPU correctness against fp64, then timings against peers"),
+    "versions": ("versions", "time this version beside another commit, interleaved"),
     "table": ("table", "draw Markdown tables from stored rows"),
     "plot": ("plot", "draw stored ratios as bars"),
+    "report": ("report", "draw every table and picture of the documents from stored rows"),
 }
 
 
