@@ -36,16 +36,18 @@ from fastadapter.training import (
 from fastadapter.training.data import TEMPLATE
 
 _SHOWN = 3
-_BATCH_SIZE, _LEARNING_RATE = 4, 0.01
+# Small batches: a closed gate gives its prompt no gradient, so the first steps only open gates, and a few hundred steps
+# are all that one pass over this much data has.
+_BATCH_SIZE, _LEARNING_RATE = 4, 0.005
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output-dir", type=Path, default=Path("outputs/demo"), help="is replaced when it exists"
     )
-    parser.add_argument("--train", type=int, default=2000, help="reviews to train on")
+    parser.add_argument("--train", type=int, default=1000, help="reviews to train on")
     parser.add_argument("--test", type=int, default=400, help="held-out reviews to judge by")
-    parser.add_argument("--layers", type=int, default=10, help="adapt the top so many of 30 layers")
+    parser.add_argument("--layers", type=int, default=30, help="adapt the top so many of 30 layers")
     parser.add_argument("--num-train-epochs", type=int, default=1, help="passes over the training reviews")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the draw of reviews, the adapter and their order"
@@ -81,8 +83,6 @@ def run(args: argparse.Namespace) -> int:
     # A start from what the template says needs half the passes of a random one.
     config = from_text(LlamaAdapterConfig(layers=args.layers), task_text(TEMPLATE))
     attach(model, config, tokenizer=tokenizer)
-    # Small batches: a closed gate gives its prompt no gradient, so the first steps only open gates, and a few
-    # hundred steps are all that one pass over this much data has.
     training = TrainingConfig(
         num_train_epochs=args.num_train_epochs,
         batch_size=_BATCH_SIZE,
