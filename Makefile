@@ -14,7 +14,7 @@ SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV)
 BIN = $(VENV)/bin
 CSRC = $(wildcard csrc/*.cpp csrc/*.h csrc/*.hpp)
 
-.PHONY: help setup setup-bench demo test check format bench gpu audit clean
+.PHONY: help setup setup-demo setup-bench demo test check format bench gpu audit clean
 
 help:
 	@echo "make demo     fine-tune LLaMA-Adapter on movie reviews with a real model, then use it"
@@ -29,10 +29,14 @@ help:
 setup:
 	@$(SETUP)
 
+# Neither Triton nor what only developers need: that is half of the download.
+setup-demo:
+	@$(SETUP) --extras hf
+
 setup-bench:
 	@$(SETUP) --extras triton,hf,compare,dev,bench
 
-demo: setup
+demo: setup-demo
 	$(BIN)/fastadapter demo $(ARGS)
 
 test: setup

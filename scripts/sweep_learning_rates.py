@@ -35,7 +35,7 @@ CANDIDATES = {
     "pfeiffer": (1e-3, 3e-3, 1e-2),
     "parallel": (1e-3, 3e-3, 1e-2),
     "prefix-tuning": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-    "soft-prompt": (1e-2, 3e-2, 1e-1),
+    "soft-prompt": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "llama-adapter": (3e-3, 1e-2, 3e-2),
     "llama-adapter-v2": (1e-3, 3e-3, 1e-2),
 }

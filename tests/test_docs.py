@@ -17,9 +17,10 @@ TOP = [
 ]
 PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
 FROM_PEFT = ROOT / "docs" / "from-peft.md"
+LOSS = ROOT / "docs" / "loss.md"
 
 
-@pytest.mark.parametrize("page", [*PAGES, FROM_PEFT], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, FROM_PEFT, LOSS], ids=lambda page: page.stem)
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = blocks("python", page)

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastadapter.cli import assets
 from fastadapter.cli.loading import add_model_arguments, device_and_dtype
 from fastadapter.cli.options import unescape
@@ -39,6 +41,9 @@ from fastadapter.training.report import require_writable
 # All reviews whose rating is clear enough to have a sign.
 REVIEW_TRAIN, REVIEW_TEST = 8309, 2000
 QUICK_TRAIN, QUICK_TEST = 400, 200
+_WEIGHTS = (".safetensors", ".gguf", ".bin")
+# All parameters of a model of 1 GiB trained with AdamW, with what a step and the libraries need.
+_MEMORY_OF_A_RUN = 4 * 2**30
 _QUICK = {"seeds": [0], "num_train_epochs": 1}
 _FULL = {"seeds": [0, 1, 2], "num_train_epochs": 3}
 
@@ -124,7 +129,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--quick", action="store_true", help="400 training and 200 test records, 1 seed, 1 epoch"
     )
-    what.add_argument("--threads", type=int, help="of PyTorch in every run; its own choice if not given")
+    what.add_argument(
+        "--jobs",
+        type=int,
+        help="runs at a time; if not given, as many as PyTorch would use threads, for a model of less than 1 GiB on a "
+        "CPU with 4 GiB for each, and otherwise 1",
+    )
+    what.add_argument(
+        "--threads", type=int, help="of PyTorch in every run; if not given, its own choice over --jobs"
+    )
     add_trunk_arguments(parser, one_run=False)
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -161,9 +174,10 @@ def run(args: argparse.Namespace) -> int:
     )
     if len(set(args.seeds)) < len(args.seeds):
         raise UserError(f"--seeds must differ, got {' '.join(map(str, args.seeds))}")
+    for name in ("threads", "jobs"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     trunk = trunk_cache(args, runs=len(args.seeds))
-    if args.threads is not None and args.threads < 1:
-        raise UserError(f"--threads must be at least 1, got {args.threads}")
     training = {
         "num_train_epochs": args.num_train_epochs,
         "batch_size": args.batch_size,
@@ -198,6 +212,7 @@ def run(args: argparse.Namespace) -> int:
             command=[sys.executable, "-m", "fastadapter.cli.compare_job"],
             learning_rates=rates,
             head_learning_rates=head_rates,
+            jobs=args.jobs if args.jobs is not None else _jobs(comparison.model, device.type, args.threads),
             threads=args.threads,
             device=device.type,
             save_steps=args.save_steps,
@@ -216,6 +231,24 @@ def _write(args: argparse.Namespace, settings: dict[str, Any], results: list[dic
     write_report(args.output_dir, settings, results)
     if args.json:
         write_json(args.json, {"settings": settings, "rows": summarise(results, settings), "runs": results})
+
+
+def _jobs(model: str, device: str, threads: int | None) -> int:
+    """Runs at a time on this machine.
+
+    A small model does not keep two threads busy: two runs of one thread each are done sooner than one after the other
+    with both. A large one does, and has to fit into memory as often. Of a model from a hub it is not known yet.
+    """
+    import psutil  # comes with accelerate
+
+    folder = Path(model)
+    if device != "cpu" or not folder.is_dir():
+        return 1
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in _WEIGHTS)
+    if size >= 2**30:
+        return 1
+    fitting = psutil.virtual_memory().available // _MEMORY_OF_A_RUN
+    return max(1, min(torch.get_num_threads() // (threads or 1), fitting))
 
 
 def _require_packages() -> None:

@@ -160,9 +160,10 @@ def _summary(args: argparse.Namespace, result: FinetuneResult, labels: list[str]
         at = f"step {outcome['best_step']}" if args.eval_steps else f"epoch {outcome['best_epoch']}"
         if result.stopped_early:
             lines.append(f"stopped early, after step {len(result.losses)}")
+        values = [outcome[f"{name}_{when}"] for when in ("before", "after")]
+        course = " -> ".join(f"{value:{shown}}" for value in values if value is not None)
         lines.append(
-            f"held-out {name} {outcome[f'{name}_before']:{shown}} -> {outcome[f'{name}_after']:{shown}} "
-            f"on {outcome['rows']:,} records; {at} is in {args.output_dir}/best"
+            f"held-out {name} {course} on {outcome['rows']:,} records; {at} is in {args.output_dir}/best"
         )
         if outcome["metrics"] is not None:
             lines += ["", table(outcome["metrics"]), ""]

@@ -104,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         print(json.dumps(planned, indent=1))
     else:
-        for count, error in too_large.items():
-            print(f"{count} GPU{'s' if count > 1 else ''}: {error}\n")
+        for count, reason in too_large.items():
+            print(f"{count} GPU{'s' if count > 1 else ''}: {reason}\n")
         print(report(runs, lengths, args.num_train_epochs))
     return 0
 

@@ -91,6 +91,12 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="when to evaluate, besides before the first step and after the last; epoch if not given, steps with "
         "--eval-steps",
     )
+    add(
+        "--eval-on-start",
+        action=argparse.BooleanOptionalAction,
+        default=_DEFAULTS.eval_on_start,
+        help="evaluate before the first step",
+    )
     add("--eval-steps", type=int, help="evaluate every so many steps; if not given, after epochs")
     add("--eval-batch-size", type=int, default=_DEFAULTS.eval_batch_size, help="records per forward pass")
     add(
@@ -152,6 +158,7 @@ def training_config(args: argparse.Namespace, **more: Any) -> TrainingConfig:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         eval_strategy=strategy,
         eval_steps=args.eval_steps,
+        eval_on_start=args.eval_on_start,
         eval_batch_size=args.eval_batch_size,
         early_stopping_patience=args.early_stopping_patience,
         max_grad_norm=args.max_grad_norm,

@@ -336,15 +336,14 @@ def _curves(
         steps = range(window, len(steps_loss) + 1)
         smooth = [sum(steps_loss[step - window : step]) / window for step in steps]
         losses.plot(steps, smooth, color=colour, linewidth=1)
-        values = _means(
-            [
-                [result["accuracy_before"], *(epoch["eval_accuracy"] for epoch in result["epochs"])]
-                for result in mine
-            ]
+        # runs of earlier versions were also evaluated before the first step
+        before = _means(
+            [[result["accuracy_before"]] if "accuracy_before" in result else [] for result in mine]
         )
-        # side by side: many methods start from the same accuracy
+        values = before + _means([[epoch["eval_accuracy"] for epoch in result["epochs"]] for result in mine])
+        # side by side, so that equal ones can be told apart
         aside = 0.012 * (number - (len(trained) - 1) / 2) * max(len(values) - 1, 1)
-        places = [epoch + aside for epoch in range(len(values))]
+        places = [epoch + aside for epoch in range(1 - len(before), 1 - len(before) + len(values))]
         percent = [100 * value for value in values]
         accuracies.plot(places, percent, color=colour, marker=marker, markersize=4.5, linewidth=1)
         ends.append((name, places[-1], percent[-1]))
@@ -370,7 +369,8 @@ def _curves(
 
 def _end_names(axis: Any, ends: Sequence[tuple[str, float, float]]) -> None:
     """Names beside the last points, in the order of their values and pushed apart until each can be read."""
-    first, last = min(0.0, *(x for _, x, _ in ends)), max(x for _, x, _ in ends)
+    last = max(x for _, x, _ in ends)
+    first = min(*axis.dataLim.intervalx, last - 1.0)  # of a single epoch, the one before it
     axis.set_xlim(first - 0.05 * (last - first), last + 0.42 * (last - first))
     axis.figure.canvas.draw()
     low, high = axis.get_ylim()

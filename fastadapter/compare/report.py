@@ -210,12 +210,18 @@ def _where(results: Sequence[dict[str, Any]]) -> str:
         machine, device = result["machine"], result["device"]
         what = machine["cpu"] if device == "cpu" else device
         place = (
-            f"{what}, {result['threads']} of {machine['cores']} cores, PyTorch {machine['torch']}, "
+            f"{what}, {result['threads']} of {machine['cores']} cores{_beside(result)}, PyTorch {machine['torch']}, "
             f"transformers {machine['transformers']}, {result['date']}"
         )
         if place not in places:
             places.append(place)
     return f"Measured on: {'; '.join(places)}." if places else ""
+
+
+def _beside(result: dict[str, Any]) -> str:
+    """How many runs shared the machine; of runs stored before there was a choice nothing is known."""
+    jobs = result.get("jobs", 1)
+    return f" each of {jobs} runs at a time" if jobs > 1 else ""
 
 
 def _chance(rows: Sequence[dict[str, Any]], count: int) -> float:

@@ -1,23 +1,22 @@
-"""Run methods and seeds one after the other, each in a process of its own, and keep what is finished."""
+"""Run methods and seeds, each in a process of its own, and keep what is finished."""
 
 import hashlib
 import json
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastadapter.checkpoints.fingerprint import differences
 from fastadapter.compare.methods import Method
+from fastadapter.compare.processes import Run, run_all
 from fastadapter.compare.worker import RESULT
-from fastadapter.training import TrainingInterrupted, TrunkCache, UserError, write_json
+from fastadapter.training import TrunkCache, UserError, write_json
 from fastadapter.training.data import Example
 from fastadapter.training.report import require_writable
-from fastadapter.training.step import StopSignals
 
 SETTINGS = "comparison.json"
 
@@ -92,6 +91,7 @@ def compare(
     command: Sequence[str],
     learning_rates: dict[str, float] | None = None,
     head_learning_rates: dict[str, float] | None = None,
+    jobs: int = 1,
     threads: int | None = None,
     device: str = "auto",
     save_steps: int = 200,
@@ -99,52 +99,60 @@ def compare(
     progress: bool = True,
     after_run: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Every method with every seed; those that are finished are read back.
+    """Every method with every seed; those that are finished are read back. What no seed changes is done once.
 
     Args:
         command: starts a process that does the job in the folder given as last word.
         learning_rates, head_learning_rates: of methods, in place of the table's.
-        threads: of every process; ``None``: PyTorch's choice.
+        jobs: runs at a time. With the same ``threads`` their results do not depend on it, their seconds do.
+        threads: of every process; ``None``: PyTorch's choice, of which each of several ``jobs`` gets its share.
         trunk_cache: of every run, as of :func:`fastadapter.training.finetune`; not required, since not every method
             can have one.
         after_run: called with the results so far whenever a run ends, and with all of them.
     Returns: the results, method by method, seed by seed.
     Raises:
-        UserError: a run failed (its own message is on stderr), or was made with another learning rate or options.
+        UserError: a run failed (its own message is on stderr), or was made with another learning rate or options; runs
+            beside it are stopped and saved.
         TrainingInterrupted: a signal came; the same call goes on from there.
     """
-    pairs = [(method, seed) for method in methods for seed in seeds]
-    results: list[dict[str, Any]] = []
-    started = time.perf_counter()
-    for number, (method, seed) in enumerate(pairs, 1):
-        folder = comparison.folder / "runs" / method.name / f"seed-{seed}"
-        job = _job(comparison, method, seed, (learning_rates or {}).get(method.name), threads, device)
-        head_rate = (head_learning_rates or {}).get(method.name)
-        # of runs without a rate of their own for the head nothing is kept, as before there was one
-        job |= {"head_learning_rate": head_rate} if head_rate else {}
-        job |= (
-            {"default_head_learning_rates": dict(method.head_learning_rates)}
-            if method.head_learning_rates
-            else {}
-        )
-        finished = _prepare_run(folder, job)
-        if not finished:
-            if progress:
-                elapsed = time.strftime("%H:%M:%S", time.gmtime(time.perf_counter() - started))
-                print(
-                    f"[{number}/{len(pairs)}, {elapsed}] {method.name}, seed {seed}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            free = {"save_steps": save_steps, "progress": progress, "trunk_cache": _trunk_cache(trunk_cache)}
-            write_json(folder / "job.json", {**job, **free})
-            _run([*command, str(folder)], method.name, seed)
-        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        results.append(result)
-        # of runs that are only read back, the last one reports for all
-        if after_run is not None and (not finished or number == len(pairs)):
-            after_run(results)
-    return results
+    if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 1:
+        raise UserError(f"jobs must be an int, at least 1, got {jobs!r}")
+    if threads is None and jobs > 1:
+        threads = max(1, torch.get_num_threads() // jobs)
+    runs: list[Run] = []
+    for method in methods:
+        for seed in seeds if method.learning_rates else seeds[:1]:
+            folder = comparison.folder / "runs" / method.name / f"seed-{seed}"
+            job = _job(comparison, method, seed, (learning_rates or {}).get(method.name), threads, device)
+            head_rate = (head_learning_rates or {}).get(method.name)
+            # of runs without a rate of their own for the head nothing is kept, as before there was one
+            job |= {"head_learning_rate": head_rate} if head_rate else {}
+            job |= (
+                {"default_head_learning_rates": dict(method.head_learning_rates)}
+                if method.head_learning_rates
+                else {}
+            )
+            runs.append(Run(method.name, seed, folder, job, _prepare_run(folder, job)))
+    pending = [run for run in runs if not run.finished]
+    jobs = min(jobs, max(1, len(pending)))
+
+    def results() -> list[dict[str, Any]]:
+        return [run.result() for run in runs if run.finished]
+
+    def ended(run: Run) -> None:
+        run.finished = True
+        if after_run is not None:
+            after_run(results())
+
+    for run in pending:
+        # Bars of several runs would write over each other.
+        free: dict[str, Any] = {"save_steps": save_steps, "progress": progress and jobs == 1, "jobs": jobs}
+        free["trunk_cache"] = _trunk_cache(trunk_cache)
+        write_json(run.folder / "job.json", {**run.job, **free})
+    run_all(pending, command, jobs, ended, progress)
+    if after_run is not None and not pending:
+        after_run(results())
+    return results()
 
 
 def _job(
@@ -178,7 +186,7 @@ def _trunk_cache(asked: TrunkCache | bool | None) -> dict[str, Any] | bool | Non
 
 
 # Where the files are and who computes does not decide the numbers' meaning; a moved folder is still the same one.
-_FREE = ("model", "train", "test", "threads", "device", "save_steps", "progress", "trunk_cache")
+_FREE = ("model", "train", "test", "threads", "device", "save_steps", "progress", "jobs", "trunk_cache")
 
 
 def _prepare_run(folder: Path, job: dict[str, Any]) -> bool:
@@ -204,30 +212,6 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any], keys: Sequence[s
     """Each setting among ``keys`` that differs, also within tables, with both values; empty: none does."""
     old, new = ({key: settings[key] for key in keys if key in settings} for settings in (found, wanted))
     return "; ".join(differences(old, json.loads(json.dumps(new))))
-
-
-def _run(command: Sequence[str], name: str, seed: int) -> None:
-    with StopSignals() as signals:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        told = False
-        try:
-            while process.poll() is None:
-                if signals.received and not told:
-                    # A terminal sends SIGINT to both; a second one would end the child before it has saved.
-                    process.terminate()
-                    told = True
-                time.sleep(0.1)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        received = signals.received or {130: 2, 143: 15}.get(process.returncode)
-    if received:
-        raise TrainingInterrupted(
-            received, f"stopped in {name}, seed {seed}; the same command goes on from there"
-        )
-    if process.returncode:
-        raise UserError(f"{name}, seed {seed}: its process ended with status {process.returncode}")
 
 
 def _records(examples: Sequence[Example]) -> str:

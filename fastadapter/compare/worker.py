@@ -57,7 +57,8 @@ def execute(job: dict[str, Any], folder: Path, load: Load, load_language_model: 
     head_rate = job.get("head_learning_rate") or job.get("default_head_learning_rates", {}).get(kind)
     rates = {"learning_rate": rate, "head_learning_rate": head_rate}
     options: dict[str, Any] = {**job["training"], **{name: value for name, value in rates.items() if value}}
-    config = TrainingConfig(seed=job["seed"], **options)
+    # The new head of every run is as good as chance, so nobody needs to be told before the first step.
+    config = TrainingConfig(seed=job["seed"], eval_on_start=False, **options)
     device = torch.device("cuda" if job["device"] != "cpu" and torch.cuda.is_available() else "cpu")
     total = sum(parameter.numel() for parameter in model.parameters())
     result: dict[str, Any] = {
@@ -68,6 +69,7 @@ def execute(job: dict[str, Any], folder: Path, load: Load, load_language_model: 
         **rates,
         "options": job["options"],
         "threads": torch.get_num_threads(),
+        "jobs": job.get("jobs", 1),
         "machine": describe_machine(),
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -180,7 +182,6 @@ def _train(
     return {
         # Of the last epoch, not of the best: choosing that would be looking at the test rows.
         "accuracy": outcome.eval["accuracy_after"],
-        "accuracy_before": outcome.eval["accuracy_before"],
         "trainable_parameters": outcome.trainable_parameters,
         "train_rows": outcome.train_rows,
         "test_rows": outcome.eval["rows"],

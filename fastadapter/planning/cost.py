@@ -20,6 +20,7 @@ from fastadapter.planning.hardware import Device
 from fastadapter.planning.lengths import Workload
 from fastadapter.planning.shapes import ModelShape
 from fastadapter.training.config import UserError
+from fastadapter.training.loss import MAX_LOGIT_BYTES
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 IMPLEMENTATIONS = ("fastadapter", "peft", "frozen")
@@ -34,8 +35,8 @@ _BELOW = {
 # Memory-mapped states of the trunk: read through the page cache, written to a local disk.
 TRUNK_WRITE = 1e9
 TRUNK_READ = 5e9
-# Logits that the supervised loss makes at a time: 64 MiB of fp32.
-MAX_LOGITS = 16 * 2**20
+# Logits that the supervised loss makes at a time, of fp32.
+MAX_LOGITS = MAX_LOGIT_BYTES // 4
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from fastadapter.training.batching import epoch_batches, share
 from fastadapter.training.config import UserError
+from fastadapter.training.packing import MOST_TOKENS
 
 LAYOUTS = {
     "grouped": "batches of records of about the same length, padded to the longest (as finetune does)",
@@ -28,7 +29,6 @@ _REVIEWS = {
 }
 REVIEW_RECORDS = 8309
 GROUPS = 8  # of steps of like size
-PACK_LENGTH = 8192
 # Records of Alpaca have 547 bytes with its template (47.8 MB for instruction, input, output and all three in the
 # template, of 52,002 records), about 4.2 a token; half of them are the template and the instruction. The shape is
 # taken to be log-normal, answers spread as wide as their mean.
@@ -232,7 +232,7 @@ def simulate(lengths: Lengths, batching: Batching) -> Workload:
         )
     most = None
     if batching.layout == "packed":
-        most = batching.pack_length or max(PACK_LENGTH, max(totals))
+        most = batching.pack_length or max(MOST_TOKENS, max(totals))
     count = batching.gradient_accumulation_steps
     waited: list[tuple[float, ...]] = []
     computed, largest = 0, (0, 0)

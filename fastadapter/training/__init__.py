@@ -16,7 +16,12 @@ from fastadapter.training.data import (
 from fastadapter.training.evaluation import predict_labels
 from fastadapter.training.judge import evaluate
 from fastadapter.training.loop import finetune
-from fastadapter.training.loss import supervised_logits, supervised_loss
+from fastadapter.training.loss import (
+    causal_lm_loss,
+    supervised_logit_parts,
+    supervised_logits,
+    supervised_loss,
+)
 from fastadapter.training.packing import pack
 from fastadapter.training.report import FinetuneResult, peak_rss_bytes, write_json
 from fastadapter.training.targets import last_layers, load_parameters, training_only
@@ -34,6 +39,7 @@ __all__ = [
     "TrainingInterrupted",
     "TrunkCache",
     "UserError",
+    "causal_lm_loss",
     "class_names",
     "classify",
     "collate",
@@ -51,6 +57,7 @@ __all__ = [
     "read_examples",
     "read_labels",
     "split_examples",
+    "supervised_logit_parts",
     "supervised_logits",
     "supervised_loss",
     "task_text",

@@ -61,9 +61,11 @@ class TrainingConfig:
         max_steps: optimiser steps of the run, in place of ``num_train_epochs``.
         batch_size: rows per optimiser step, over all processes and accumulation steps.
         gradient_accumulation_steps: forward passes per process that share one step; the gradient is the same.
-        eval_strategy: when held-out data is evaluated, besides before the first step and after the last:
+        eval_strategy: when held-out data is evaluated, besides after the last step and, with ``eval_on_start``, before
+            the first:
             ``"epoch"``, after each; ``"steps"``, every ``eval_steps``; ``"no"``.
         eval_steps: steps between two evaluations, for ``eval_strategy="steps"``.
+        eval_on_start: evaluate before the first step, too.
         eval_batch_size: rows per forward pass and process in an evaluation.
         early_stopping_patience: end the run after so many evaluations in a row that were not better than the
             best one before; ``None``: never.
@@ -116,6 +118,7 @@ class TrainingConfig:
     class_weights: str | Mapping[str, float] | None = None
     packing: bool = False
     pack_length: int | None = None
+    eval_on_start: bool = True
 
     def __post_init__(self):
         for name in ("num_train_epochs", "batch_size", "gradient_accumulation_steps", "eval_batch_size"):
@@ -164,6 +167,8 @@ class TrainingConfig:
             raise TypeError(f"packing must be a bool, got {self.packing!r}")
         if self.pack_length is not None and not self.packing:
             raise UserError("pack_length goes with packing")
+        if not isinstance(self.eval_on_start, bool):
+            raise TypeError(f"eval_on_start must be True or False, got {self.eval_on_start!r}")
         self._check_class_weights()
 
     def _check_class_weights(self) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastadapter.integrations.parts.discovery import looks_back_only
 from fastadapter.training import metrics
@@ -16,7 +15,7 @@ from fastadapter.training.batching import collate
 from fastadapter.training.config import UserError
 from fastadapter.training.data import Encoded, Example, encode_examples
 from fastadapter.training.held_out import Tick
-from fastadapter.training.loss import supervised_logits
+from fastadapter.training.loss import supervised_logit_parts
 from fastadapter.training.trunk.cached import Trunk, beginning
 
 
@@ -176,19 +175,25 @@ def score_candidates(
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
             batch = collate([flat[index] for index in chunk], device, causal=causal)
+            asked = batch.targets[:, None]
+            if shared:
+                tokens = [[each.input_ids[-1] for each in candidates[index]] for index in chunk]
+                asked = torch.tensor(tokens, device=device)
             sequences = [flat[index].input_ids for index in chunk]
             with beginning(trunk, batch.input_ids, batch.places, sequences):
-                logits = supervised_logits(model, batch)
-            hit = (logits.argmax(-1) == batch.targets).cpu()
-            members = batch.rows
+                parts = [
+                    (logits.log_softmax(-1).gather(1, asked[part]), logits.argmax(-1) == batch.targets[part])
+                    for part, logits in supervised_logit_parts(model, batch)
+                ]
+            likely, hit = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
+            members, likely = batch.rows, likely.double()
             if shared:
-                tokens = torch.tensor([[each.input_ids[-1] for each in candidates[index]] for index in chunk])
-                likely = logits.log_softmax(-1).gather(1, tokens.to(device)).cpu().double()
                 greedy[chunk] = hit
             else:
-                likely = -F.cross_entropy(logits, batch.targets, reduction="none").cpu().double()
                 # On the CPU: a scattered sum on a GPU would depend on the order in which its threads arrive.
-                likely = torch.zeros(len(chunk), dtype=torch.float64).index_add_(0, members, likely)[:, None]
+                likely = torch.zeros(len(chunk), dtype=torch.float64).index_add_(0, members, likely[:, 0])[
+                    :, None
+                ]
                 missed = torch.zeros(len(chunk), dtype=torch.int64).index_add_(0, members, (~hit).long())
                 greedy[chunk] = missed == 0
             scores[chunk] = likely

@@ -143,7 +143,7 @@ class Run:
             if not self.saved:
                 self.save()  # a disk too full for the state is found out now, not after an hour
             self.folder.update(progress.epochs, self.outcome())
-            if self.task.held_out is not None and progress.before is None:
+            if self.task.held_out is not None and self.config.eval_on_start and progress.before is None:
                 progress.before = metrics.scalars(self.evaluate("before the first step"))
                 if self.log is not None:
                     self.log.evaluation(0, 0.0, progress.before)
@@ -305,12 +305,15 @@ class Run:
             self.reporter.line(f"step {progress.step}: {self.compared(result)}")
 
     def compared(self, result: dict[str, Any]) -> str:
-        """An evaluation beside the one before the first step, in words."""
-        before = self.progress.before or {}
-        text = f"held-out loss {result['loss']:.4f} (before {before['loss']:.4f})"
-        if "accuracy" in result:
-            text += f", accuracy {result['accuracy']:.2%} (before {before['accuracy']:.2%})"
-        return text
+        """An evaluation, beside the one before the first step if there was one, in words."""
+        shown = {"loss": ".4f", "accuracy": ".2%"}
+        parts = []
+        for key in (key for key in shown if key in result):
+            text = f"{key} {result[key]:{shown[key]}}"
+            if self.progress.before:
+                text += f" (before {self.progress.before[key]:{shown[key]}})"
+            parts.append(text)
+        return f"held-out {', '.join(parts)}"
 
     def finish_epoch(self) -> None:
         progress = self.progress
@@ -393,12 +396,12 @@ class Run:
         """Of the held-out records, as far as the run is."""
         progress, held = self.progress, self.task.held_out
         outcome: dict[str, Any] = {"accuracy_before": None, "accuracy_after": None}
-        if held is not None and progress.before and progress.best:
+        if held is not None and progress.best:
             last = progress.evaluations[-1]
             outcome = {
                 f"{key}_{when}": each.get(key)
                 for key in ("accuracy", "loss")
-                for when, each in (("before", progress.before), ("after", last))
+                for when, each in (("before", progress.before or {}), ("after", last))
             }
             outcome |= {
                 "rows": held.rows,

@@ -76,7 +76,7 @@ class GenerationTask:
         if config.class_weights is not None:
             raise UserError("class_weights are for task classification, not for generation")
         smoothing = config.label_smoothing_factor
-        self.loss_options = {"label_smoothing": smoothing} if smoothing else {}
+        self.loss_options: dict[str, Any] = {"label_smoothing": smoothing} if smoothing else {}
         encoding = encoding_options(model, train, config)
         self.train = encode_examples(tokenizer, train, **encoding)
         self.lengths = [len(each.input_ids) for each in self.train]

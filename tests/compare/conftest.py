@@ -2,14 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastadapter.cli import main
 from fastadapter.cli.loading import load_classifier, load_model
-from fastadapter.compare import run as runs
-from fastadapter.compare import worker
+from fastadapter.compare import processes, worker
+from fastadapter.training import TrainingInterrupted
 from tests.training.toy import make_classifier, make_examples, make_model, make_tokenizer
 
 
@@ -49,12 +50,17 @@ def calls(monkeypatch):
     """Do the jobs in this process; the folders of those that were done."""
     done = []
 
-    def here(words, name, seed):
+    def here(words, threads):
         folder = Path(words[-1])
-        worker.execute(worker.read_job(folder / "job.json"), folder, load_classifier, load_model)
-        done.append(f"{name}/{seed}")
+        code = 0
+        try:
+            worker.execute(worker.read_job(folder / "job.json"), folder, load_classifier, load_model)
+            done.append(f"{folder.parent.name}/{folder.name.removeprefix('seed-')}")
+        except TrainingInterrupted as stop:
+            code = stop.exit_code
+        return SimpleNamespace(returncode=code, poll=lambda: code, terminate=lambda: None)
 
-    monkeypatch.setattr(runs, "_run", here)
+    monkeypatch.setattr(processes, "start", here)
     return done
 
 

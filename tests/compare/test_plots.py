@@ -37,6 +37,21 @@ def drawn(tmp_path, monkeypatch):
         pyplot.close(figure)
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_curves_begin_where_the_first_evaluation_was(drawn, before):
+    runs = [run(name) for name in ("houlsby", "pfeiffer")]
+    for each in runs:
+        each["epochs"] = [{"eval_accuracy": 0.7}, {"eval_accuracy": 0.8}]
+        if not before:
+            del each["accuracy_before"]
+    axis = drawn(runs)[2].axes[1]
+    curves = [line for line in axis.lines if line.get_marker() not in ("", "None", None)]
+    assert len(curves) == 2
+    for curve in curves:
+        assert curve.get_xdata() == pytest.approx([0, 1, 2] if before else [1, 2], abs=0.1)
+        assert curve.get_ydata() == pytest.approx([50, 70, 80] if before else [70, 80])
+
+
 def names(axis):
     return {text.get_text(): text for text in axis.texts}
 

@@ -39,7 +39,7 @@ def test_a_stored_comparison_names_no_folder_and_goes_on(compare, calls, script,
         "learning_curves.png",
     }
     texts = [file.read_text() for file in stored.rglob("*") if file.suffix in (".json", ".md")]
-    assert len(texts) == 2 + 2 * 4 and not any(str(tmp_path) in text for text in texts)
+    assert len(texts) == 2 + 2 * 3 and not any(str(tmp_path) in text for text in texts)
 
     shutil.copytree(stored, copy)
     calls.clear()

@@ -1,6 +1,7 @@
 """``fastadapter finetune`` with its options of training, and ``evaluate`` of what it made, from its folder alone."""
 
 import json
+import re
 
 import pytest
 
@@ -105,14 +106,18 @@ def test_options_of_training_reach_the_run(finetune, tmp_path, capsys):  # noqa:
     options = {
         "num_train_epochs": None, "max_steps": 7, "lr_scheduler_type": "linear", "warmup_steps": 2, "eval_steps": 3,
         "early_stopping_patience": 5, "label_smoothing_factor": 0.1, "adam_epsilon": 1e-7, "dtype": "fp16",
+        "no_eval_on_start": True,
     }  # fmt: skip
     assert finetune(**options) == 0
     training = read_run(tmp_path / "out")["training"]
     wanted = {key: value for key, value in options.items() if key in training and value is not None}
     assert {key: training[key] for key in wanted} == wanted and len(wanted) == 6
-    assert training["eval_strategy"] == "steps" and training["eps"] == 1e-7
+    assert training["eval_strategy"] == "steps" and training["eps"] == 1e-7 and not training["eval_on_start"]
     printed = capsys.readouterr()
     assert "f1_macro" in printed.out and "step 3: held-out loss" in printed.err
+    assert "before" not in printed.err and re.search(
+        r"held-out accuracy \d+\.\d\d% on 10 records", printed.out
+    )
     steps = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert [each["step"] for each in steps if "loss" in each] == list(range(1, 8))
 

@@ -71,6 +71,19 @@ def test_evaluations_by_steps_and_none_on_the_way(tmp_path, strategy, steps, exp
     assert plain.losses == result.losses, "looking changes nothing"
 
 
+def test_nothing_is_evaluated_before_the_first_step_if_not_asked_for(tmp_path, capsys):
+    result = run(tmp_path, eval_on_start=False, progress=True)
+    assert [each["step"] for each in log_of(tmp_path) if "eval_loss" in each] == [6, 12]
+    assert result.eval["accuracy_before"] is None and result.eval["loss_before"] is None
+    assert result.eval["accuracy_after"] == result.evaluations[-1]["accuracy"]
+    told = capsys.readouterr().err
+    assert "epoch 1 of 2" in told and "accuracy" in told and "before" not in told
+    assert run(tmp_path, eval_on_start=False, resume=True).eval == result.eval
+    assert run(tmp_path / "plain").losses == result.losses
+    with pytest.raises(TypeError, match="eval_on_start must be True or False, got 1"):
+        TrainingConfig(eval_on_start=1)
+
+
 def test_a_run_that_gets_no_better_stops(tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 2, "learning_rate": 3.0}
     result = run(tmp_path, num_train_epochs=20, warmup_steps=0, **options)

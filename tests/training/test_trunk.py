@@ -47,6 +47,15 @@ def test_losses_are_those_of_whole_passes(tmp_path, method, kind, steps):
         assert begun.eval[key] == pytest.approx(whole.eval[key], rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama", "llama-classes"])
+def test_packed_rows_begin_behind_the_trunk_too(tmp_path, kind):
+    options = {"max_steps": 20, "learning_rate": 0.003, "eval_strategy": "no", "held_out": 8}
+    whole = run(tmp_path / "whole", False, kind=kind, **options)
+    begun = run(tmp_path / "begun", tmp_path / "cache", kind=kind, packing=True, pack_length=64, **options)
+    assert begun.trunk_cache["blocks"] == 2
+    np.testing.assert_allclose(begun.losses, whole.losses, rtol=1e-5)
+
+
 def test_completions_accumulation_and_numbers(tmp_path):
     """Free completions of several tokens, micro-batches, and a regression."""
     examples = make_examples(24, labelled=False)
