@@ -15,6 +15,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -206,6 +207,8 @@ def main(argv: list[str] | None = None) -> int:
     if rounds < 1 or args.threads < 1:
         parser.error("--rounds and --threads must be at least 1")
     options = ["--threads", str(args.threads), "--rounds", str(rounds), *(["--quick"] if args.quick else [])]
+    # so that a run that is ended from outside takes its worktree along
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     watch, lines = quiet.Watch(), [["what", "variant", args.base, "this tree", "this tree / " + args.base]]
     with base_version(args.base) as (python, folder):
         for entry in args.only:
