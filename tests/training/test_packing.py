@@ -230,28 +230,6 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
         run(tmp_path / "out", labelled=False, dropout=0.2, resume=True)
 
 
-def test_packed_rows_begin_behind_a_cached_trunk(tmp_path):
-    """States of examples that were computed alone, laid out where a pack has their tokens."""
-    losses = []
-    for number, options in enumerate([{}, {"packing": True, "pack_length": 40}]):
-        torch.manual_seed(0)
-        model = fa.attach(made("llama", "parameters").eval(), fa.PrefixTuningConfig(prefix_len=3, layers=1))
-        config = TrainingConfig(batch_size=4, num_train_epochs=2, **options)
-        found = finetune(
-            model,
-            make_tokenizer(),
-            make_examples(12, labelled=False),
-            None,
-            config,
-            output_dir=tmp_path / str(number),
-            trunk_cache=tmp_path / "cache" if options else None,
-            progress=False,
-        )
-        losses.append(found.losses)
-    assert any((tmp_path / "cache").rglob("*.safetensors"))
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5, abs=0)
-
-
 def test_a_model_with_a_state_from_token_to_token_gets_padded_rows(tmp_path, capsys):
     """Seen by a look, not by name: its convolutions reach into the neighbour."""
     results = []
