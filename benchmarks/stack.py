@@ -82,7 +82,7 @@ def decoder(settings: Settings, layers: int | None) -> Iterator[tuple[str, Step]
     base = models.build(small=settings.quick)
     layers = layers or len(base.model.layers)
     ids = models.tokens(base, BATCH, 8 if settings.quick else LENGTH).tolist()
-    batch = collate([Encoded(tuple(row), 1) for row in ids], causal=True)
+    batch = collate([Encoded(tuple(row), len(row) - 1) for row in ids], causal=True)
     for name in (variants.FLOOR, "fastadapter", "PEFT"):
         model = variants.MAKERS[name](base, layers).train()
         yield (
