@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="TRUNK",
-        help="remove the states of all trunks, or of the one whose name begins so (runs that use them go on); if not given, they are listed",
+        help="remove the states of all trunks, or of the one whose name begins so (runs that use them go on); "
+        "if not given, they are listed",
     )
     parser.add_argument("--json", action="store_true", help="print what there is, or was removed, as JSON")
 
