@@ -98,6 +98,10 @@ def test_from_top_to_bottom_literally(tmp_path):
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(readme.ROOT / name, clone / name)
     python = builds.environment(tmp_path / "environment", pip=True)
+    # What installing torch would have put there.
+    torchrun = python.parent / "torchrun"
+    torchrun.write_text(f"#!{python}\nfrom torch.distributed.run import main\n\nmain()\n")
+    torchrun.chmod(0o755)
     shell = {
         **{
             key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "FASTADAPTER_B"))
