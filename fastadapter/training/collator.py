@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from fastadapter.training.batching import sequence_arguments
+from fastadapter.training.loss import IGNORED
 
 # Columns that say which tokens are trained on, where there are no labels: transformers' and TRL's names.
 _TRAINED = ("completion_mask", "assistant_masks")
 _KNOWN = ("input_ids", "labels", "attention_mask", *_TRAINED)
-_NOT_TRAINED = -100
 
 
 class DataCollatorWithPacking:
@@ -42,7 +42,7 @@ class DataCollatorWithPacking:
             ids, targets = _read(feature, f"features[{number}]")
             if ids:
                 input_ids += ids
-                labels += [_NOT_TRAINED, *targets[1:]]
+                labels += [IGNORED, *targets[1:]]
                 position_ids += range(len(ids))
                 starts.append(len(input_ids))
         if not input_ids:
@@ -74,7 +74,7 @@ def _read(feature: Mapping[str, Any], where: str) -> tuple[list[int], list[int]]
             )
     labels = columns.get("labels", ids)
     for mask in (columns[name] for name in _TRAINED if name in columns):
-        labels = [label if trained else _NOT_TRAINED for label, trained in zip(labels, mask, strict=True)]
+        labels = [label if trained else IGNORED for label, trained in zip(labels, mask, strict=True)]
     seen = columns.get("attention_mask", [1] * len(ids))
     kept = [at for at, each in enumerate(seen) if each]
     return [ids[at] for at in kept], [labels[at] for at in kept]

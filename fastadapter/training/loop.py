@@ -65,9 +65,6 @@ def finetune(
     ``run.json`` says what was asked and what came of it, epoch by epoch, and ``README.md`` how to use the adapter.
     While the run lasts, the folder is locked: a second run in it is refused.
 
-    ``run.json`` says what was asked and what came of it, epoch by epoch, and ``README.md`` how to use the adapter.
-    While the run lasts, the folder is locked: a second run in it is refused.
-
     A classification run also leaves ``labels.json``, the names of the classes. Without an adapter, ``trainable``
     names parameters of the model itself; they are saved as ``weights.safetensors``.
 

@@ -33,16 +33,12 @@ def _dispatch(attention, module, query, key, value, attention_mask, *args, **kwa
         batch, num_heads, q_len, _ = query.shape
         return query.new_zeros(batch, q_len, num_heads, value.shape[-1]), None
     prompts = kwargs.pop(PROMPTS, None)
-    call, options = (
-        functools.partial(attention, module, query, key, value, attention_mask, *args, **kwargs),
-        kwargs,
-    )
-    if PACKED in kwargs:
-        sequences = sequences_in(module, query, key, value, attention_mask, kwargs)
-        call.keywords.pop(PACKED)
+    offsets, options = kwargs.pop(PACKED, None), kwargs
+    call = functools.partial(attention, module, query, key, value, attention_mask, *args, **kwargs)
+    if offsets is not None:
+        sequences = sequences_in(module, query, key, value, attention_mask, {**kwargs, PACKED: offsets})
         if sequences is not None:
-            scale = kwargs.get("scaling")
-            call = functools.partial(by_sequences, query, key, value, sequences, scale)
+            call = functools.partial(by_sequences, query, key, value, sequences, kwargs.get("scaling"))
         options = {**kwargs, PACKED: sequences}
     host = module._modules.get(CHILD)
     if host is None:
