@@ -71,6 +71,25 @@ def train(
     pacer.finish()
 
 
+def train_by_collator(job: dict[str, Any], tokenizer: Any, model: Any, version: str) -> None:
+    """All of a party that is a model of transformers: its collator pads to the longest, its loss takes full logits."""
+    # what litgpt's party does without
+    import protocol
+    from transformers import DataCollatorForSeq2Seq
+
+    collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, padding="longest")
+
+    def loss_of(rows):
+        return model(**collate(features(rows)), use_cache=False).loss
+
+    def judge():
+        return accuracy(job, model, lambda ids: model(input_ids=ids, use_cache=False).logits)
+
+    pacer = protocol.Pacer(job, judge if job["held_out"] else None)
+    pacer.ready(first_loss(job, model, loss_of), trainable(model), version)
+    train(job, pacer, model, loss_of)
+
+
 @torch.no_grad()
 def accuracy(job: dict[str, Any], model: nn.Module, logits_of: Callable[[Tensor], Tensor]) -> float:
     """Share of held-out rows whose label's first token is likelier than that of every other label.

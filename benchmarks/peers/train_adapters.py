@@ -11,7 +11,7 @@ import adapters
 import common
 import protocol
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorForSeq2Seq, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 def main() -> None:
@@ -30,18 +30,7 @@ def main() -> None:
     adapters.init(model)
     model.add_adapter("recipe", config=adapters.SeqBnConfig(reduction_factor=job["reduction_factor"]))
     model.train_adapter("recipe")
-    collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=common.IGNORED, padding="longest")
-
-    def loss_of(rows):
-        return model(**collate(common.features(rows)), use_cache=False).loss
-
-    def judge():
-        return common.accuracy(job, model, lambda ids: model(input_ids=ids, use_cache=False).logits)
-
-    pacer = protocol.Pacer(job, judge if job["held_out"] else None)
-    loss = common.first_loss(job, model, loss_of)
-    pacer.ready(loss, common.trainable(model), adapters.__version__)
-    common.train(job, pacer, model, loss_of)
+    common.train_by_collator(job, tokenizer, model, adapters.__version__)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import common
 import peft
 import protocol
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
@@ -25,18 +25,7 @@ def main() -> None:
         adapter_len=job["prefix_len"], adapter_layers=layers, task_type="CAUSAL_LM"
     )
     model = peft.get_peft_model(model, config)
-    collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=common.IGNORED, padding="longest")
-
-    def loss_of(rows):
-        return model(**collate(common.features(rows)), use_cache=False).loss
-
-    def judge():
-        return common.accuracy(job, model, lambda ids: model(input_ids=ids, use_cache=False).logits)
-
-    pacer = protocol.Pacer(job, judge if job["held_out"] else None)
-    loss = common.first_loss(job, model, loss_of)
-    pacer.ready(loss, common.trainable(model), peft.__version__)
-    common.train(job, pacer, model, loss_of)
+    common.train_by_collator(job, tokenizer, model, peft.__version__)
 
 
 if __name__ == "__main__":

@@ -23,20 +23,12 @@ from fastadapter.planning.lengths import DATA, Batching, Lengths, drawn_lengths,
 from fastadapter.planning.predict import Run, baseline, predict, require_fits
 from fastadapter.planning.report import report
 from fastadapter.planning.rows import Measured, results_folder, stored_rows
-from fastadapter.planning.shapes import MODELS, ModelShape, changed, resolve_shape
+from fastadapter.planning.shapes import MODELS, SIZES, ModelShape, changed, resolve_shape
 from fastadapter.training import Example, TrainingConfig, UserError, encode_examples, read_examples
 from fastadapter.training.config import TRUNCATION
 from fastadapter.training.data import TEMPLATE
 
 _DEFAULTS = TrainingConfig()
-_SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "vocab_size",
-)
 _PADDING = {"longest": "random", "max_length": "max_length"}
 
 
@@ -116,7 +108,7 @@ def _parser() -> Parser:
     model.add_argument(
         "--model", metavar="NAME", help=f"folder with a config.json, or one of {', '.join(MODELS)}"
     )
-    for size in _SIZES:
+    for size in SIZES:
         model.add_argument(f"--{size.replace('_', '-')}", type=int, help="in place of the model's own")
     model.add_argument(
         "--dtype", choices=("auto", *BYTES), default="auto", help="bf16 on a GPU, fp32 on a CPU"
@@ -197,7 +189,7 @@ def _parser() -> Parser:
 
 
 def _shape(args: argparse.Namespace) -> ModelShape:
-    sizes = {size: getattr(args, size) for size in _SIZES}
+    sizes = {size: getattr(args, size) for size in SIZES}
     if args.model is not None:
         return changed(resolve_shape(args.model), **sizes)
     if sizes["num_key_value_heads"] is None:

@@ -7,6 +7,16 @@ from typing import Any
 
 from fastadapter.training.config import UserError
 
+# Of a decoder, by the names of its configuration.
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+)
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -33,14 +43,7 @@ class ModelShape:
     tied: bool = False
 
     def __post_init__(self):
-        for field in (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "intermediate_size",
-            "vocab_size",
-        ):
+        for field in SIZES:
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"{self.name}: {field} must be an int of at least 1, got {value!r}")

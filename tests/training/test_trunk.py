@@ -3,6 +3,7 @@
 And it says so, by name, where it cannot: a run goes on with whole passes then, unless it was asked for the cache.
 """
 
+import dataclasses
 import os
 import signal
 
@@ -12,31 +13,39 @@ import torch
 
 import fastadapter as fa
 from fastadapter.checkpoints.files import read_header, read_tensors
-from fastadapter.training import TrainingInterrupted, TrunkCache, UserError, regression, tasks
+from fastadapter.training import TrainingInterrupted, TrunkCache, UserError, tasks
 from fastadapter.training.trunk import worth
 from fastadapter.training.trunk.start import StartPoint, starting_from
-from tests.training.toy import STATE, adapter_bits, make_examples
-from tests.training.trunk_runs import LAYERS, make, run
+from tests.training.toy import STATE, adapter_bits, make_examples, make_texts
+from tests.training.trunk_runs import CONFIGS, LAYERS, make, run
 
-HUNDRED = [
-    *((method, "llama") for method in ("llama-adapter", "prefix-tuning", "bottleneck")),
-    ("last-blocks", "bert"),
-]
-TEN = [
-    *((method, "llama") for method in ("prefix-reparam", "parallel", "last-layers", "last-blocks")),
+CASES = [
+    *(
+        (method, "llama")
+        for method in (
+            "llama-adapter",
+            "prefix-tuning",
+            "prefix-reparam",
+            "bottleneck",
+            "parallel",
+            "last-layers",
+            "last-blocks",
+        )
+    ),
     ("llama-adapter", "gpt2"),
     *((method, "llama-classes") for method in ("llama-adapter", "last-blocks")),
-    *((method, "bert") for method in ("llama-adapter", "prefix-tuning", "bottleneck", "last-layers")),
+    *(
+        (method, "bert")
+        for method in ("llama-adapter", "prefix-tuning", "bottleneck", "last-layers", "last-blocks")
+    ),
 ]
 ABOVE = {"last-layers": 0, "last-blocks": 1, "parallel": 1}
 
 
-@pytest.mark.parametrize(
-    "method, kind, steps", [*((*case, 100) for case in HUNDRED), *((*case, 10) for case in TEN)]
-)
-def test_losses_are_those_of_whole_passes(tmp_path, method, kind, steps):
+@pytest.mark.parametrize("method, kind", CASES)
+def test_losses_are_those_of_whole_passes(tmp_path, method, kind):
     """Other shapes of batches round otherwise; nothing else may differ."""
-    options = {"max_steps": steps, "learning_rate": 0.003, "eval_strategy": "no", "held_out": 8}
+    options = {"max_steps": 100, "learning_rate": 0.003, "eval_strategy": "no", "held_out": 8}
     whole = run(tmp_path / "whole", False, method, kind, **options)
     begun = run(tmp_path / "begun", tmp_path / "cache", method, kind, **options)
     assert begun.trunk_cache["blocks"] == LAYERS - ABOVE.get(method, 2) and whole.trunk_cache is None
@@ -55,17 +64,33 @@ def test_packed_rows_begin_behind_the_trunk_too(tmp_path, kind):
     np.testing.assert_allclose(begun.losses, whole.losses, rtol=1e-5)
 
 
-def test_completions_accumulation_and_numbers(tmp_path):
-    """Free completions of several tokens, micro-batches, and a regression."""
+def test_completions_and_accumulation(tmp_path):
+    """Free completions of several tokens, and micro-batches."""
     examples = make_examples(24, labelled=False)
     options = {"examples": examples, "held_out": 8, "gradient_accumulation_steps": 2}
     whole, begun = (run(tmp_path / str(cache), cache and tmp_path, **options) for cache in (False, "cache"))
     np.testing.assert_allclose(begun.losses, whole.losses, rtol=1e-5)
     assert begun.eval["loss_after"] == pytest.approx(whole.eval["loss_after"], rel=1e-5)
-    task = regression.RegressionTask
-    assert {"sequences", "inputs"} <= set(
-        dir(task)
-    ) and "trunk" in regression.HeldOutNumbers.__dataclass_fields__
+
+
+def test_numbers(tmp_path):
+    """A regression, whose head has one output."""
+    texts = make_texts(24)
+    examples = [dataclasses.replace(each, label=str(len(each.prompt) / 50)) for each in texts]
+    options = {"examples": examples, "held_out": 8, "task": "regression", "num_train_epochs": 1}
+    whole, begun = (
+        run(
+            tmp_path / str(cache),
+            cache and tmp_path,
+            kind="llama-classes",
+            model=fa.attach(make("llama-classes", num_labels=1), CONFIGS["llama-adapter"]),
+            **options,
+        )
+        for cache in (False, "cache")
+    )
+    assert begun.trunk_cache["blocks"] == LAYERS - 2
+    np.testing.assert_allclose(begun.losses, whole.losses, rtol=1e-5)
+    assert begun.eval["loss_after"] == pytest.approx(whole.eval["loss_after"], rel=1e-5)
 
 
 def test_the_cache_is_found_again_by_other_methods_and_seeds(tmp_path, capsys):

@@ -65,6 +65,7 @@ def run(
     kind: str = "llama",
     *,
     model: Any = None,
+    task: str | None = None,
     examples: list[Example] | None = None,
     held_out: int = 20,
     dropout: float = 0.0,
@@ -75,7 +76,7 @@ def run(
     **options: Any,
 ) -> FinetuneResult:
     """A run of 10 steps, of classes where the model has a head for them."""
-    task = "classification" if kind in ("bert", "llama-classes") else "generation"
+    task = task or ("classification" if kind in ("bert", "llama-classes") else "generation")
     if examples is None:
         examples = (make_texts if task == "classification" else make_examples)(60)
     if model is None:
