@@ -105,8 +105,8 @@ INTEGRATIONS = [
         "fastadapter/integrations/passes/attention.py",
         PACKED,
         scale_of_packed_rows_forgotten=(
-            '            scale = kwargs.get("scaling")\n',
-            "            scale = 1.0\n",
+            'by_sequences, query, key, value, sequences, kwargs.get("scaling"))',
+            "by_sequences, query, key, value, sequences, None)",
         ),
     ),
 ]
