@@ -206,11 +206,12 @@ def _idle(model: nn.Module) -> nn.Module:
     return model
 
 
-def generate(settings: Settings, meter: Meter | None = None) -> Iterator[list[Row]]:
+def generate_cases(
+    settings: Settings, dtype: torch.dtype, new_tokens: int, shape: Mapping[str, Any] | None = None
+) -> Iterator[Case]:
     """``model.generate`` with each method against the bare model, all in one interleaved run; greedy, dynamic cache."""
-    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
-    prompt_len, new_tokens = (8, 4) if settings.quick else (32, 32)
-    model = models.build(small=settings.quick, dtype=dtype, device=settings.device)
+    prompt_len = 8 if settings.quick else 32
+    model = models.build(small=settings.quick, dtype=dtype, device=settings.device, shape=shape)
     makers: dict[str, Callable[[nn.Module], nn.Module]] = {
         "bare model": models.share,
         "idle adapter": _idle,
@@ -242,17 +243,19 @@ def generate(settings: Settings, meter: Meter | None = None) -> Iterator[list[Ro
             Variant(name, bare if name == "bare model" else lambda _, each=each, run=run: run(_, each))
             for name, each in built.items()
         ]
-        yield runner.measure(
-            Case(
-                "generate",
-                f"batch {batch}, {prompt_len} + {new_tokens} tokens",
-                floor="bare model",
-                variants=variants,
-                dtype=str(dtype).removeprefix("torch."),
-                unit="tokens/s",
-                tokens=batch * new_tokens,
-                warmup=1,
-            ),
-            settings,
-            meter,
+        yield Case(
+            "generate",
+            f"batch {batch}, {prompt_len} + {new_tokens} tokens",
+            floor="bare model",
+            variants=variants,
+            dtype=str(dtype).removeprefix("torch."),
+            unit="tokens/s",
+            tokens=batch * new_tokens,
+            warmup=1,
         )
+
+
+def generate(settings: Settings, meter: Meter | None = None) -> Iterator[list[Row]]:
+    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
+    for case in generate_cases(settings, dtype, 4 if settings.quick else 32):
+        yield runner.measure(case, settings, meter)

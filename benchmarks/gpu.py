@@ -42,7 +42,7 @@ class Part:
 
 PARTS = {
     1: Part(("gpu_attention", "gpu_bottleneck"), 110, 25),
-    2: Part(("gpu_models",), 150, 75),
+    2: Part(("gpu_models", "gpu_recipes"), 150, 75),
 }
 
 

@@ -348,6 +348,14 @@ def decode_compiled_64(bench: Bench) -> Rows:
     yield from decode(bench, "8B-shape decode", LLAMA_8B, 64, 32, ("reduce-overhead",))
 
 
+def generate_methods(bench: Bench) -> Rows:
+    """``model.generate`` with every method on SmolLM2-135M's shape: every token waits for Python."""
+    settings = dataclasses.replace(settings_of(bench), rounds=1 if bench.dry else 5)
+    shape = shape_of(bench, models.SMOLLM2_135M)
+    for case in bench_methods.generate_cases(settings, bench.dtype, 2 if bench.dry else 16, shape):
+        yield from rows_of(bench, dataclasses.replace(case, entry="SmolLM2-shape generate"), settings)
+
+
 # ---- what the cases share
 
 
@@ -397,6 +405,7 @@ CASES: dict[str, Callable[[Bench], Rows]] = {
     "decode-8b": decode_8b,
     "decode-smollm2": decode_smollm2,
     "decode-smollm2-64": decode_smollm2_64,
+    "generate-methods": generate_methods,
     "decode-compiled": decode_compiled,
     "decode-compiled-64": decode_compiled_64,
     **gpu_commands.CASES,

@@ -103,12 +103,13 @@ def explain(model: nn.Module) -> Explanation:
                     projection = "decoder forward"
                 elif isinstance(host, SoftPromptHost):
                     projection = "apart from the text" if host.apart else "with the text"
-                implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+                config = getattr(module, "config", None)
+                implementation = getattr(config, "_attn_implementation", None)
                 packed = ""
                 if isinstance(host, SoftPromptHost) and not host.apart:
                     packed = "refused"
                 elif isinstance(host, PrefixHost):
-                    packed = packed_path(implementation, device_of(module), floating_dtype(module))
+                    packed = packed_path(config, device_of(module), floating_dtype(module))
                 rows.append(
                     {
                         "module": path,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastadapter import reference
 from fastadapter.ops.attention import Options, reference_options
@@ -24,6 +25,7 @@ GPU_PRIORITY = ("cudnn", "flash", "efficient")
 _aten = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
 _NEVER = float("-inf")
+_FLASH_HEAD_DIM = 256
 
 
 class Base(NamedTuple):
@@ -114,12 +116,18 @@ def _flash_cpu_backward(grad_out, query, key, value, out, lse, options, state):
     )
 
 
+def _half_limit(dtype: torch.dtype, head_dim: int, largest: int) -> str | None:
+    if dtype not in _HALF:
+        return f"it computes bf16 and fp16, got {dtype}"
+    if head_dim % 8 or head_dim > largest:
+        return f"head_dim must be a multiple of 8 up to {largest}, got {head_dim}"
+    return None
+
+
 def _gpu_limit(query: Tensor, key: Tensor, options: Options, largest: int) -> str | None:
     """What cuDNN's and flash attention need."""
-    if query.dtype not in _HALF:
-        return f"it computes bf16 and fp16, got {query.dtype}"
-    if query.shape[3] % 8 or query.shape[3] > largest:
-        return f"head_dim must be a multiple of 8 up to {largest}, got {query.shape[3]}"
+    if reason := _half_limit(query.dtype, query.shape[3], largest):
+        return reason
     if options.attn_mask is not None:
         return "attn_mask is given"
     if options.softcap:
@@ -177,15 +185,50 @@ def _cudnn_backward(grad_out, query, key, value, out, lse, options, state):
 def _flash_limit(query: Tensor, key: Tensor, options: Options) -> str | None:
     if _capability(query.device) < 8:
         return "it needs sm_80"
-    return _gpu_limit(query, key, options, 256)
+    return _gpu_limit(query, key, options, _FLASH_HEAD_DIM)
+
+
+def packed_limit(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why torch's flash attention cannot run over each sequence of a packed row by itself; ``None``: it can."""
+    if device.type != "cuda":
+        return f"torch has none on {device.type}"
+    return "it needs sm_80" if _capability(device) < 8 else _half_limit(dtype, head_dim, _FLASH_HEAD_DIM)
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, window: int | None, scale: float | None
+) -> Tensor:
+    """Causal attention over each sequence of a packed row, by torch's flash attention; differentiable.
+
+    Args and returns: as those of :func:`fastadapter.ops.prefix_attention` with ``cu_seqlens``.
+    """
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    options = Options(None, None, cu_seqlens, scale, True, window or 0, 0.0)
+    return _flash_forward(query, key, value, options)[0]
+
+
+# Tokens of the longest sequence of offsets whose values the host knows, and the version of the offsets that had it.
+_longest: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def note_longest(cu_seqlens: Tensor, longest: int) -> None:
+    """Say what offsets on a device hold, so that flash attention is launched for no longer a sequence than there is."""
+    if not cu_seqlens.is_inference():
+        _longest[cu_seqlens] = (cu_seqlens._version, longest)
+
+
+def _longest_of(cu_seqlens: Tensor, length: int) -> int:
+    """A bound for the longest sequence without a look at the device: what was noted, else the tokens of all."""
+    version, longest = _longest.get(cu_seqlens, (None, length))
+    return longest if version is None or version == cu_seqlens._version else length
 
 
 def _flash_call(query, key, options) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Offsets and lengths, and the scale and window, of torch's low-level flash attention."""
     ends = options.cu_seqlens
     window = {"window_size_left": options.window - 1, "window_size_right": 0} if options.window else {}
-    # The true longest sequence is on the device; the sum of all bounds it without a look there.
-    return (ends, ends, query.shape[2], key.shape[2]), {"scale": options.softmax_scale} | window
+    lengths = [x.shape[2] if ends is None else _longest_of(ends, x.shape[2]) for x in (query, key)]
+    return (ends, ends, *lengths), {"scale": options.softmax_scale} | window
 
 
 def _tokens_first(x: Tensor, packed: bool) -> Tensor:

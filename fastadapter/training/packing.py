@@ -151,8 +151,7 @@ class Layout:
             self.pack_length = None
             return
         first = next(model.parameters())
-        config: Any = unwrap(model).config
-        self.path = packed_path(config._attn_implementation, first.device, first.dtype)
+        self.path = packed_path(unwrap(model).config, first.device, first.dtype)
 
     def line(self) -> str | None:
         """What the run says of it at its start."""

@@ -1,5 +1,7 @@
 """A packed row holds several sequences; each must be what it is alone, whatever is attached and whoever packed it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import DataCollatorWithFlattening, Gemma3ForCausalLM, Gemma3TextConfig
@@ -8,6 +10,9 @@ import fastadapter as fa
 from fastadapter.integrations.passes import packed, shared_softmax
 from fastadapter.integrations.passes.attention import _hosts
 from fastadapter.integrations.passes.packed import PACKED, attending_packed
+from fastadapter.ops import base_attention
+from fastadapter.ops.attention import Options
+from fastadapter.ops.backends import triton_error
 from fastadapter.training import DataCollatorWithPacking
 from tests.support.budget import same_bits
 from tests.support.gated_prefix import needs_extension
@@ -232,12 +237,43 @@ def test_the_explanation_names_the_way():
     def ways(model):
         return {line["packed_rows"] for line in fa.explain(model).rows}
 
-    fast = "by sequence (cpp)" if packed.reason_for_mask(torch.device("cpu"), torch.float32) is None else None
-    assert ways(adapted("llama", "prefix")) == {fast or "under a mask of the row"}
+    by_op = packed.reason_for_mask(torch.device("cpu"), torch.float32, 8) is None
+    assert ways(adapted("llama", "prefix")) == {"by sequence (cpp)" if by_op else "under a mask of the row"}
     assert ways(adapted("llama", "prefix", "eager")) == {"under a mask of the row"}
     assert ways(adapted("llama", "houlsby")) == {""}
     assert "refused" in ways(adapted("mistral", "soft-prompt"))
-    assert (
-        packed.packed_path("flash_attention_2", torch.device("cuda"), torch.bfloat16) == "by sequence (flash)"
-    )
-    assert packed.packed_path("sdpa", torch.device("cuda"), torch.bfloat16) == "under a mask of the row"
+
+
+def test_a_gpu_takes_flash_attention_by_sequence_where_torch_has_it(monkeypatch):
+    monkeypatch.setattr(base_attention, "_capability", lambda device: 9)
+    gpu = torch.device("cuda")
+
+    def way(dtype, **config):
+        named = SimpleNamespace(
+            **{"_attn_implementation": "sdpa", "hidden_size": 64, "num_attention_heads": 4, **config}
+        )
+        return packed.packed_path(named, gpu, dtype)
+
+    by_flash, by_mask = "by sequence (flash)", "under a mask of the row"
+    if triton_error("cuda") is None:
+        assert way(torch.bfloat16) == way(torch.float16, head_dim=128) == by_flash
+    assert way(torch.float32) == way(torch.bfloat16, hidden_size=4 * 12) == by_mask
+    assert way(torch.float32, _attn_implementation="flash_attention_2") == by_flash
+    monkeypatch.setattr(base_attention, "_capability", lambda device: 7)
+    assert way(torch.bfloat16) == by_mask
+
+
+def test_flash_attention_is_launched_for_the_longest_sequence_that_is_known():
+    """Of offsets on a GPU the host knows nothing; what it was told holds until they are written to."""
+    query = torch.zeros(1, 2, 21, 8)
+    ends = torch.tensor([0, 9, 10, 14, 21], dtype=torch.int32)
+    options = Options(None, None, ends, 0.5, True, 0, 0.0)
+
+    def lengths():
+        return base_attention._flash_call(query, query, options)[0][2:]
+
+    assert lengths() == (21, 21)
+    base_attention.note_longest(ends, 9)
+    assert lengths() == (9, 9)
+    ends[1] = 1
+    assert lengths() == (21, 21)

@@ -2,8 +2,9 @@
 
 transformers finds such a row by its positions, which begin again at 0, and makes a mask of the whole row for it. Under
 that mask torch's attention still computes every pair of tokens of the row. Where the model's caller says where the
-sequences are (``PACKED``), and the mask says the same, the C++ op computes each of them by itself, with a prefix or
-without. Everywhere else the mask decides, as in any other call: what is right does not depend on this.
+sequences are (``PACKED``), and the mask says the same, each of them is computed by itself, with a prefix or without: by
+the C++ op on a CPU, by torch's flash attention on a GPU. Everywhere else the mask decides, as in any other call: what
+is right does not depend on this.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from fastadapter.integrations.passes.dtypes import attention_dtype
 from fastadapter.integrations.passes.options import is_plain
 from fastadapter.ops import prefix_attention
 from fastadapter.ops.backends import automatic_backend
+from fastadapter.ops.base_attention import note_longest, packed_attention, packed_limit
 
 # Keyword under which the model's caller passes the offsets of a row's sequences down to its attention: int32
 # (num_seqs + 1,). A name of our own: under transformers' `cu_seq_lens_q` the model would keep its bits with torch's
@@ -76,33 +78,49 @@ def sequences_in(
     if base != "sdpa" or compared is None or not compared.same:
         return None
     dropout = (options.get("dropout") or 0.0) if attention.training else 0.0
-    if dropout or not is_plain(options) or reason_for_mask(query.device, query.dtype) is not None:
+    if (
+        dropout
+        or not is_plain(options)
+        or reason_for_mask(query.device, attention_dtype(value), query.shape[3])
+    ):
         return None
     one_row = query.shape[0] == 1 and query.shape[2] == key.shape[2]
     return Sequences(cu_seqlens, window) if one_row and key.shape[3] == value.shape[3] else None
 
 
-def reason_for_mask(device: torch.device, dtype: torch.dtype) -> str | None:
+def reason_for_mask(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why sequences of a packed row are attended under the mask of the row; ``None``: they are not."""
-    backend, reason = automatic_backend(device.type, dtype, "prefix_attention")
+    backend, reason = automatic_backend(device.type, dtype, "prefix_attention", head_dim)
+    if backend == "triton":
+        return packed_limit(device, dtype, head_dim)
     return None if backend == "cpp" else reason
 
 
-def packed_path(implementation: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """How attention runs over the sequences of a packed row, in words."""
+def packed_path(config: Any, device: torch.device, dtype: torch.dtype) -> str:
+    """How attention runs over the sequences of a packed row, in words.
+
+    Args:
+        config: of the model, or of an attention of it.
+    """
+    implementation = getattr(config, "_attn_implementation", None)
+    heads, width = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
+    head_dim = getattr(config, "head_dim", None) or (width // heads if heads and width else 0)
     if implementation is not None and "flash" in implementation:
         return "by sequence (flash)"
-    if implementation == "sdpa" and reason_for_mask(device, dtype) is None:
-        return "by sequence (cpp)"
+    if implementation == "sdpa" and reason_for_mask(device, dtype, head_dim) is None:
+        return f"by sequence ({'cpp' if device.type == 'cpu' else 'flash'})"
     return "under a mask of the row"
 
 
 def by_sequences(
     query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float | None
 ) -> tuple[Tensor, None]:
-    """What the model's attention returns, by the op with a prefix that nobody uses."""
+    """What the model's attention returns: on a CPU by the op with a prefix that nobody uses."""
     dtype = attention_dtype(value)
     query, key, value = (each.to(dtype) for each in (query, key, value))
+    if query.device.type != "cpu":
+        out = packed_attention(query, key, value, *sequences, scale)
+        return out.transpose(1, 2).contiguous(), None
     nobody = query.new_full((len(sequences.cu_seqlens) - 1,), -1, dtype=torch.int32)
     prefix = query.new_zeros(1, key.shape[1], 1, key.shape[3])
     out = prefix_attention(
@@ -124,6 +142,8 @@ def _said(mask: Tensor, cu_seqlens: Tensor, window: int | None) -> tuple[bool, b
     length = mask.shape[-1]
     if mask.dim() != 4 or mask.shape[2] != length or int(cu_seqlens[-1]) != length:
         return False, False
+    if cu_seqlens.device.type != "cpu":
+        note_longest(cu_seqlens, int(cu_seqlens.diff().max()))
     tokens = torch.arange(length, dtype=torch.int32, device=mask.device)
     number = torch.bucketize(tokens, cu_seqlens[1:-1], right=True)
     together = number[:, None] == number
