@@ -70,7 +70,7 @@ def base_of_sdpa(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, sca
     }.get((choice, query.device.type))
     if name is None:
         return None
-    options = Options(None, None, None, scale, is_causal, 0, 0.0)
+    options = Options(None, None, None, scale, is_causal, window=0, softcap=0.0)
     return name if BASES[name].limit(query, key, options) is None else None
 
 
@@ -203,7 +203,10 @@ def packed_attention(
     Args and returns: as those of :func:`fastadapter.ops.prefix_attention` with ``cu_seqlens``.
     """
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    options = Options(None, None, cu_seqlens, scale, True, window or 0, 0.0)
+    options = Options(
+        attn_mask=None, cu_seqlens=cu_seqlens, row_ids=None, softmax_scale=scale, is_causal=True, window=window or 0,
+        softcap=0.0,
+    )  # fmt: skip
     return _flash_forward(query, key, value, options)[0]
 
 
