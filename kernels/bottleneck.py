@@ -20,11 +20,14 @@ Layouts: x, residual, out ``(batch, seq, hidden)``; banks down_weight ``(n, r, h
 ``(n, hidden, r)``, down_bias ``(n, r)``, up_bias, norm_weight, norm_bias ``(n, hidden)``; any strides.
 """
 
+from collections.abc import Sequence
+
 import torch
 from fastadapter.kernels import bottleneck_rows, bottleneck_tiles
 from fastadapter.kernels.bottleneck_norm import fold, standardise, standardise_backward, unfold
-from fastadapter.kernels.bottleneck_tiles import check, flat
-from fastadapter.kernels.bottleneck_wide import below, hidden, wide
+from fastadapter.kernels.bottleneck_tiles import check, flat, in_dtype, lies_flat, padded
+from fastadapter.kernels.bottleneck_wide import PARTS, below_run, hidden_run, wide, wide_run
+from fastadapter.kernels.launch import prepared
 from torch import Tensor
 
 __all__ = ["bottleneck_backward", "bottleneck_forward", "bottleneck_saving"]
@@ -74,24 +77,45 @@ def _run(
     if norm != "none":
         x = standardise(x, norm, norm_eps).values
         down_weight, down_bias = fold(down_weight, down_bias, norm_weight, norm_bias)
+    if row_ids is None:
+        return _forward(out, x, down_weight, up_weight, down_bias, up_bias, residual, activation, scale)
     with torch.cuda.device_of(x):
-        if row_ids is not None:
-            h = bottleneck_rows.forward(x, down_weight, down_bias, row_ids, activation, scale)
-            wide(out, h, up_weight, up_bias, residual, row_ids, scale)
-            return h
+        h = bottleneck_rows.forward(x, down_weight, down_bias, row_ids, activation, scale)
+        wide(out, h, up_weight, up_bias, residual, row_ids, scale)
+    return h
+
+
+# No guard of the device around the shared form: the library's products have their own, and so has every launch.
+@prepared(tensors=7)
+def _forward(out, x, down_weight, up_weight, down_bias, up_bias, residual, activation, scale):
+    """Write out; z of every row: the rows of all sequences are one."""
+    num_rows, size = x.shape[0] * x.shape[1], down_weight.shape[1]
+    as_it_is = activation == "identity" and scale == 1
+    act = None if as_it_is else hidden_run(num_rows, size, activation, scale)
+    width = size if as_it_is else padded(size)
+    out_lies_flat = lies_flat(out)
+    residual_lies_flat = residual is None or lies_flat(residual)
+    residual_rows = None if residual is None else flat(residual)
+    across = wide_run(flat(out), width, up_weight, up_bias, residual_rows, None, None, scale)
+
+    def run(out, x, down_weight, up_weight, down_bias, up_bias, residual):
         z = _project(x, down_weight, down_bias)
-        h = z if activation == "identity" and scale == 1 else hidden(z, activation, scale)[0]
-        rows = flat(out)
-        wide(rows, h, up_weight, up_bias, None if residual is None else flat(residual), None, scale)
-        if rows.data_ptr() != out.data_ptr():  # strides that no view has
+        h = z if act is None else act(z, None, None)[0]
+        rows = out if out_lies_flat else flat(out)
+        across(rows, h, up_weight, up_bias, residual if residual_lies_flat else flat(residual), None, None)
+        if not out_lies_flat:
             out.copy_(rows.view(out.shape))
         return z
+
+    return run
 
 
 def _project(x: Tensor, down_weight: Tensor, down_bias: Tensor | None) -> Tensor:
     """z of every row, (rows, bottleneck_size) in the dtype of x."""
-    bias = None if down_bias is None else down_bias[0].to(x.dtype)
-    return bottleneck_tiles.product(flat(x)[0], down_weight[0].to(x.dtype).mT, x.dtype, bias)
+    dtype = x.dtype
+    bias = None if down_bias is None else in_dtype(down_bias, dtype).squeeze(0)
+    weight = in_dtype(down_weight, dtype).squeeze(0)
+    return bottleneck_tiles.product(x.reshape(-1, x.shape[2]), weight.mT, dtype, bias)
 
 
 def bottleneck_backward(
@@ -112,12 +136,11 @@ def bottleneck_backward(
     if z is not None and row_ids is not None:
         raise ValueError("bottleneck (Triton): z must be None with row_ids, which computes it from x")
 
-    arguments = (x, down_weight, up_weight, down_bias, up_weight[..., 0], norm_weight, norm_bias)
-    needed = (need_x, need_weights, need_weights, need_biases, need_biases, need_norm, need_norm)
-    grads: list[Tensor | None]
+    grads: Sequence[Tensor | None]
     if scale == 0 or x.numel() == 0:
         # x's like x, those of banks contiguous
-        grads = [torch.zeros_like(x), *(None if p is None else p.new_zeros(p.shape) for p in arguments[1:])]
+        parameters = (down_weight, up_weight, down_bias, up_weight[..., 0], norm_weight, norm_bias)
+        grads = [torch.zeros_like(x), *(None if p is None else p.new_zeros(p.shape) for p in parameters)]
         if add_grad_out:
             grads[0] = torch.empty_like(x).copy_(grad_out)
     else:
@@ -125,14 +148,23 @@ def bottleneck_backward(
             grad_out, x, down_weight, up_weight, down_bias, norm_weight, norm_bias, row_ids, z, activation, norm,
             norm_eps, scale, add_grad_out, need_x, need_weights, need_biases, need_norm,
         )  # fmt: skip
-    return tuple(map(_result, grads, arguments, needed, [x] * 7))
+    grad_x, grad_down, grad_up, grad_bias, grad_up_bias, grad_norm, grad_norm_bias = grads
+    return (
+        _result(grad_x, x, need_x, x),
+        _result(grad_down, down_weight, need_weights, x),
+        _result(grad_up, up_weight, need_weights, x),
+        _result(grad_bias, down_bias, need_biases, x),
+        _result(grad_up_bias, up_weight, need_biases, x),
+        _result(grad_norm, norm_weight, need_norm, x),
+        _result(grad_norm_bias, norm_bias, need_norm, x),
+    )
 
 
 def _result(grad: Tensor | None, argument: Tensor | None, need: bool, x: Tensor) -> Tensor:
     """In the dtype of its argument; absent or not needed: without elements."""
     if grad is None or argument is None or not need:
         return (x if argument is None else argument).new_empty(0)
-    return grad.to(argument.dtype)
+    return in_dtype(grad, argument.dtype)
 
 
 def _chain(
@@ -140,10 +172,14 @@ def _chain(
     norm_weight: Tensor | None, norm_bias: Tensor | None, row_ids: Tensor | None, z: Tensor | None,
     activation: str, norm: str, norm_eps: float, scale: float, add_grad_out: bool,
     need_x: bool, need_weights: bool, need_biases: bool, need_norm: bool,
-) -> list[Tensor | None]:  # fmt: skip
+) -> Sequence[Tensor | None]:  # fmt: skip
     """The gradients of :func:`bottleneck_backward`, those that are needed, in the dtypes they are summed in."""
-    compute = _backward if row_ids is None else bottleneck_rows.backward
     tail = (row_ids, z, activation, scale)
+    if row_ids is None and norm == "none":
+        needs = (need_x, need_weights, need_biases)
+        found = _backward(grad_out, x, down_weight, up_weight, down_bias, *tail, add_grad_out, *needs)
+        return (*found[:5], None, None)
+    compute = _backward if row_ids is None else bottleneck_rows.backward
     with torch.cuda.device_of(x):
         if norm == "none":
             needs = (need_x, need_weights, need_biases)
@@ -180,41 +216,65 @@ def _through(chain: Tensor, kept: Tensor | None, reached: Tensor, row_ids: Tenso
     return torch.where(through[:, None, None], total, 0.0 if kept is None else kept)
 
 
+@prepared(tensors=7)
 def _backward(
-    grad_out: Tensor, x: Tensor, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor | None,
-    row_ids: None, z: Tensor | None, activation: str, scale: float, add_grad_out: bool,
-    need_x: bool, need_weights: bool, need_biases: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
-    """Gradients of x, down_weight, up_weight, down_bias (or of an absent one) and up_bias, without a norm.
+    grad_out, x, down_weight, up_weight, down_bias, row_ids, z, activation, scale, add_grad_out,
+    need_x, need_weights, need_biases,
+):  # fmt: skip
+    """Gradients of x, down_weight, up_weight, down_bias (or of an absent one) and up_bias, without a norm or row ids.
 
     The same products whatever is asked for, so that a gradient has the same bits. Those of weights are in the weight's
     dtype, of biases in fp32. Last, which entries of the bank (here one) the gradient reaches, in parts.
     """
-    dtype, size = x.dtype, down_weight.shape[1]
-    rows, grad_rows = flat(x)[0], flat(grad_out)[0]
-    z = _project(x, down_weight, down_bias) if z is None else flat(z)[0].contiguous()
-    up = up_weight[0].to(dtype).contiguous()
+    dtype, shape = x.dtype, x.shape
+    num_rows, size, hidden_size = shape[0] * shape[1], down_weight.shape[1], shape[2]
     # both biases or none is the rule: then one product gives dU and db_u
     ones = down_bias is not None
-    grad_hidden = bottleneck_tiles.product(grad_rows, up, dtype)
-    h, grad_z, sums, reached = hidden(z, activation, scale, grad_hidden, up, ones)
-    grad_x = grad_down = grad_up = grad_bias = grad_up_bias = None
+    need_up = need_weights or (need_biases and ones)
+    need_bias = need_weights or need_biases
+    act = hidden_run(num_rows, size, activation, scale, up_weight.numel(), ones)
+    of_bias = below_run(num_rows, size, size * hidden_size if need_weights else 0) if need_bias else None
+    grad_out_lies_flat = lies_flat(grad_out)
+    z_is_dense = z is not None and z.is_contiguous()
+    x_lies_flat, across = True, None
     if need_x:
-        grad_x = torch.empty_like(x)
-        target = flat(grad_x)
+        like = torch.empty_like(x)
+        x_lies_flat = lies_flat(like)
         residual = flat(grad_out) if add_grad_out else None
-        wide(target, grad_z, down_weight.mT, None, residual, None, 1.0, reached)
-        if target.data_ptr() != grad_x.data_ptr():
-            grad_x.copy_(target.view(x.shape))
-    if need_weights or (need_biases and ones):
-        grad_up = bottleneck_tiles.product(grad_rows.mT, h, up_weight.dtype)
-        if ones:
-            grad_up_bias = grad_up[None, :, size] * scale
-        grad_up = grad_up[None, :, :size].contiguous()
-    if need_weights:
-        grad_down = bottleneck_tiles.product(grad_z[:, :size].mT, rows, down_weight.dtype)[None]
-    if need_weights or need_biases:
-        grad_bias = below(grad_down if need_weights else x.new_empty(0), sums, reached)[None]
-    if need_biases and not ones:
-        grad_up_bias = grad_rows.sum(0, dtype=torch.float32)[None] * scale
-    return grad_x, grad_down, grad_up, grad_bias, grad_up_bias, reached
+        reached = torch.empty((1, PARTS), dtype=torch.int32, device=x.device)
+        across = wide_run(flat(like), padded(size + ones), down_weight.mT, None, residual, None, reached, 1.0)
+        del like, residual, reached
+
+    def run(grad_out, x, down_weight, up_weight, down_bias, row_ids, z):
+        rows, grad_rows = x.reshape(-1, hidden_size), grad_out.reshape(-1, hidden_size)
+        if z is None:
+            z = _project(x, down_weight, down_bias)
+        elif not z_is_dense:
+            z = z.contiguous()
+        up = in_dtype(up_weight, dtype).contiguous()
+        grad_hidden = bottleneck_tiles.product(grad_rows, up.squeeze(0), dtype)
+        h, grad_z, sums, reached = act(z, grad_hidden, up)
+        grad_x = grad_down = grad_up = grad_bias = grad_up_bias = None
+        if across is not None:
+            grad_x = torch.empty_like(x)
+            target = grad_x if x_lies_flat else flat(grad_x)
+            residual = None
+            if add_grad_out:
+                residual = grad_out if grad_out_lies_flat else flat(grad_out)
+            across(target, grad_z, down_weight, None, residual, None, reached)
+            if not x_lies_flat:
+                grad_x.copy_(target.view(shape))
+        if need_up:
+            grad_up = bottleneck_tiles.product(grad_rows.mT, h, up_weight.dtype)[None]
+            if ones:
+                grad_up_bias = grad_up[..., size] * scale
+            grad_up = grad_up[..., :size].contiguous()
+        if need_weights:
+            grad_down = bottleneck_tiles.product(grad_z[:, :size].mT, rows, down_weight.dtype)[None]
+        if of_bias is not None:
+            grad_bias = of_bias(grad_down if need_weights else x.new_empty(0), sums, reached)
+        if need_biases and not ones:
+            grad_up_bias = grad_rows.sum(0, dtype=torch.float32)[None] * scale
+        return grad_x, grad_down, grad_up, grad_bias, grad_up_bias, reached
+
+    return run

@@ -86,6 +86,16 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(1, -1, x.shape[-1])
 
 
+def lies_flat(x: Tensor) -> bool:
+    """Whether :func:`flat` is a view, so that a kernel may take ``x`` itself by the strides of the view."""
+    return flat(x).data_ptr() == x.data_ptr()
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, without a call where it is that already."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     """``a @ b + bias`` by the library, summed in fp32 and rounded once, to ``dtype``."""
     if (

@@ -14,6 +14,7 @@ Where a tile has 64 rows Hopper runs ``wgmma``. ptxas before 13.3 may reuse the 
 early (triton issue 11781); here both come from shared memory, as ``hidden`` is loaded and used as it is.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -187,30 +188,24 @@ def _bottleneck_wide_kernel(
         tl.store(_tile(out_ptr, OUT_STRIDES, row, offs_m, offs_c), out, mask=mask)
 
 
-def hidden(
-    z: Tensor, activation: str, scale: float, grad_hidden: Tensor | None = None, up: Tensor | None = None,
-    ones: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """``scale * act(z)``; in backward ``scale * act'(z) * grad_hidden``, its sums, and what ``up`` holds, too.
+def hidden_run(
+    rows: int, size: int, activation: str, scale: float, up_size: int | None = None, ones: bool = False
+) -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]]:
+    """A launch of ``scale * act(z)``; in backward of ``scale * act'(z) * grad_hidden``, too, with its sums.
 
     Args:
-        z, grad_hidden: ``(rows, bottleneck_size)``, contiguous.
-        up: ``(hidden, bottleneck_size)``, contiguous.
+        rows, size: of z and grad_hidden, which are contiguous.
+        up_size: elements of the up projection, contiguous; ``None``: forward.
         ones: a column of ones behind those of h.
-    Returns: the first two ``(rows, padded)``, and what :func:`below` takes.
+    Returns: what is called with z, grad_hidden and up, and returns both results ``(rows, padded)``, and what
+        :func:`below_run` takes.
     """
-    return _hidden(z, grad_hidden, up, activation, scale, ones)
-
-
-@prepared(tensors=3)
-def _hidden(z, grad_hidden, up, activation, scale, ones):
-    rows, size = z.shape
-    width, backward = padded(size + ones), grad_hidden is not None
+    width, backward = padded(size + ones), up_size is not None
     block_r, tiles = min(128, power_of_2(width)), blocks(rows, HIDDEN_ROWS)
     programs = tiles * blocks(width, block_r)
     names = ("hidden_ptr", "grad_z_ptr", "sums_ptr", "reached_ptr", "z_ptr", "grad_hidden_ptr", "up_ptr")
     constants = {
-        "scale": scale, "rows": rows, "SIZE": size, "HIDDEN_STRIDE": width, "UP_SIZE": 0 if up is None else up.numel(),
+        "scale": scale, "rows": rows, "SIZE": size, "HIDDEN_STRIDE": width, "UP_SIZE": up_size or 0,
         "BLOCK_M": HIDDEN_ROWS, "BLOCK_R": block_r, "PARTS": PARTS, "ACTIVATION": activation, "ONES": ones,
         "BACKWARD": backward, "num_warps": 4,
     }  # fmt: skip
@@ -220,34 +215,34 @@ def _hidden(z, grad_hidden, up, activation, scale, ones):
 
     def run(z, grad_hidden, up):
         h = z.new_empty((rows, width))
-        grad_z = z.new_empty((rows if backward else 0, width))
-        sums = z.new_empty((tiles if backward else 0, size), dtype=torch.float32)
-        reached = z.new_empty((1, PARTS if backward else 0), dtype=torch.int32)
+        if not backward:
+            launch(h, None, None, None, z, None, None)
+            return h, None, None, None
+        grad_z = z.new_empty((rows, width))
+        sums = z.new_empty((tiles, size), dtype=torch.float32)
+        reached = z.new_empty((1, PARTS), dtype=torch.int32)
         launch(h, grad_z, sums, reached, z, grad_hidden, up)
         return h, grad_z, sums, reached
 
     return run
 
 
-def below(grad_down: Tensor, sums: Tensor, reached: Tensor) -> Tensor:
-    """The gradient of the down bias, (bottleneck_size,) in fp32; zeros in ``grad_down`` where U is zero."""
-    return _below(grad_down, sums, reached)
-
-
-@prepared(tensors=3)
-def _below(grad_down, sums, reached):
-    num_sums, size = sums.shape
+def below_run(rows: int, size: int, down_size: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A launch of the gradient of the down bias, (1, bottleneck_size) in fp32, from what :func:`hidden_run` returned
+    for ``rows``; it writes zeros to the ``down_size`` elements of ``grad_down`` where U is zero.
+    """
+    num_sums = blocks(rows, HIDDEN_ROWS)
     block, block_r = 1024, min(64, power_of_2(size))
-    programs = max(blocks(grad_down.numel(), block), blocks(size, block_r))
+    programs = max(blocks(down_size, block), blocks(size, block_r))
     names = ("grad_down_ptr", "grad_bias_ptr", "sums_ptr", "reached_ptr")
     constants = {
-        "num_sums": num_sums, "SIZE": size, "DOWN_SIZE": grad_down.numel(), "BLOCK_M": 64, "BLOCK_R": block_r,
+        "num_sums": num_sums, "SIZE": size, "DOWN_SIZE": down_size, "BLOCK_M": 64, "BLOCK_R": block_r,
         "BLOCK": block, "PARTS": PARTS, "num_warps": 4,
     }  # fmt: skip
     launch = Launch(_bottleneck_below_kernel, (programs,), names, constants)
 
     def run(grad_down, sums, reached):
-        grad_bias = sums.new_empty(size)
+        grad_bias = sums.new_empty((1, size))
         launch(grad_down, grad_bias, sums, reached)
         return grad_bias
 
@@ -288,6 +283,16 @@ def wide(
 
 @prepared(tensors=7)
 def _wide(out, h, weight, bias, residual, row_ids, reached, scale):
+    return wide_run(out, h.stride(0), weight, bias, residual, row_ids, reached, scale)
+
+
+def wide_run(
+    out: Tensor, h_stride: int, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+    row_ids: Tensor | None, reached: Tensor | None, scale: float,
+) -> Callable[..., None]:  # fmt: skip
+    """What :func:`wide` does with tensors of this layout, called with out, h, weight, bias, residual, row_ids and
+    reached. Strides are those of now: tensors that have others, but the same elements by these, may be given.
+    """
     batch, seq_len, hidden_size = out.shape
     num_adapters, _, size = weight.shape
     programs, options = plan(target.arch(out), out.dtype, batch, seq_len, hidden_size, size)
@@ -297,7 +302,7 @@ def _wide(out, h, weight, bias, residual, row_ids, reached, scale):
     constants = {
         "OUT_STRIDES": out.stride(), "WEIGHT_STRIDES": (torch.empty_like(weight) if rounded else weight).stride(),
         "BIAS_STRIDES": strides(bias, 2), "RESIDUAL_STRIDES": strides(residual, 3), "scale": scale,
-        "num_adapters": num_adapters, "HIDDEN_STRIDE": h.stride(0), "HAS_ROW_IDS": row_ids is not None,
+        "num_adapters": num_adapters, "HIDDEN_STRIDE": h_stride, "HAS_ROW_IDS": row_ids is not None,
         "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None,
         "PARTS": 0 if reached is None else reached.shape[1], **options,
     }  # fmt: skip
