@@ -128,7 +128,7 @@ def operands(
     weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
     def joined(tensors: list[Tensor]) -> Tensor:
-        tensors = [tensor.to(weights_dtype) for tensor in tensors]
+        tensors = [x if x.dtype is weights_dtype else x.to(weights_dtype) for x in tensors]
         return torch.stack(tensors) if stacked else tensors[0]
 
     def of(module: str, name: str) -> Any:

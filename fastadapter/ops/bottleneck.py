@@ -99,22 +99,38 @@ def bottleneck(
         norm = Norm("none", None, None, 0.0)
     residual_is_x = residual is x
     inner, others = _three_dims(x, None if residual_is_x else residual, row_ids is not None)
-    bank: tuple[Tensor | None, ...] = (down_weight, up_weight, down_bias, up_bias)
-    if down_weight.dim() == 2:
-        bank = tuple(p if p is None else p[None] for p in bank)
-    norm_weight, norm_bias = (p if p is None or p.dim() == 2 else p[None] for p in (norm.weight, norm.bias))
-    tensors = (inner, *bank, inner if residual_is_x else others, norm_weight, norm_bias)
+    residual_of_op = inner if residual_is_x else others
+    tensors = (
+        inner, down_weight, up_weight, down_bias, up_bias, residual_of_op, norm.weight, norm.bias
+    )  # fmt: skip
     constants = (activation, norm.kind, float(norm.eps), checks.require_finite("bottleneck", "scale", scale))
     chosen = choose_backend(backend, x.device.type, x.dtype, "bottleneck")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if residual_is_x:  # one input, so that its two gradients are one pass
             tensors = (*tensors[:5], None, *tensors[6:])
         keeps = chosen == "cpp" or (chosen == "triton" and row_ids is None)
-        keep_z = keeps and _needs_z(activation, *tensors[:4], norm_weight, norm_bias)
+        keep_z = keeps and _needs_z(activation, *tensors[:4], norm.weight, norm.bias)
         out = _Bottleneck.apply(residual_is_x, chosen, keep_z, *tensors, row_ids, *constants)
     else:
-        out = run_forward(chosen, *tensors, row_ids, *constants)
+        out = run_forward(chosen, *_as_banks(tensors), row_ids, *constants)
     return out if x.dim() == 3 else out.view(x.shape)
+
+
+def _as_banks(tensors: tuple) -> tuple[Tensor | None, ...]:
+    """The arguments of the registered op up to row_ids, with parameters of one entry as a bank of it."""
+    x, down_weight, up_weight, down_bias, up_bias, residual, norm_weight, norm_bias = tensors
+    if down_weight.dim() == 3:
+        return tensors
+    return (
+        x,
+        down_weight.unsqueeze(0),
+        up_weight.unsqueeze(0),
+        None if down_bias is None else down_bias.unsqueeze(0),
+        None if up_bias is None else up_bias.unsqueeze(0),
+        residual,
+        None if norm_weight is None else norm_weight.unsqueeze(0),
+        None if norm_bias is None else norm_bias.unsqueeze(0),
+    )
 
 
 def _needs_z(activation, x, down_weight, up_weight, *others) -> bool:
@@ -210,11 +226,16 @@ class _Bottleneck(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, residual_is_x, backend, keep_z, *args):
-        """``args`` in the order of the registered op; ``residual`` is ``None`` where it is ``x``."""
-        x, down_weight, up_weight, down_bias, _, residual, norm_weight, norm_bias, row_ids, *constants = args
+        """``args`` in the order of the registered op; ``residual`` is ``None`` where it is ``x``, parameters of one
+        entry are no bank: made one in here, autograd does not see it.
+        """
+        x, down_weight, up_weight, down_bias, up_bias, residual, norm_weight, norm_bias = _as_banks(args[:8])
+        row_ids, *constants = args[8:]
         ctx.constants = (*constants, residual_is_x)
         ctx.backend = backend
-        given = (*args[:5], x if residual_is_x else residual, *args[6:])
+        ctx.banks = args[1].dim() == 3
+        weights = (down_weight, up_weight, down_bias, up_bias)
+        given = (x, *weights, x if residual_is_x else residual, norm_weight, norm_bias, row_ids, *constants)
         out, z = _run_saving(backend, *given) if keep_z else (run_forward(backend, *given), None)
         ctx.save_for_backward(x, down_weight, up_weight, down_bias, norm_weight, norm_bias, row_ids, z)
         return out
@@ -231,6 +252,8 @@ class _Bottleneck(torch.autograd.Function):
             computed = _run_backward(ctx.backend, grad_out, *ctx.saved_tensors, *ctx.constants, *needs)
             wanted = (need_x, *parameters, need_norm_weight, need_norm_bias)
             grads = [grad if want else None for grad, want in zip(computed, wanted, strict=True)]
+            if not ctx.banks:
+                grads[1:] = [grad if grad is None else grad.squeeze(0) for grad in grads[1:]]
         return (*[None] * 3, *grads[:5], grad_out if need_residual else None, *grads[5:], *[None] * 5)
 
 

@@ -18,9 +18,11 @@ def say_if_frozen(host: Any, names: Iterable[str | None]) -> None:
     for name in names:
         if name is None or name not in host.adapters:
             continue
-        parameters = list(host.adapters[name].parameters())
+        # in every layer of every step: asked at the first parameter, as a rule
+        if any(each.requires_grad for each in host.adapters[name].parameters()):
+            continue
         said = _said.setdefault(host.state, set())
-        if not parameters or name in said or any(each.requires_grad for each in parameters):
+        if name in said or next(host.adapters[name].parameters(), None) is None:
             continue
         said.add(name)
         warnings.warn(
