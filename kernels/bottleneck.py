@@ -231,9 +231,10 @@ def _backward(
     # both biases or none is the rule: then one product gives dU and db_u
     ones = down_bias is not None
     need_up = need_weights or (need_biases and ones)
-    need_bias = need_weights or need_biases
     act = hidden_run(num_rows, size, activation, scale, up_weight.numel(), ones)
-    of_bias = below_run(num_rows, size, size * hidden_size if need_weights else 0) if need_bias else None
+    below = None
+    if need_weights or need_biases:
+        below = below_run(num_rows, size, hidden_size, scale, need_weights, need_up, ones)
     grad_out_lies_flat = lies_flat(grad_out)
     z_is_dense = z is not None and z.is_contiguous()
     x_lies_flat, across = True, None
@@ -261,18 +262,16 @@ def _backward(
             residual = None
             if add_grad_out:
                 residual = grad_out if grad_out_lies_flat else flat(grad_out)
-            across(target, grad_z, down_weight, None, residual, None, reached)
+            across(target, grad_z, down_weight.mT, None, residual, None, reached)
             if not x_lies_flat:
                 grad_x.copy_(target.view(shape))
+        product = None
         if need_up:
-            grad_up = bottleneck_tiles.product(grad_rows.mT, h, up_weight.dtype)[None]
-            if ones:
-                grad_up_bias = grad_up[..., size] * scale
-            grad_up = grad_up[..., :size].contiguous()
+            product = bottleneck_tiles.product(grad_rows.mT, h, up_weight.dtype)
         if need_weights:
             grad_down = bottleneck_tiles.product(grad_z[:, :size].mT, rows, down_weight.dtype)[None]
-        if of_bias is not None:
-            grad_bias = of_bias(grad_down if need_weights else x.new_empty(0), sums, reached)
+        if below is not None:
+            grad_bias, grad_up, grad_up_bias = below(grad_down, product, sums, reached)
         if need_biases and not ones:
             grad_up_bias = grad_rows.sum(0, dtype=torch.float32)[None] * scale
         return grad_x, grad_down, grad_up, grad_bias, grad_up_bias, reached

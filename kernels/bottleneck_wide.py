@@ -89,12 +89,25 @@ def _bottleneck_hidden_kernel(
 
 @triton.jit(do_not_specialize=["num_sums"])
 def _bottleneck_below_kernel(
-    grad_down_ptr, grad_bias_ptr, sums_ptr, reached_ptr, num_sums,
-    SIZE: tl.constexpr, DOWN_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
+    grad_down_ptr, grad_bias_ptr, grad_up_ptr, grad_up_bias_ptr, product_ptr, sums_ptr, reached_ptr, scale, num_sums,
+    SIZE: tl.constexpr, DOWN_SIZE: tl.constexpr, UP_SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, ONES: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the down bias, and where U is zero, exact zeros in that of the down projection."""
+    """The gradient of the down bias, and where U is zero, exact zeros in that of the down projection.
+
+    And dO^T h, (UP_SIZE / SIZE, WIDTH), taken apart: the gradient of U, and with ONES that of the up bias.
+    """
     pid = tl.program_id(0)
+    offs = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if UP_SIZE > 0:
+        dtype = grad_up_ptr.dtype.element_ty
+        mask_u = offs < UP_SIZE
+        du = tl.load(product_ptr + offs // SIZE * WIDTH + offs % SIZE, mask=mask_u, other=0.0)
+        tl.store(grad_up_ptr + offs, du, mask=mask_u)
+        if ONES:
+            mask_c = offs < UP_SIZE // SIZE
+            total = tl.load(product_ptr + offs * WIDTH + SIZE, mask=mask_c, other=0.0).to(tl.float32)
+            tl.store(grad_up_bias_ptr + offs, (total * scale).to(dtype), mask=mask_c)
     reached = tl.max(tl.load(reached_ptr + tl.arange(0, PARTS)), axis=0)
     if pid < (SIZE + BLOCK_R - 1) // BLOCK_R:
         offs_r = pid * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -106,7 +119,6 @@ def _bottleneck_below_kernel(
         total = tl.where(reached > 0, tl.sum(acc, axis=0), 0.0)
         tl.store(grad_bias_ptr + offs_r, total, mask=offs_r < SIZE)
     if reached == 0:
-        offs = pid * BLOCK + tl.arange(0, BLOCK)
         tl.store(
             grad_down_ptr + offs, tl.zeros((BLOCK,), grad_down_ptr.dtype.element_ty), mask=offs < DOWN_SIZE
         )
@@ -227,24 +239,41 @@ def hidden_run(
     return run
 
 
-def below_run(rows: int, size: int, down_size: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A launch of the gradient of the down bias, (1, bottleneck_size) in fp32, from what :func:`hidden_run` returned
-    for ``rows``; it writes zeros to the ``down_size`` elements of ``grad_down`` where U is zero.
-    """
-    num_sums = blocks(rows, HIDDEN_ROWS)
-    block, block_r = 1024, min(64, power_of_2(size))
-    programs = max(blocks(down_size, block), blocks(size, block_r))
-    names = ("grad_down_ptr", "grad_bias_ptr", "sums_ptr", "reached_ptr")
-    constants = {
-        "num_sums": num_sums, "SIZE": size, "DOWN_SIZE": down_size, "BLOCK_M": 64, "BLOCK_R": block_r,
-        "BLOCK": block, "PARTS": PARTS, "num_warps": 4,
-    }  # fmt: skip
-    launch = Launch(_bottleneck_below_kernel, (programs,), names, constants)
+def below_run(
+    rows: int, size: int, hidden_size: int, scale: float, need_down: bool, need_up: bool, ones: bool
+) -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
+    """A launch of what is left to do below the products of backward.
 
-    def run(grad_down, sums, reached):
+    Args:
+        rows, size, ones: as in :func:`hidden_run`, which makes sums and reached.
+        scale: of the up bias.
+        need_down, need_up: whether there is a grad_down, and the product of grad_out and h.
+    Returns: what is called with grad_down ``(1, size, hidden)``, which gets zeros where U is zero, the product
+        ``(hidden, padded)``, sums and reached, and returns the gradient of the down bias, ``(1, size)`` in fp32, and
+        those of the up projection and, with ``ones``, of its bias in the dtype of the product.
+    """
+    num_sums, width = blocks(rows, HIDDEN_ROWS), padded(size + ones)
+    block, block_r = 1024, min(64, power_of_2(size))
+    programs = blocks(size, block_r)
+    if need_down or need_up:
+        programs = max(programs, blocks(size * hidden_size, block))
+    names = ("grad_down", "grad_bias", "grad_up", "grad_up_bias", "product", "sums", "reached")
+    constants = {
+        "scale": scale, "num_sums": num_sums, "SIZE": size, "DOWN_SIZE": size * hidden_size if need_down else 0,
+        "UP_SIZE": size * hidden_size if need_up else 0, "WIDTH": width, "BLOCK_M": 64, "BLOCK_R": block_r,
+        "BLOCK": block, "PARTS": PARTS, "ONES": ones, "num_warps": 4,
+    }  # fmt: skip
+    launch = Launch(_bottleneck_below_kernel, (programs,), tuple(f"{name}_ptr" for name in names), constants)
+
+    def run(grad_down, product, sums, reached):
         grad_bias = sums.new_empty((1, size))
-        launch(grad_down, grad_bias, sums, reached)
-        return grad_bias
+        grad_up = product.new_empty((1, hidden_size, size)) if need_up else None
+        grad_up_bias = product.new_empty((1, hidden_size)) if need_up and ones else None
+        # what is not needed has a pointer all the same: nothing is read or written there
+        launch(
+            sums if grad_down is None else grad_down, grad_bias, grad_up, grad_up_bias, product, sums, reached
+        )
+        return grad_bias, grad_up, grad_up_bias
 
     return run
 

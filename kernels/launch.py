@@ -78,9 +78,12 @@ class Launch:
         self._places = [parameters.index(name) for name in tensors]
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        pointers = [0 if x is None else x.data_ptr() for x in tensors]
-        joint = 0
-        for pointer in pointers:
+        arguments = self._arguments.copy()
+        pointers, joint = [], 0
+        for place, x in zip(self._places, tensors):
+            pointer = 0 if x is None else x.data_ptr()
+            arguments[place] = pointer
+            pointers.append(pointer)
             joint |= pointer
         alignment = 0 if joint % _ALIGNMENT == 0 else tuple(pointer % _ALIGNMENT == 0 for pointer in pointers)
         found = self._direct.get(alignment)
@@ -90,9 +93,6 @@ class Launch:
             with torch.cuda.device(self._device):
                 return self(*tensors)
         run, function, metadata = found
-        arguments = self._arguments.copy()
-        for place, pointer in zip(self._places, pointers):
-            arguments[place] = pointer
         # no metadata and no hooks: nobody watches
         run(*self._grid, _current_stream(self._device), function, metadata, None, None, None, *arguments)
         return None

@@ -27,6 +27,8 @@ BOTTLENECK = [
             "    if PARTS < 0:\n",
             tests_named("zero_up_projection"),
         ),
+        gradient_of_the_up_bias_not_scaled=("(total * scale).to(dtype)", "total.to(dtype)"),
+        gradient_of_the_up_projection_shifted=("* WIDTH + offs % SIZE", "* WIDTH + (offs + 1) % SIZE"),
         nothing_below_is_not_zero=("if reached == 0:", "if reached < 0:", tests_named("zero_up_projection")),
         one_part_of_the_up_projection_is_looked_at=(
             "(offs_u < part) & (first + offs_u < UP_SIZE)",
@@ -63,18 +65,14 @@ BOTTLENECK = [
     *of_file(
         "kernels/bottleneck.py",
         TESTS,
-        down_bias_missing=("x.dtype, bias)", "x.dtype, None)"),
-        up_bias_not_scaled=(
-            "grad_up_bias = grad_up[None, :, size] * scale",
-            "grad_up_bias = grad_up[None, :, size]",
-        ),
+        down_bias_missing=("weight.mT, dtype, bias)", "weight.mT, dtype, None)"),
         grad_out_missing_behind_a_norm=(
             "total = chain if kept is None else kept + chain",
             "total = chain",
         ),
         kept_z_is_not_used=(
-            "if z is None else flat(z)[0].contiguous()",
-            "if z is None else flat(z)[0].contiguous() * 2",
+            "        elif not z_is_dense:\n            z = z.contiguous()",
+            "        else:\n            z = z.contiguous() * 2",
             tests_named("is_kept"),
         ),
     ),
