@@ -78,14 +78,16 @@ class Launch:
         self._places = [parameters.index(name) for name in tensors]
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        arguments = self._arguments.copy()
-        pointers, joint = [], 0
+        arguments, joint = self._arguments.copy(), 0
         for place, x in zip(self._places, tensors):
-            pointer = 0 if x is None else x.data_ptr()
-            arguments[place] = pointer
-            pointers.append(pointer)
-            joint |= pointer
-        alignment = 0 if joint % _ALIGNMENT == 0 else tuple(pointer % _ALIGNMENT == 0 for pointer in pointers)
+            if x is None:
+                arguments[place] = 0
+            else:
+                arguments[place] = pointer = x.data_ptr()
+                joint |= pointer
+        alignment: int | tuple[bool, ...] = 0
+        if joint % _ALIGNMENT:
+            alignment = tuple(arguments[place] % _ALIGNMENT == 0 for place in self._places)
         found = self._direct.get(alignment)
         if found is None or _watched(self._kernel):
             return self._ordinary(alignment, tensors)

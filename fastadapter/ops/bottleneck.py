@@ -36,6 +36,9 @@ class Norm(NamedTuple):
     eps: float = 1e-5
 
 
+_NO_NORM = Norm("none", None, None, 0.0)
+
+
 def bottleneck(
     x: Tensor,
     down_weight: Tensor,
@@ -96,7 +99,7 @@ def bottleneck(
     else:
         _validate(x, down_weight, up_weight, down_bias, up_bias, residual, activation, norm, row_ids)
     if norm is None:
-        norm = Norm("none", None, None, 0.0)
+        norm = _NO_NORM
     residual_is_x = residual is x
     inner, others = _three_dims(x, None if residual_is_x else residual, row_ids is not None)
     residual_of_op = inner if residual_is_x else others
