@@ -77,7 +77,7 @@ def sequence_arguments(cu_seqlens: Tensor, longest: int) -> dict[str, Any]:
 def to_device(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
     """Tensors of one dtype from the CPU on a device, in one copy that the host does not wait for."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    if torch.device(device).type == "cuda":
+    if torch.device(device).type == "cuda" and flat.device.type == "cpu":  # torch.set_default_device("cuda")
         flat = flat.pin_memory()
     parts = flat.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
