@@ -2,10 +2,10 @@
 
     python scripts/compare_peft.py outputs/smollm2 --out benchmarks/results/compare_smollm2/peft.json
 
-The folder is one that ``fastadapter compare`` has filled, of a decoder. PEFT starts from initial weights of its own, its
-prompt tuning from the text that ours started from. So the figures are compared by their spread over the seeds; that the
-same start gives the same losses is tested apart (``tests/integrations/test_peft_parity.py``). A second call goes on where
-the first one stopped.
+The folder is one that ``fastadapter compare`` has filled, of a decoder. PEFT starts from initial weights of its own,
+and its prompt tuning from the text that ours started from. So figures are compared by their spread over the seeds;
+that the same start gives the same losses is tested apart (``tests/integrations/test_peft_parity.py``). A second call
+goes on where the first one stopped.
 """
 
 import argparse
