@@ -357,7 +357,7 @@ def difference(decoder: Any, name: str) -> tuple[float, float]:
     width = prompt.shape[1]
     length = max(1, min(6, (host.context or 64) - width - 2))
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(embeddings.weight.shape[0], (2, length), generator=generator).to(device)
+    ids = torch.randint(embeddings.weight.shape[0], (2, length), generator=generator, device="cpu").to(device)
     padded = {
         "input_ids": nn.functional.pad(ids, (2, 0)),
         "attention_mask": nn.functional.pad(torch.ones_like(ids), (2, 0)),
