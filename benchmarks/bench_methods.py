@@ -1,8 +1,9 @@
 """A training step of each method, and decoding with a different adapter in every row, on the SmolLM2-135M shape.
 
-python -m benchmarks.run --only method-step mixed-decode generate
+python -m benchmarks.run --only method-step mixed-decode generate generate-1b
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ from .rows import Row
 from .runner import Case, Meter, Settings, Variant
 
 LENGTH = 20  # of prefixes and soft prompts
-RANK = 36  # hidden size / 16
+REDUCTION = 16  # of the hidden size, which makes a rank of 36
+RANK = models.SMOLLM2_135M["hidden_size"] // REDUCTION
 ROWS = 8
 
 
@@ -220,7 +222,7 @@ def generate_cases(
         "version 2, folded": _folded,
         "prefix tuning": _ours(fa.PrefixTuningConfig(LENGTH)),
         "soft prompt": _ours(fa.SoftPromptConfig(prompt_len=LENGTH)),
-        "houlsby": _ours(fa.BottleneckConfig(bottleneck_size=RANK, init="houlsby")),
+        "houlsby": _ours(fa.BottleneckConfig(reduction_factor=REDUCTION, init="houlsby")),
     }
     built = {name: make(model).eval() for name, make in makers.items()}
     for each in built.values():
@@ -259,3 +261,11 @@ def generate(settings: Settings, meter: Meter | None = None) -> Iterator[list[Ro
     dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
     for case in generate_cases(settings, dtype, 4 if settings.quick else 32):
         yield runner.measure(case, settings, meter)
+
+
+def generate_1b(settings: Settings, meter: Meter | None = None) -> Iterator[list[Row]]:
+    """The same on Llama-3.2-1B's shape, where a token takes longer than what Python adds to it."""
+    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
+    shape = None if settings.quick else models.LLAMA_1B
+    for case in generate_cases(settings, dtype, 4 if settings.quick else 16, shape):
+        yield runner.measure(dataclasses.replace(case, entry="generate-1b"), settings, meter)

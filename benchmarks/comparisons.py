@@ -5,6 +5,7 @@ Their markers: ``<!-- comparison: FOLDER -->`` every column of one comparison, `
 """
 
 import json
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,15 @@ def peft(folders: Sequence[str]) -> str:
 
 def peft_table(stored: Sequence[dict[str, Any]]) -> str:
     """Accuracies of PEFT beside ours, of the seeds that both were trained with."""
-    lines = ["| method | PEFT's rate | seeds | fastadapter | PEFT |", "| --- | ---: | ---: | --- | --- |"]
-    for method, rate in dict.fromkeys((row["method"], row["learning_rate"]) for row in stored):
-        mine = [row for row in stored if (row["method"], row["learning_rate"]) == (method, rate)]
+    lines = [
+        "| method | PEFT's start | PEFT's rate | seeds | fastadapter | PEFT |",
+        "| --- | --- | ---: | ---: | --- | --- |",
+    ]
+    kind = operator.itemgetter("method", "start", "learning_rate")
+    for method, start, rate in dict.fromkeys(map(kind, stored)):
+        mine = [row for row in stored if kind(row) == (method, start, rate)]
         seeds = [row["seed"] for row in mine]
-        cells = [method, f"{rate:g}", ", ".join(map(str, seeds))]
+        cells = [method, start, f"{rate:g}", ", ".join(map(str, seeds))]
         for key in ("fastadapter_accuracy", "accuracy"):
             values = [row[key] for row in mine]
             figures = {

@@ -71,7 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fastadapter bench gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--part", type=int, choices=PARTS, help="correctness and ops, or whole models (both)")
     parser.add_argument(
-        "--only", help="names, separated by commas: cases, `tests`, `search` (all of the part)"
+        "--only", help="names, separated by commas: cases, `tests`, `search` (all of the part); in this order"
     )
     parser.add_argument(
         "--seconds", type=float, default=345, help="time for a part; cases past it are left out"
@@ -124,7 +124,7 @@ def run_part(number: int, args: argparse.Namespace, out: Path) -> int:
         run.names = [name for name in run.names if name not in unknown]
         if not run.names:
             return 1
-    run.modules = {name: module for name, module in every.items() if not run.names or name in run.names}
+    run.modules = {name: every[name] for name in run.names or every if name in every}
     say(
         start, f"part {number}: {run.bench['environment']['device']}, {len(run.modules)} cases, {CORES} cores"
     )

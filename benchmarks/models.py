@@ -33,6 +33,17 @@ SMOLLM2_135M = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
+# Llama-3.2-1B's
+LLAMA_1B = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 8192,
+    "vocab_size": 128256,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
 SMALL = {**SMOLLM2_135M, "num_hidden_layers": 3, "intermediate_size": 192, "vocab_size": 512}
 PREFIX_LEN = 10
 GATE = 0.1

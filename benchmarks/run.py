@@ -121,6 +121,7 @@ def entries() -> dict[str, Callable[[runner.Settings], Any]]:
         "decode": bench_llama_adapter.decode,
         "mixed-decode": bench_methods.mixed_decode,
         "generate": bench_methods.generate,
+        "generate-1b": bench_methods.generate_1b,
         **recipe.ENTRIES,
         "peak-memory": bench_llama_adapter.peak_memory,
     }

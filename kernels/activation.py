@@ -8,11 +8,21 @@ ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "identity")
 
 
 @triton.jit
+def _sigmoid_and_slope(x):
+    """``(1 + tanh(x)) / 2`` and the derivative of tanh, ``1 - tanh(x)^2``.
+
+    Of the exponential, and not of tanh: both are as exact where tanh is next to 1 or -1, and sums with it cancel.
+    """
+    e = tl.exp(-2.0 * tl.abs(x))
+    whole = 1.0 + e
+    return tl.where(x < 0, e, 1.0) / whole, 4.0 * e / (whole * whole)
+
+
+@triton.jit
 def _gelu_tanh_inner(z):
-    """The tanh of the approximate gelu, and the derivative of what it is taken of."""
+    """What the approximate gelu takes the tanh of, and its derivative."""
     square = z * z
-    inner = 0.7978845608028654 * z * (1.0 + 0.044715 * square)
-    return _tanh(inner), 0.7978845608028654 * (1.0 + 0.134145 * square)
+    return 0.7978845608028654 * z * (1.0 + 0.044715 * square), 0.7978845608028654 * (1.0 + 0.134145 * square)
 
 
 @triton.jit
@@ -23,8 +33,9 @@ def _activate(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         h = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
-        t, _ = _gelu_tanh_inner(z)
-        h = 0.5 * z * (1.0 + t)
+        inner, _ = _gelu_tanh_inner(z)
+        share, _ = _sigmoid_and_slope(inner)
+        h = z * share
     elif ACTIVATION == "silu":
         h = z / (1.0 + tl.exp(-z))
     elif ACTIVATION == "tanh":
@@ -44,14 +55,14 @@ def _activation_slope(z, ACTIVATION: tl.constexpr):
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
         slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density
     elif ACTIVATION == "gelu_tanh":
-        t, inner_slope = _gelu_tanh_inner(z)
-        slope = 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * inner_slope
+        inner, inner_slope = _gelu_tanh_inner(z)
+        share, tanh_slope = _sigmoid_and_slope(inner)
+        slope = share + 0.5 * z * tanh_slope * inner_slope
     elif ACTIVATION == "silu":
         s = 1.0 / (1.0 + tl.exp(-z))
         slope = s * (1.0 + z * (1.0 - s))
     elif ACTIVATION == "tanh":
-        t = _tanh(z)
-        slope = 1.0 - t * t
+        _, slope = _sigmoid_and_slope(z)
     else:
         tl.static_assert(ACTIVATION == "identity", "unknown activation")
         slope = tl.full(z.shape, 1.0, tl.float32)

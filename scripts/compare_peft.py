@@ -2,9 +2,10 @@
 
     python scripts/compare_peft.py outputs/smollm2 --out benchmarks/results/compare_smollm2/peft.json
 
-The folder is one that ``fastadapter compare`` has filled, of a decoder. PEFT starts from initial weights of its own, so
-the figures are compared by their spread over the seeds; that the same start gives the same losses is tested apart
-(``tests/integrations/test_peft_parity.py``). A second call goes on where the first one stopped.
+The folder is one that ``fastadapter compare`` has filled, of a decoder. PEFT starts from initial weights of its own,
+and its prompt tuning from the text that ours started from. So figures are compared by their spread over the seeds;
+that the same start gives the same losses is tested apart (``tests/integrations/test_peft_parity.py``). A second call
+goes on where the first one stopped.
 """
 
 import argparse
@@ -79,7 +80,16 @@ def wrap(method: str, model: nn.Module) -> nn.Module:
     return PromptForSequenceClassification(peft.get_peft_model(model, config))
 
 
-def train(job: dict[str, Any], rate: float, folder: Path) -> dict[str, Any]:
+def start_from(text: str, model: nn.Module, tokenizer: Any) -> None:
+    """As PEFT's ``prompt_tuning_init="TEXT"``, which would load a tokenizer of its own from a folder or the hub."""
+    [prompt] = [encoder.embedding.weight for encoder in model.model.prompt_encoder.values()]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = (ids * -(-len(prompt) // len(ids)))[: len(prompt)]
+    with torch.no_grad():
+        prompt.copy_(model.model.get_input_embeddings().weight[ids])
+
+
+def train(job: dict[str, Any], rate: float, folder: Path, text: str | None) -> dict[str, Any]:
     """One run of PEFT with the data and settings of ``job``."""
     templates = {"template": job["template"], "completion_template": "{label}"}
     records = [read_examples(job[part], **templates) for part in ("train", "test")]
@@ -87,6 +97,8 @@ def train(job: dict[str, Any], rate: float, folder: Path) -> dict[str, Any]:
     model, tokenizer = load_classifier(job["model"], job["gguf_file"], job["dtype"], names, job["seed"])
     torch.manual_seed(job["seed"])
     model = wrap(job["method"], model)
+    if text is not None:
+        start_from(text, model, tokenizer)
     chosen = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     outcome = finetune(
         model,
@@ -122,14 +134,16 @@ def main() -> None:
     for method in args.methods:
         for seed in args.seeds:
             run = args.folder / "runs" / method / f"seed-{seed}"
-            mine = json.loads((run / RESULT).read_text())
+            mine, job = json.loads((run / RESULT).read_text()), read_job(run / "job.json")
+            # the other two of PEFT have no start from a text
+            text = job["options"].get("init_text") if method == "soft-prompt" else None
+            start = "random" if text is None else "text"
             for rate in args.rates or [mine["learning_rate"]]:
-                key = {"method": method, "seed": seed, "learning_rate": rate}
+                key = {"method": method, "seed": seed, "learning_rate": rate, "start": start}
                 if any(key.items() <= row.items() for row in rows):
                     continue
-                found = train(
-                    read_job(run / "job.json"), rate, args.folder / "peft" / method / f"{seed}-{rate:g}"
-                )
+                folder = args.folder / "peft" / method / f"{seed}-{rate:g}-{start}"
+                found = train(job, rate, folder, text)
                 rows.append({**key, "fastadapter_accuracy": mine["accuracy"], **found})
                 write_json(args.out, {"rows": rows})
     print(peft_table(rows))

@@ -249,3 +249,26 @@ def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
     assert stopped.value.code == 0 and "usage: fastadapter" in capsys.readouterr().out
+
+
+FACTORIES = {
+    "arange", "as_tensor", "empty", "eye", "full", "linspace", "normal", "ones", "rand", "randint", "randn", "randperm",
+    "tensor", "zeros",
+}  # fmt: skip
+
+
+def test_every_tensor_is_made_on_a_device_that_is_named():
+    """Under ``torch.set_default_device("cuda")`` others would be made there, beside a generator of the CPU."""
+    found = []
+    for file in sorted(ROOT.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+            if (
+                of_torch
+                and node.func.attr in FACTORIES
+                and not {"device", None} & {k.arg for k in node.keywords}
+            ):
+                found.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert not found

@@ -138,7 +138,7 @@ def _gates(path: Path, header: Header, options: Mapping[str, Any]) -> dict[str, 
             parts = [file.get_tensor(name).flatten().double() for name in sorted(names)]
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: truncated or malformed: {error}") from error
-    values = torch.cat(parts) if parts else torch.empty(0)
+    values = torch.cat(parts) if parts else torch.empty(0, device="cpu")
     if not values.numel():
         return None
     if options.get("gate") == "tanh":

@@ -401,7 +401,7 @@ def _dequantise(source: Path, name: str, result: Path, progress: Progress) -> No
     ):
         raise AssetError("the saved demo model does not have the weights of the original")
     with torch.no_grad():
-        batch = torch.tensor([ids])
+        batch = torch.tensor([ids], device="cpu")
         # Not bit for bit: a matrix product may depend on where in memory the weights lie.
         if not torch.allclose(loaded(batch).logits, saved(batch).logits, rtol=1e-3, atol=1e-3):
             raise AssetError("the saved demo model does not give the logits of the original")

@@ -98,5 +98,5 @@ def _logits(model: Any) -> torch.Tensor:
     """Of a few random tokens, to compare."""
     size = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(size, (1, _TOKENS), generator=generator).to(model.device)
+    ids = torch.randint(size, (1, _TOKENS), generator=generator, device="cpu").to(model.device)
     return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().cpu()

@@ -55,11 +55,11 @@ def embed(
         else:
             pooled = hidden[torch.arange(len(chunk), device=device), mask.sum(1) - 1]
         if found is None:
-            found = torch.zeros(len(texts), pooled.shape[1])
+            found = torch.zeros(len(texts), pooled.shape[1], device="cpu")
         found[chunk] = pooled.cpu()
         bar.update(len(chunk))
     bar.close()
-    return torch.zeros(0, 0) if found is None else found
+    return torch.zeros(0, 0, device="cpu") if found is None else found
 
 
 def fit_regression(vectors: np.ndarray, truth: np.ndarray) -> tuple[Any, float]:
@@ -127,7 +127,7 @@ def features(
     }
     path = write_tensors(
         folder / FILE,
-        {name: torch.tensor(value, dtype=torch.float32) for name, value in tensors.items()},
+        {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in tensors.items()},
         {"format": "fastadapter-logistic-regression-1", "pooling": pooling},
     )
     return {

@@ -61,7 +61,7 @@ class ModuleCopy(Masters):
         for holder in self.own.modules():
             for name in [name for name, each in holder._parameters.items() if id(each) in kept]:
                 del holder._parameters[name]
-                holder.register_buffer(name, torch.empty(0), persistent=False)
+                holder.register_buffer(name, torch.empty(0, device="cpu"), persistent=False)
         for parameter in self.own.parameters():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)

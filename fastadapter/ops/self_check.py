@@ -144,7 +144,10 @@ def compare(op: str, device: torch.device, dtype: torch.dtype, backend: str) -> 
 
 def _over_budget(value: Tensor, plain: Tensor, exact: Tensor) -> str:
     largest = exact.abs().max().item()
-    ulp = torch.finfo(value.dtype).eps * 2 ** torch.tensor(max(largest, 1e-30)).log2().floor().item()
+    ulp = (
+        torch.finfo(value.dtype).eps
+        * 2 ** torch.tensor(max(largest, 1e-30), device="cpu").log2().floor().item()
+    )
     allowed = 2 * (plain.double() - exact).abs().max().item() + FLOOR_ULP[value.dtype] * ulp
     error = (value.double() - exact).abs().max().item()
     return "" if error <= allowed else f"off by {error:.3g} where {allowed:.3g} is allowed"
@@ -163,7 +166,7 @@ class _Probe:
         generator = torch.Generator().manual_seed(0)
         drawn = {}
         for name, shape in self.shapes.items():
-            x = torch.randn(shape, generator=generator, dtype=torch.float64)
+            x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
             if name in ("gate", "base_lse"):
                 drawn[name] = (x.abs() + 0.2).to(device, torch.float32)
             elif name.endswith("_weight"):
@@ -195,7 +198,9 @@ class _Probe:
         if not self.grad:
             return {"output": out}
         generator = torch.Generator().manual_seed(1)
-        grad_out = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device, out.dtype)
+        grad_out = torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu").to(
+            out.device, out.dtype
+        )
         grads = torch.autograd.grad(out, list(leaves.values()), grad_out)
         return {"output": out.detach()} | {
             f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)

@@ -20,9 +20,9 @@ def cpu_rates(threads: int) -> tuple[float, float, float, str]:
     torch.set_num_threads(threads)
     try:
         rows, inner, outer = 512, 576, 1536
-        x, weight = torch.randn(rows, inner), torch.randn(outer, inner)
+        x, weight = torch.randn(rows, inner, device="cpu"), torch.randn(outer, inner, device="cpu")
         gflops = 2 * rows * inner * outer / _best(lambda: torch.nn.functional.linear(x, weight)) / 1e9
-        source = torch.randn(1 << 24)
+        source = torch.randn(1 << 24, device="cpu")
         target = torch.empty_like(source)
         gb_per_s = 2 * source.numel() * 4 / _best(lambda: target.copy_(source)) / 1e9
     finally:

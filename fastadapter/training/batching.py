@@ -100,20 +100,24 @@ def collate(
     ([[5, 6, 7], [8, 9, 0]], [0, 1, 3], [6, 7, 9], [0, 0, 1])
     """
     width = max(len(example.input_ids) for example in examples)
-    input_ids = torch.zeros(len(examples), width, dtype=torch.int64)
+    input_ids = torch.zeros(len(examples), width, dtype=torch.int64, device="cpu")
     lengths = [len(example.input_ids) for example in examples]
     positions: list[int] = []
     targets: list[int] = []
     rows: list[int] = []
     for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
-        input_ids[row, :length] = torch.tensor(example.input_ids)
+        input_ids[row, :length] = torch.tensor(example.input_ids, device="cpu")
         supervised = example.supervised
         positions += [row * width + at - 1 for at in supervised]
         targets += [example.input_ids[at] for at in supervised]
         rows += [row] * len(supervised)
-    moved = [input_ids, torch.tensor(positions, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64)]
+    moved = [
+        input_ids,
+        *(torch.tensor(each, dtype=torch.int64, device="cpu") for each in (positions, targets)),
+    ]
     if not causal and min(lengths) < width:
-        moved.append((torch.arange(width) < torch.tensor(lengths)[:, None]).long())
+        columns, ends = torch.arange(width, device="cpu"), torch.tensor(lengths, device="cpu")
+        moved.append((columns < ends[:, None]).long())
     input_ids, at, tokens, *mask = to_device(moved, device)
     return Batch(
         input_ids=input_ids,
@@ -121,7 +125,7 @@ def collate(
         position_ids=None,
         positions=at,
         targets=tokens,
-        rows=torch.tensor(rows, dtype=torch.int64),
+        rows=torch.tensor(rows, dtype=torch.int64, device="cpu"),
         num_examples=len(examples),
         places=tuple((row, 0, length) for row, length in enumerate(lengths)),
     )

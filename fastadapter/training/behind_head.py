@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapter.integrations.passes import choice
+from fastadapter.integrations.passes.order import put_first
 
 # Tokens of which the model itself makes logits, against which the copy is held.
 PROBE = 2
@@ -82,7 +83,7 @@ def watching(
 
     with ExitStack() as stack:
         # First in line: hooks of others (quantisation, device placement) then see what the head will see.
-        handles = [head.register_forward_pre_hook(select, prepend=True, with_kwargs=True)]
+        handles = [put_first(head, head.register_forward_pre_hook(select, with_kwargs=True))]
         owner = _owner(model, head)
         if most is not None and owner is not None:
             handles += [each.register_forward_hook(note) for each in _backbones(owner)]

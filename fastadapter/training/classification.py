@@ -70,7 +70,7 @@ class HeldOutTexts:
 
     def measure(self, table: Tensor) -> dict[str, Any]:
         """``loss``, the mean cross-entropy, and the metrics of classes."""
-        truth = torch.tensor([row.label for row in self.texts])
+        truth = torch.tensor([row.label for row in self.texts], device="cpu")
         loss = float(F.nll_loss(table, truth, reduction="sum")) / self.rows
         if not math.isfinite(loss):  # the caller says so; there is nothing to measure
             return {"loss": loss}
@@ -131,11 +131,11 @@ class ClassificationTask:
 
     def loss(self, model: nn.Module, rows: Sequence[int], device: torch.device) -> Tensor:
         chosen = [self.train[row] for row in rows]
-        (truth,) = to_device([torch.tensor([row.label for row in chosen])], device)
+        (truth,) = to_device([torch.tensor([row.label for row in chosen], device="cpu")], device)
         logits = self.logits(model, rows, device, self.layout.packed)
         weight = None
         if self.weights is not None:
-            (weight,) = to_device([torch.tensor(self.weights, dtype=logits.dtype)], device)
+            (weight,) = to_device([torch.tensor(self.weights, dtype=logits.dtype, device="cpu")], device)
         return F.cross_entropy(logits, truth, weight=weight, reduction="sum", label_smoothing=self.smoothing)
 
     def identity(self) -> dict[str, Any]:
@@ -301,10 +301,10 @@ def pad_token(model: Any, tokenizer: Any) -> int:
 def pad(texts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask``, int64 ``(batch, seq)``, padded on the right to the longest."""
     width = max(map(len, texts))
-    input_ids = torch.full((len(texts), width), pad_token_id, dtype=torch.int64)
+    input_ids = torch.full((len(texts), width), pad_token_id, dtype=torch.int64, device="cpu")
     mask = torch.zeros_like(input_ids)
     for number, ids in enumerate(texts):
-        input_ids[number, : len(ids)] = torch.tensor(ids)
+        input_ids[number, : len(ids)] = torch.tensor(ids, device="cpu")
         mask[number, : len(ids)] = 1
     input_ids, mask = to_device([input_ids, mask], device)
     return {"input_ids": input_ids, "attention_mask": mask}
@@ -372,7 +372,7 @@ def text_outputs(
     trunk: Trunk | None = None,
 ) -> Tensor:
     """What the head says, fp64 ``(texts, outputs)`` on the CPU, computed in eval mode, short texts first."""
-    found = torch.zeros(len(texts), outputs, dtype=torch.float64)
+    found = torch.zeros(len(texts), outputs, dtype=torch.float64, device="cpu")
     device = next(model.parameters()).device
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     training = model.training

@@ -47,11 +47,11 @@ class DataCollatorWithPacking:
                 starts.append(len(input_ids))
         if not input_ids:
             raise ValueError(f"features must hold a token, got none in {len(features)} examples")
-        ends = torch.tensor(starts, dtype=torch.int32)
+        ends = torch.tensor(starts, dtype=torch.int32, device="cpu")
         return {
-            "input_ids": torch.tensor([input_ids]),
-            "labels": torch.tensor([labels]),
-            "position_ids": torch.tensor([position_ids]),
+            "input_ids": torch.tensor([input_ids], device="cpu"),
+            "labels": torch.tensor([labels], device="cpu"),
+            "position_ids": torch.tensor([position_ids], device="cpu"),
             **sequence_arguments(ends, int(ends.diff().max())),
             "use_cache": False,
         }

@@ -62,7 +62,7 @@ class EvalData:
         the most likely one, any other if each of its completion's tokens is the most likely one given those before.
         Of labels also the metrics of classes, each as probable as its completion is among those of all labels.
         """
-        truth = torch.tensor(self.truth)
+        truth = torch.tensor(self.truth, device="cpu")
         right = zip(self.candidates, self.truth, strict=True)
         tokens = sum(row[index].num_supervised for row, index in right)
         if not self.labels:
@@ -162,12 +162,14 @@ def score_candidates(
     Every row has the same number of candidates.
     """
     if not candidates:
-        return torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool)
+        return torch.zeros(0, 0, dtype=torch.float64, device="cpu"), torch.zeros(
+            0, dtype=torch.bool, device="cpu"
+        )
     rows, width = len(candidates), len(candidates[0])
     device, causal = next(model.parameters()).device, looks_back_only(model)
     flat, shared = _to_score(candidates)
-    scores = torch.zeros(len(flat), width if shared else 1, dtype=torch.float64)
-    greedy = torch.zeros(len(flat), dtype=torch.bool)
+    scores = torch.zeros(len(flat), width if shared else 1, dtype=torch.float64, device="cpu")
+    greedy = torch.zeros(len(flat), dtype=torch.bool, device="cpu")
     order = sorted(range(len(flat)), key=lambda index: len(flat[index].input_ids))
     training = model.training
     model.eval()
@@ -191,10 +193,12 @@ def score_candidates(
                 greedy[chunk] = hit
             else:
                 # On the CPU: a scattered sum on a GPU would depend on the order in which its threads arrive.
-                likely = torch.zeros(len(chunk), dtype=torch.float64).index_add_(0, members, likely[:, 0])[
-                    :, None
-                ]
-                missed = torch.zeros(len(chunk), dtype=torch.int64).index_add_(0, members, (~hit).long())
+                likely = torch.zeros(len(chunk), dtype=torch.float64, device="cpu").index_add_(
+                    0, members, likely[:, 0]
+                )[:, None]
+                missed = torch.zeros(len(chunk), dtype=torch.int64, device="cpu").index_add_(
+                    0, members, (~hit).long()
+                )
                 greedy[chunk] = missed == 0
             scores[chunk] = likely
             if tick is not None:

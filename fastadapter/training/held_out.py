@@ -43,7 +43,7 @@ def measure(
     """The metrics of a model; every process predicts its share of the rows and gets the metrics of all."""
     processes = accelerator.num_processes if accelerator is not None else 1
     mine = range(accelerator.process_index if accelerator is not None else 0, held_out.rows, processes)
-    table = torch.zeros(held_out.rows, held_out.width, dtype=torch.float64)
+    table = torch.zeros(held_out.rows, held_out.width, dtype=torch.float64, device="cpu")
     if mine:
         table[list(mine)] = held_out.predict(model, mine, batch_size, tick)
     if processes > 1:

@@ -57,7 +57,7 @@ def pack(examples: Sequence[Encoded], device: torch.device | str = "cpu") -> Bat
         position_ids += range(len(example.input_ids))
         starts.append(len(input_ids))
     made = [
-        torch.tensor(each, dtype=torch.int64)
+        torch.tensor(each, dtype=torch.int64, device="cpu")
         for each in (input_ids, position_ids, positions, targets, starts)
     ]
     ids, places, at, tokens, offsets = to_device(made, device)
@@ -67,7 +67,7 @@ def pack(examples: Sequence[Encoded], device: torch.device | str = "cpu") -> Bat
         position_ids=places[None],
         positions=at,
         targets=tokens,
-        rows=torch.tensor(rows, dtype=torch.int64),
+        rows=torch.tensor(rows, dtype=torch.int64, device="cpu"),
         num_examples=len(examples),
         places=tuple((0, start, len(each.input_ids)) for start, each in zip(starts, examples, strict=False)),
         cu_seqlens=offsets.int(),
@@ -230,5 +230,5 @@ def packed_outputs(
         start + max((at for at, token in enumerate(ids) if token != pad_token_id), default=0)
         for (_, start, _), ids in zip(batch.places, texts, strict=True)
     ]
-    (at,) = to_device([torch.tensor(last)], device)
+    (at,) = to_device([torch.tensor(last, device="cpu")], device)
     return found[0][0].index_select(0, at)

@@ -55,7 +55,7 @@ class HeldOutNumbers:
 
     def measure(self, table: Tensor) -> dict[str, Any]:
         """``loss``, the mean squared error, and the metrics of numbers."""
-        truth = torch.tensor([row.label for row in self.texts], dtype=torch.float64)
+        truth = torch.tensor([row.label for row in self.texts], dtype=torch.float64, device="cpu")
         loss = float((table[:, 0] - truth).square().mean())
         if not math.isfinite(loss):  # the caller says so; there is nothing to measure
             return {"loss": loss}
@@ -119,7 +119,7 @@ class RegressionTask:
 
     def loss(self, model: nn.Module, rows: Sequence[int], device: torch.device) -> Tensor:
         found = self.numbers(model, rows, device, self.layout.packed)
-        truth_of = torch.tensor([self.train[row].label for row in rows], dtype=found.dtype)
+        truth_of = torch.tensor([self.train[row].label for row in rows], dtype=found.dtype, device="cpu")
         (truth,) = to_device([truth_of], device)
         return (found - truth).square().sum()
 

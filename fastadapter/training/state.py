@@ -123,7 +123,7 @@ def _write(
         tensors[f"adapter.{name}"] = parameter.detach().cpu()
         for moment in _MOMENTS if progress.step > progress.skipped else ():
             tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu()
-    tensors["losses"] = torch.tensor(progress.losses, dtype=torch.float64)
+    tensors["losses"] = torch.tensor(progress.losses, dtype=torch.float64, device="cpu")
     record = asdict(progress)
     del record["losses"]
     metadata = {
@@ -222,7 +222,7 @@ def load_state(
         if progress.step > progress.skipped:
             moments = {key: tensors[f"{key}.{name}"].to(parameter.device, copy=True) for key in _MOMENTS}
             optimizer.state[parameter] = {
-                "step": torch.tensor(float(progress.step - progress.skipped)),
+                "step": torch.tensor(float(progress.step - progress.skipped), device="cpu"),
                 **moments,
             }
     return progress
@@ -257,8 +257,8 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
     _, keys, position, has_deviate, spare = state
     numpy = [*keys.tolist(), position, has_deviate, _bits(spare)]
     states = {
-        "generator.python": torch.tensor(python, dtype=torch.int64),
-        "generator.numpy": torch.tensor(numpy, dtype=torch.int64),
+        "generator.python": torch.tensor(python, dtype=torch.int64, device="cpu"),
+        "generator.numpy": torch.tensor(numpy, dtype=torch.int64, device="cpu"),
         "generator.torch": torch.get_rng_state(),
     }
     if device.type in GPU_TYPES:

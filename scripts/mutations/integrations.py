@@ -99,7 +99,10 @@ INTEGRATIONS = [
             "and (compared is None or not compared.apart)",
             "and compared is None",
         ),
-        packed_rows_without_attention_dropout=("    if dropout or not is_plain", "    if not is_plain"),
+        packed_rows_without_attention_dropout=(
+            "    if dropout or not is_plain(options):",
+            "    if not is_plain(options):",
+        ),
     ),
     *of_file(
         "fastadapter/integrations/passes/attention.py",

@@ -257,10 +257,10 @@ def test_stored_comparisons_are_drawn_too(tmp_path, monkeypatch):
         table.rewrite("<!-- comparison: compare_three -->\n<!-- end -->", [])
 
     peft = [{"method": "soft-prompt", "learning_rate": 0.01, "seed": seed, "accuracy": 0.5 + seed / 10,
-             "fastadapter_accuracy": 0.8} for seed in (0, 1)]  # fmt: skip
+             "start": "text", "fastadapter_accuracy": 0.8} for seed in (0, 1)]  # fmt: skip
     (tmp_path / "compare_one" / "peft.json").write_text(json.dumps({"rows": peft}))
     beside = table.rewrite("<!-- comparison-peft: compare_one -->\n<!-- end -->", [])
-    assert "| soft-prompt | 0.01 | 0, 1 | 80.0 % (80.0 to 80.0) | 55.0 % (50.0 to 60.0) |" in beside
+    assert "| soft-prompt | text | 0.01 | 0, 1 | 80.0 % (80.0 to 80.0) | 55.0 % (50.0 to 60.0) |" in beside
 
 
 def test_process_restarts_once_with_the_allocator_that_timing_needs():

@@ -104,7 +104,7 @@ def test_a_sweep_takes_steps_and_seeds_and_goes_on(
 
 def test_peft_is_trained_on_the_records_of_a_comparison(compare, calls, script, tmp_path, capsys):
     methods = ("prefix-tuning", "soft-prompt", "llama-adapter")
-    assert compare(*methods, kind="llama", seeds="0", num_train_epochs=1) == 0
+    assert compare(*methods, kind="llama", seeds="0", num_train_epochs=1, template="w1\n{text}") == 0
     words = (tmp_path / "out", "--seeds", 0, "--threads", 1, "--out", tmp_path / "peft.json")
     script("compare_peft", *words, "--methods", *methods[:1])
     first = json.loads((tmp_path / "peft.json").read_text())["rows"]
@@ -118,8 +118,9 @@ def test_peft_is_trained_on_the_records_of_a_comparison(compare, calls, script, 
         gates = 2 * 3 if row["method"] == "llama-adapter" else 0
         assert row["trainable_parameters"] == mine["trainable_parameters"] - gates, row["method"]
         assert len(row["losses"]) == len(mine["losses"]) == 8 and row["losses"] != mine["losses"]
+        assert row["start"] == ("text" if row["method"] == "soft-prompt" else "random")
         assert 0 <= row["accuracy"] <= 1 and row["fastadapter_accuracy"] == mine["accuracy"]
-    printed = capsys.readouterr().out.rpartition("| method | PEFT's rate |")[2]
+    printed = capsys.readouterr().out.rpartition("| method | PEFT's start |")[2]
     for row in rows:
         figures = f"{100 * row['fastadapter_accuracy']:.1f} % | {100 * row['accuracy']:.1f} %"
-        assert f"| {row['method']} | {row['learning_rate']:g} | 0 | {figures} |" in printed
+        assert f"| {row['method']} | {row['start']} | {row['learning_rate']:g} | 0 | {figures} |" in printed

@@ -145,3 +145,17 @@ def test_nothing_is_kept_while_a_graph_is_recorded(monkeypatch):
     fa.set_active(model, "one")
     model(ids, use_cache=False)
     assert not any(each._kept for each in model.modules() if isinstance(each, host.Host))
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_hooks_stand_where_dynamo_counts_them(method):
+    """torch 2.11 looks a hook up by its place in the dictionary beneath the ordered one, and found another."""
+    model = adapted(method)
+    fa.attach(model, CONFIGS["soft-prompt"], "another")
+    fa.attach(model, CONFIGS["houlsby"], "third")
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            assert list(hooks) == list(dict.keys(hooks))
+    decoder = list(model.model._forward_pre_hooks.values())
+    names = [getattr(hook, "__name__", None) or hook.func.__name__ for hook in decoder]
+    assert names == ["_begin", "_count", "_enter"]

@@ -263,11 +263,27 @@ def test_a_gpu_takes_flash_attention_by_sequence_where_torch_has_it(monkeypatch)
     assert way(torch.bfloat16) == by_mask
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_on_a_gpu_flash_attention_is_given_the_offsets(window, monkeypatch):
+    """It was given them as something else, and a row's sequences saw each other; the reference stands in for it."""
+    monkeypatch.setattr(base_attention, "_flash_forward", base_attention._reference_forward)
+    query = torch.randn(1, 4, 21, 8)
+    key, value = torch.randn(2, 1, 2, 21, 8)
+    ends = torch.tensor([0, 9, 10, 14, 21], dtype=torch.int32)
+    found = base_attention.packed_attention(query, key, value, ends, window, None)
+    for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+        length = end - start
+        seen = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - (window or length))
+        parts = (x[:, :, start:end] for x in (query, key, value))
+        alone = torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=seen, enable_gqa=True)
+        torch.testing.assert_close(found[:, :, start:end], alone)
+
+
 def test_flash_attention_is_launched_for_the_longest_sequence_that_is_known():
     """Of offsets on a GPU the host knows nothing; what it was told holds until they are written to."""
     query = torch.zeros(1, 2, 21, 8)
     ends = torch.tensor([0, 9, 10, 14, 21], dtype=torch.int32)
-    options = Options(None, None, ends, 0.5, True, 0, 0.0)
+    options = Options(None, ends, None, 0.5, is_causal=True, window=0, softcap=0.0)
 
     def lengths():
         return base_attention._flash_call(query, query, options)[0][2:]

@@ -7,6 +7,7 @@ import torch
 import transformers as tf
 
 import fastadapter as fa
+from fastadapter.integrations.passes import soft_prompt_decoder
 from fastadapter.integrations.passes.soft_prompt_decoder import SoftPromptHost
 from tests.support.models import FAMILIES, build, token_ids
 
@@ -98,6 +99,59 @@ def test_logits_and_gradients_are_those_of_joined_embeddings(name):
     [gradient] = torch.autograd.grad((logits * weight).sum(), prompt)
     [wanted] = torch.autograd.grad((expected * weight).sum(), prompt)
     torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def waiting(monkeypatch):
+    """As on a GPU, which waits for Python."""
+    monkeypatch.setattr(soft_prompt_decoder, "WAITING_DEVICES", {"cpu"})
+
+
+def passes(model, **arguments):
+    """How often the first block runs."""
+    block = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))[0]
+    seen = []
+    handle = block.register_forward_hook(lambda *_: seen.append(1))
+    try:
+        return model(**arguments), len(seen)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("name", [name for name in DECODERS if name not in WINDOWED])
+def test_a_device_that_waits_for_python_trains_a_prompt_in_one_pass(name, waiting):
+    model, prompt = prompted(name)
+    ids = token_ids(length=12)
+    output, count = passes(model, input_ids=ids, use_cache=False)
+    expected = joined(model, prompt, ids)
+    assert count == 1 and output.logits.shape == expected.shape
+    torch.testing.assert_close(output.logits, expected, rtol=1e-5, atol=1e-6)
+    weight = torch.randn_like(expected)
+    [gradient] = torch.autograd.grad((output.logits * weight).sum(), prompt)
+    [wanted] = torch.autograd.grad((expected * weight).sum(), prompt)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_it_runs_a_prompt_apart_where_that_is_less_or_the_only_way(waiting, monkeypatch):
+    model, _ = prompted("llama")
+    ids = token_ids(length=12)
+    positions = torch.arange(12)[None].expand(2, -1)
+    for arguments in (
+        {"use_cache": True},
+        {"position_ids": positions},
+        {"attention_mask": torch.ones_like(ids)},
+    ):
+        _, count = passes(model, input_ids=ids, **{"use_cache": False, **arguments})
+        assert count == 2, arguments
+    assert passes(model, input_ids=ids)[1] == 2  # the model's own choice is a cache
+    model.config.use_cache = False
+    assert passes(model, input_ids=ids)[1] == 1
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    monkeypatch.setattr(soft_prompt_decoder, "OPERATIONS_OF_PYTHON", 4 * block * 2 * PROMPT)
+    assert passes(model, input_ids=ids)[1] == 2  # the rest of the model counts too
+    assert passes(model, input_ids=ids[:1])[1] == 1
+    with torch.no_grad():
+        assert passes(model, input_ids=ids[:1])[1] == 2
 
 
 @pytest.mark.parametrize("name", ["llama", *WINDOWED, *JOINED])

@@ -12,7 +12,7 @@ from fastadapter.ops.attention import Options
 from fastadapter.ops.backends import choose_backend
 from fastadapter.ops.base_attention import BASES, choose_base
 from tests.support.budget import assert_within_budget, assert_within_budget_of
-from tests.support.gated_prefix import device_of, on_device
+from tests.support.gated_prefix import device_of, on_device, where_kernels_run
 
 GATED, SHARED = "gated_prefix_attention", "prefix_attention"
 FEW = 128  # numbers that eager can get all right by luck
@@ -235,6 +235,7 @@ def saved(op, inputs, backend="auto"):
     return {name: x for name, x in named if x.shape != (0,)}  # not kept
 
 
+@where_kernels_run
 def eager(op, inputs, compute_dtype):
     """The reference formulas with every intermediate in ``compute_dtype``: fp64 for the truth, else plain PyTorch."""
     if compute_dtype == torch.float64:

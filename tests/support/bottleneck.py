@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from fastadapter import ops, reference
-from tests.support.gated_prefix import device_of, on_device
+from tests.support.gated_prefix import device_of, on_device, where_kernels_run
 
 PARAMETERS = ("down_weight", "up_weight", "down_bias", "up_bias")
 NORM = ("norm_weight", "norm_bias")
@@ -113,6 +113,7 @@ def run(inputs, backend="auto", *, frozen=(), **options):
     return {name: on_device(x, "cpu") for name, x in results.items() if x is not None}
 
 
+@where_kernels_run
 def eager(inputs, compute_dtype, *, activation="gelu", norm="none", norm_eps=1e-5, scale=1.0):
     """The reference formulas with every intermediate in ``compute_dtype``: fp64 for the truth, else plain PyTorch."""
     if compute_dtype == torch.float64:

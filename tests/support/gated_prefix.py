@@ -1,5 +1,6 @@
 """Inputs, runs and results of ``gated_prefix`` for tests, one shape record for all of them."""
 
+import functools
 from typing import NamedTuple
 
 import pytest
@@ -81,6 +82,25 @@ def device_of(backend):
 def on_device(x, device):
     """``x`` where the kernels run, laid out as it is."""
     return x if x is None or x.device.type == device else same_layout(x, device)
+
+
+def where_kernels_run(eager):
+    """Plain PyTorch is judged on the device whose kernels it judges: there its users would run it. fp64 stays here."""
+
+    @functools.wraps(eager)
+    def run(*args, **options):
+        *_, inputs, compute_dtype = args
+        device = "cpu" if compute_dtype == torch.float64 else device_of("triton")
+        if device == "cpu":
+            return eager(*args, **options)
+        ids = inputs.row_ids
+        moved = inputs.map(lambda x: on_device(x, device))
+        if ids is not None:
+            moved = moved._replace(row_ids=ids.to(device))
+        results = eager(*args[:-2], moved, compute_dtype, **options)
+        return {name: x if x is None else on_device(x, "cpu") for name, x in results.items()}
+
+    return run
 
 
 def same_layout(x, device):

@@ -46,7 +46,7 @@ def test_a_run_learns_and_writes_what_it_says(tmp_path, dtype):
     for name, parameter in fa.trainable_parameters(model):
         assert parameter.dtype == torch.float32 and parameter.grad is None
         assert not name.endswith("gate") or parameter.abs().min() > 0
-    assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
+    assert all(torch.equal(p.cpu(), base[name]) for name, p in model.named_parameters() if name in base)
 
     best = result.eval["best_epoch"]
     rank = [(epoch["eval_accuracy"], -epoch["eval_loss"]) for epoch in result.epochs]
@@ -98,7 +98,7 @@ def test_the_first_step_is_adamw_on_the_clipped_mean_loss(tmp_path):
     optimizer.step()
     assert result.losses == [pytest.approx((losses / tokens).item(), rel=1e-5)]
     for (name, got), want in zip(fa.trainable_parameters(model), parameters):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7, msg=name)
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-7, msg=name)
 
 
 def test_learning_rate_rises_and_falls():

@@ -42,6 +42,11 @@ CASES = [
 ABOVE = {"last-layers": 0, "last-blocks": 1, "parallel": 1}
 
 
+def any_size_pays(monkeypatch):
+    monkeypatch.setitem(worth._LEAST, "cpu", 0)
+    monkeypatch.setattr(worth, "_LEAST_ELSEWHERE", 0)
+
+
 @pytest.mark.parametrize("method, kind", CASES)
 def test_losses_are_those_of_whole_passes(tmp_path, method, kind):
     """Other shapes of batches round otherwise; nothing else may differ."""
@@ -149,7 +154,7 @@ def test_what_is_not_exact_is_refused_by_name(tmp_path, monkeypatch, capsys, kin
     with pytest.raises(UserError, match=f"trunk_cache: .*{why}"):
         run(tmp_path / "out", tmp_path / "cache", kind=kind, model=fresh(), **options)
     assert not (tmp_path / "cache").exists() and not (tmp_path / "out" / STATE).exists()
-    monkeypatch.setitem(worth._LEAST, "cpu", 0)
+    any_size_pays(monkeypatch)
     cache = TrunkCache(tmp_path / "cache", required=False)
     capsys.readouterr()
     done = run(tmp_path / "out", cache, kind=kind, model=fresh(), progress=True, **options)
@@ -178,7 +183,7 @@ def test_all_parameters_trained_is_refused(tmp_path):
 
 def test_blocks_that_hand_each_other_more_are_found_out(tmp_path, monkeypatch, capsys):
     """What the first block leaves for the last, as shared keys and values, is not in its hidden states."""
-    monkeypatch.setitem(worth._LEAST, "cpu", 0)
+    any_size_pays(monkeypatch)
 
     def fresh():
         model = make()
@@ -209,7 +214,7 @@ def test_a_run_too_small_goes_without_a_word(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FASTADAPTER_CACHE", str(tmp_path / "cache"))
     assert run(tmp_path / "a", None, progress=True).trunk_cache is None
     assert "trunk" not in capsys.readouterr().err and not (tmp_path / "cache").exists()
-    monkeypatch.setitem(worth._LEAST, "cpu", 0)
+    any_size_pays(monkeypatch)
     done = run(tmp_path / "b", None)
     assert (tmp_path / "cache" / "trunks" / done.trunk_cache["trunk"]).is_dir()
     one = {"num_train_epochs": 1, "held_out": 0}

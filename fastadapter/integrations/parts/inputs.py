@@ -54,7 +54,7 @@ def _tokens(model: nn.Module, config: Any) -> dict[str, Tensor]:
     generates = getattr(model, "can_generate", lambda: False)()
     rows = 2 if generates or config.is_encoder_decoder or text.pad_token_id is not None else 1
     # Above the low ids, where special tokens such as padding and end of text live.
-    ids = torch.randint(min(10, text.vocab_size - 1), text.vocab_size, (rows, _LENGTH))
+    ids = torch.randint(min(10, text.vocab_size - 1), text.vocab_size, (rows, _LENGTH), device="cpu")
     if config.is_encoder_decoder and isinstance(text.eos_token_id, int) and not generates:
         ids[ids == text.eos_token_id] = 0
         ids[:, -1] = text.eos_token_id  # the one token that its classifiers read at
@@ -72,7 +72,7 @@ def _pixels(model: nn.Module, config: Any) -> dict[str, Tensor]:
     size = vision.image_size
     height, width = (size, size) if isinstance(size, int) else size
     frames = [vision.num_frames] if hasattr(vision, "num_frames") else []
-    pixels = torch.randn(2, *frames, getattr(vision, "num_channels", 3), height, width)
+    pixels = torch.randn(2, *frames, getattr(vision, "num_channels", 3), height, width, device="cpu")
     return {"pixel_values": pixels.to(_dtype(model))}
 
 
@@ -81,11 +81,11 @@ def _features(model: nn.Module, config: Any) -> dict[str, Tensor]:
         shape: tuple[int, ...] = (2, 8 * _LENGTH, config.feature_projection_input_dim)
     else:  # Whisper's, of one fixed length
         shape = (2, config.num_mel_bins, 2 * config.max_source_positions)
-    features = {"input_features": torch.randn(shape).to(_dtype(model))}
+    features = {"input_features": torch.randn(shape, device="cpu").to(_dtype(model))}
     if not config.is_encoder_decoder:
         return features
     return features | _decoder_tokens(
-        config, torch.randint(config.vocab_size // 2, config.vocab_size, (2, _LENGTH))
+        config, torch.randint(config.vocab_size // 2, config.vocab_size, (2, _LENGTH), device="cpu")
     )
 
 
@@ -94,7 +94,7 @@ def _sound(model: nn.Module, config: Any) -> dict[str, Tensor]:
         shape: tuple[int, ...] = (2, 4 * _LENGTH * config.inputs_to_logits_ratio)
     else:  # a spectrogram
         shape = (2, config.max_length, config.num_mel_bins)
-    return {"input_values": torch.randn(shape).to(_dtype(model))}
+    return {"input_values": torch.randn(shape, device="cpu").to(_dtype(model))}
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

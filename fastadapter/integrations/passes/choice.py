@@ -247,7 +247,7 @@ class State:
         found = self._tensors.get(key)
         if found is not None:
             return found
-        found = torch.tensor(values, dtype=dtype)
+        found = torch.tensor(values, dtype=dtype, device="cpu")
         if torch.compiler.is_compiling():
             return found.to(device)
         if not may_keep(device):

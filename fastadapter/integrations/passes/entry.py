@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from fastadapter.integrations.passes import choice, positions
 from fastadapter.integrations.passes.choice import Pass, State, may_keep
 from fastadapter.integrations.passes.host import Host
+from fastadapter.integrations.passes.order import put_first
 
 # Attributes of modules that hold a function which runs them, or their layers, again in backward.
 CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
@@ -39,7 +40,7 @@ def install(module: nn.Module, state: State) -> list[RemovableHandle]:
     module.__dict__[_STATE] = state
     return [
         *positions.hooks(module, state),
-        module.register_forward_pre_hook(_begin, prepend=True),
+        put_first(module, module.register_forward_pre_hook(_begin)),
         # also after an error, so that nobody waits for a pass that failed
         module.register_forward_hook(_end, always_call=True),
     ]

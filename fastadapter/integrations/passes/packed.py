@@ -78,11 +78,9 @@ def sequences_in(
     if base != "sdpa" or compared is None or not compared.same:
         return None
     dropout = (options.get("dropout") or 0.0) if attention.training else 0.0
-    if (
-        dropout
-        or not is_plain(options)
-        or reason_for_mask(query.device, attention_dtype(value), query.shape[3])
-    ):
+    if dropout or not is_plain(options):
+        return None
+    if reason_for_mask(query.device, attention_dtype(value), query.shape[3]) is not None:
         return None
     one_row = query.shape[0] == 1 and query.shape[2] == key.shape[2]
     return Sequences(cu_seqlens, window) if one_row and key.shape[3] == value.shape[3] else None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.passes.choice import State
+from fastadapter.integrations.passes.order import put_first
 from fastadapter.integrations.passes.prefix import PrefixHost
 from fastadapter.integrations.passes.soft_prompt import PromptHost
 from fastadapter.nn import GatedPrefix
@@ -28,7 +29,7 @@ def hooks(model: nn.Module, state: State) -> list[RemovableHandle]:
     if not rotary or not names or not _NEEDED <= set(names):
         return []
     hook = functools.partial(_count, state, names)
-    return [model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)]
+    return [put_first(model, model.register_forward_pre_hook(hook, with_kwargs=True))]
 
 
 def _count(

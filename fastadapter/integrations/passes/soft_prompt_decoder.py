@@ -6,7 +6,8 @@ positions instead of ``batch * prompt_len``, with caches, masks and logits as th
 attach that it is the same.
 
 Joined: the model itself runs the joined embeddings, and its cache holds the prompt. For layers that carry a state from
-token to token, windows, rotary factors that depend on the length, and parameters that are sharded.
+token to token, windows, rotary factors that depend on the length, and parameters that are sharded. And for training
+steps on a GPU in which the prompts of all rows take less time than Python needs for a pass of its own.
 
 With rotary embeddings the prompt stands at the positions before 0; a model with learned positions gets the prompt at 0
 and the text behind it.
@@ -24,12 +25,19 @@ from torch.utils.hooks import RemovableHandle
 from fastadapter.integrations.passes.attention import PROMPTS
 from fastadapter.integrations.passes.choice import State, left_behind
 from fastadapter.integrations.passes.dtypes import autocast_dtype
+from fastadapter.integrations.passes.packed import PACKED
 from fastadapter.integrations.passes.prefix import PromptRun
 from fastadapter.integrations.passes.soft_prompt import Joined, PromptHost, cut_off, joined_mask, wants_tuple
 from fastadapter.integrations.passes.training import evaluating
 from fastadapter.nn import SoftPrompt
 
 _CACHES = ("cache", "past_key_values")
+# Arguments that say where a row's tokens stand.
+_PLACES = ("attention_mask", "position_ids", "cu_seq_lens_q", PACKED)
+# Devices that wait for Python in a pass of a prompt alone, and that pass in operations a block: forward and backward
+# cost Python a millisecond and more, in which a current card does so many.
+WAITING_DEVICES = {"cuda"}
+OPERATIONS_OF_PYTHON = 4e11
 # On a cache: the prompts that stand in front of its rows, so that they are not taken for text, or for others.
 _MARK = "fa_prompts_in_front"
 
@@ -47,6 +55,7 @@ class SoftPromptHost(PromptHost):
         self.learned_positions = learned_positions
         self.apart = apart
         self._parameters_of_forward: tuple[str, ...] = ()
+        self._block_size: float | None = None
 
     def hooks(self, module: nn.Module) -> list[RemovableHandle]:
         self._parameters_of_forward = tuple(inspect.signature(module.forward).parameters)
@@ -70,7 +79,8 @@ class SoftPromptHost(PromptHost):
         lengths = self.lengths(batch)
         cache = next((arguments[name] for name in _CACHES if arguments.get(name) is not None), None)
         self._check_lengths(q_len, arguments.get("position_ids"))
-        if self.apart and not getattr(decoder, "_is_fsdp_managed_module", False):
+        beside = self.apart and not getattr(decoder, "_is_fsdp_managed_module", False)
+        if beside and not self._is_quicker_joined(decoder, batch, lengths, cache, inputs.device, arguments):
             return args, self._beside(decoder, batch, q_len, lengths, cache, inputs.device, kwargs)
         start = 0 if cache is None else int(cache.get_seq_length())
         if start == 0:
@@ -100,6 +110,40 @@ class SoftPromptHost(PromptHost):
                 f"position_ids behind a soft prompt of {longest} reach {last}, the model has positions below "
                 f"{self.context}"
             )
+
+    def _is_quicker_joined(
+        self,
+        decoder: Any,
+        batch: int,
+        lengths: tuple[int, ...],
+        cache: Any,
+        device: torch.device,
+        arguments: dict[str, Any],
+    ) -> bool:
+        """Whether a step that trains a prompt takes less time with the prompt in front of every row.
+
+        Only where nothing says where the text's tokens stand, and where the cache, which would hold the prompts, is
+        not asked for.
+        """
+        if device.type not in WAITING_DEVICES or not torch.is_grad_enabled() or cache is not None:
+            return False
+        if not any(self.adapter(name).prompt.requires_grad for name in self.acting()):
+            return False
+        use_cache = arguments.get("use_cache")
+        if getattr(decoder.config, "use_cache", True) if use_cache is None else use_cache:
+            return False
+        if any(arguments.get(name) is not None for name in _PLACES):
+            return False
+        # four operations a parameter and token: forward, and backward to the input
+        operations = 4 * self._parameters_of_block(decoder) * batch * max(lengths)
+        return operations < OPERATIONS_OF_PYTHON
+
+    def _parameters_of_block(self, decoder: Any) -> float:
+        if self._block_size is None:
+            words = decoder.get_input_embeddings().weight.numel()
+            every = sum(parameter.numel() for parameter in decoder.parameters())
+            self._block_size = (every - words) / max(1, decoder.config.num_hidden_layers)
+        return self._block_size
 
     # apart
 
@@ -313,7 +357,7 @@ def difference(decoder: Any, name: str) -> tuple[float, float]:
     width = prompt.shape[1]
     length = max(1, min(6, (host.context or 64) - width - 2))
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(embeddings.weight.shape[0], (2, length), generator=generator).to(device)
+    ids = torch.randint(embeddings.weight.shape[0], (2, length), generator=generator, device="cpu").to(device)
     padded = {
         "input_ids": nn.functional.pad(ids, (2, 0)),
         "attention_mask": nn.functional.pad(torch.ones_like(ids), (2, 0)),

@@ -319,9 +319,9 @@ def _first_prompt(
     weight: Any = embeddings.weight
     if config.init_text is not None:
         ids, _ = text_tokens(tokenizer, config.init_text, config.prompt_len, weight.shape[0], begins)
-        tokens = torch.tensor(ids[: config.prompt_len])
+        tokens = torch.tensor(ids[: config.prompt_len], device="cpu")
     else:
-        tokens = torch.randint(weight.shape[0], (config.prompt_len,))
+        tokens = torch.randint(weight.shape[0], (config.prompt_len,), device="cpu")
     with torch.no_grad():
         drawn = embeddings(tokens.to(discovery.device_of(embeddings))).float()
         if config.init == "random":
@@ -338,7 +338,11 @@ def _first_image_prompt(encoder: Any, config: SoftPromptConfig) -> Tensor:
         )
     weight = encoder.embeddings.patch_embeddings.projection.weight  # (hidden_size, channels, height, width)
     bound = (6 / (weight[0].numel() + weight.shape[0])) ** 0.5
-    return torch.empty(config.prompt_len, weight.shape[0]).uniform_(-bound, bound).to(weight.device)
+    return (
+        torch.empty(config.prompt_len, weight.shape[0], device="cpu")
+        .uniform_(-bound, bound)
+        .to(weight.device)
+    )
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -370,7 +374,7 @@ def _try_projection(
     device = discovery.device_of(module)
     # Drawn, not zeros, and more than one: with equal rows a wrong projection could pass for the right one.
     shape = (1, max(2, prefix_len), input_size(module, path))
-    rows = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
     try:
         with torch.no_grad(), linear_as_in_training(module):
             projection, found = find_projection(

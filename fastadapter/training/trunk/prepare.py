@@ -261,7 +261,7 @@ class Builder:
                 inputs = self.task.inputs([sequences[index] for index in chunk], self.device)
                 states = point.states(functools.partial(base, **inputs, **options)).to("cpu", dtype)
                 if found is None:
-                    found = torch.empty(starts[-1], states.shape[-1], dtype=dtype)
+                    found = torch.empty(starts[-1], states.shape[-1], dtype=dtype, device="cpu")
                 for row, index in enumerate(chunk):
                     found[starts[index] : starts[index + 1]] = states[row, : len(sequences[index])]
         assert found is not None
