@@ -106,8 +106,8 @@ def _bottleneck_below_kernel(
         tl.store(grad_up_ptr + offs, du, mask=mask_u)
         if ONES:
             mask_c = offs < UP_SIZE // SIZE
-            total = tl.load(product_ptr + offs * WIDTH + SIZE, mask=mask_c, other=0.0).to(tl.float32)
-            tl.store(grad_up_bias_ptr + offs, (total * scale).to(dtype), mask=mask_c)
+            summed = tl.load(product_ptr + offs * WIDTH + SIZE, mask=mask_c, other=0.0).to(tl.float32)
+            tl.store(grad_up_bias_ptr + offs, (summed * scale).to(dtype), mask=mask_c)
     reached = tl.max(tl.load(reached_ptr + tl.arange(0, PARTS)), axis=0)
     if pid < (SIZE + BLOCK_R - 1) // BLOCK_R:
         offs_r = pid * BLOCK_R + tl.arange(0, BLOCK_R)

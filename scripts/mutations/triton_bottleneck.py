@@ -27,7 +27,7 @@ BOTTLENECK = [
             "    if PARTS < 0:\n",
             tests_named("zero_up_projection"),
         ),
-        gradient_of_the_up_bias_not_scaled=("(total * scale).to(dtype)", "total.to(dtype)"),
+        gradient_of_the_up_bias_not_scaled=("(summed * scale).to(dtype)", "summed.to(dtype)"),
         gradient_of_the_up_projection_shifted=("* WIDTH + offs % SIZE", "* WIDTH + (offs + 1) % SIZE"),
         nothing_below_is_not_zero=("if reached == 0:", "if reached < 0:", tests_named("zero_up_projection")),
         one_part_of_the_up_projection_is_looked_at=(
