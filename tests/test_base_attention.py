@@ -21,8 +21,8 @@ def operands(shape, dtype=torch.bfloat16):
 
 def ask_again():
     """What a device can do is asked once."""
-    base_attention._capability.cache_clear()
-    base_attention._cudnn_lack.cache_clear()
+    base_attention._asked_capability.cache_clear()
+    base_attention._asked_cudnn.cache_clear()
 
 
 @pytest.fixture
@@ -90,6 +90,19 @@ def test_dtypes_and_machines_are_limits(hopper, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90000)
     ask_again()
     assert "it needs cuDNN 9.1" in BASES["cudnn"].limit(*operands(Shape()))
+
+
+def test_what_a_device_can_do_breaks_no_graph(hopper, monkeypatch):
+    """On a card a step with a prefix was no single graph: torch.compile does not look into these."""
+    asked = torch.compiler.disable(lambda *device: 91000)
+    monkeypatch.setattr(torch.backends.cudnn, "version", asked)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", torch.compiler.disable(lambda device: (9, 0)))
+
+    def fn(x):
+        able = base_attention._cudnn_lack(x.device) is None and base_attention._capability(x.device) == 9
+        return x + 1 if able else x
+
+    assert torch.compile(fn, fullgraph=True, backend="eager")(torch.zeros(2)).tolist() == [1, 1]
 
 
 def test_the_first_that_can_is_chosen_with_the_reasons_of_the_others():

@@ -137,13 +137,24 @@ def _gpu_limit(query: Tensor, key: Tensor, options: Options, largest: int) -> st
     return _empty_limit(query, key)
 
 
-@functools.cache
+# A graph of torch.compile takes what a device can do as it is: asking breaks it.
+@torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> int:
+    return _asked_capability(device)
+
+
+@torch.compiler.assume_constant_result
+def _cudnn_lack(device: torch.device) -> str | None:
+    return _asked_cudnn(device)
+
+
+@functools.cache
+def _asked_capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
 
 @functools.cache
-def _cudnn_lack(device: torch.device) -> str | None:
+def _asked_cudnn(device: torch.device) -> str | None:
     if not torch.backends.cudnn.is_available() or torch.backends.cudnn.version() < 90100:
         return "it needs cuDNN 9.1"
     return "slower than flash attention before sm_90" if _capability(device) < 9 else None

@@ -104,7 +104,7 @@ def test_logits_and_gradients_are_those_of_joined_embeddings(name):
 @pytest.fixture
 def waiting(monkeypatch):
     """As on a GPU, which waits for Python."""
-    monkeypatch.setattr(soft_prompt_decoder, "WAITING_DEVICES", {"cpu"})
+    monkeypatch.setattr(soft_prompt_decoder, "WAITING_DEVICES", {"cpu", "cuda"})
 
 
 def passes(model, **arguments):
