@@ -25,7 +25,7 @@ from tests.support.attention import (
     run,
 )
 from tests.support.budget import assert_within_budget, same_bits
-from tests.support.gated_prefix import device_of
+from tests.support.gated_prefix import device_of, on_device
 
 NAMES = OPERANDS[SHARED]
 on_every_backend = pytest.mark.parametrize("backend", backends_of(SHARED))
@@ -43,13 +43,14 @@ def test_equals_attention_over_concatenated_keys(backend, mask):
     actual = run(SHARED, inputs, backend)
 
     def concatenated(dtype):
-        given = inputs.cast(dtype)
+        device = "cpu" if dtype == torch.float64 else device_of(backend)
+        given = inputs.cast(dtype).map(lambda x: on_device(x, device))
         leaves = [x.detach().clone().requires_grad_() for x in given.operands(SHARED)]
         query, key, value, prefix_key, prefix_value = leaves
         batch, heads, q_len, kv_len, prefix_len = *query.shape[:3], key.shape[2], prefix_key.shape[2]
         visible = given.attn_mask
         if visible is None:
-            visible = torch.ones(q_len, kv_len, dtype=torch.bool)
+            visible = torch.ones(q_len, kv_len, dtype=torch.bool, device=device)
             visible = visible.tril() if mask == "causal" else visible
         shown = visible.new_ones if visible.dtype == torch.bool else visible.new_zeros
         visible = visible.expand(batch, heads, q_len, kv_len)
@@ -58,7 +59,7 @@ def test_equals_attention_over_concatenated_keys(backend, mask):
         values = torch.cat([prefix_value.expand(batch, -1, -1, -1), value], dim=2)
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, enable_gqa=True)
         out.backward(given.grad_out)
-        return {"out": out.detach(), **{name: x.grad for name, x in zip(NAMES, leaves)}}
+        return {"out": out.detach().cpu(), **{name: x.grad.cpu() for name, x in zip(NAMES, leaves)}}
 
     single, exact = concatenated(torch.float32), concatenated(torch.float64)
     for name in ("out", *NAMES):
