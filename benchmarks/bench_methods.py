@@ -267,5 +267,5 @@ def generate_1b(settings: Settings, meter: Meter | None = None) -> Iterator[list
     """The same on Llama-3.2-1B's shape, where a token takes longer than what Python adds to it."""
     dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
     shape = None if settings.quick else models.LLAMA_1B
-    for case in generate_cases(settings, dtype, 4 if settings.quick else 16, shape):
+    for case in generate_cases(settings, dtype, 4 if settings.quick else 8, shape):
         yield runner.measure(dataclasses.replace(case, entry="generate-1b"), settings, meter)
