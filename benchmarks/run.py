@@ -114,6 +114,7 @@ def entries() -> dict[str, Callable[[runner.Settings], Any]]:
         "bottleneck": bench_bottleneck.entry,
         "roofline": roofline.entry,
         "training-step": bench_llama_adapter.training_step,
+        "training-step-bf16": bench_llama_adapter.training_step_bf16,
         "method-step": bench_methods.method_step,
         "step-stack": stack.entry,
         "prefix-length": bench_scaling.prefix_length,
