@@ -130,6 +130,8 @@ def entries() -> dict[str, Callable[[runner.Settings], Any]]:
 
 def watched(parts: Any, watch: Callable[[], Any]) -> Any:
     """``parts``, the rows of each with the marks of what else the machine did while they were measured."""
+    from . import quiet
+
     parts = iter(parts)
     while True:
         looking = watch()
@@ -139,6 +141,8 @@ def watched(parts: Any, watch: Callable[[], Any]) -> Any:
         marks = looking.marks()
         for row in part:
             row.extra.update(marks)
+            if row.unit == "MiB":  # memory is no matter of who else is at work
+                row.extra.pop(quiet.MARK, None)
         yield part
 
 
