@@ -83,6 +83,11 @@ def rows_of(bench: Bench, case: Case, settings: Settings) -> Rows:
 def measured(bench: Bench, case: Case, settings: Settings) -> Rows:
     """Time of a case's variants, then their peak memory above what is allocated between steps."""
     yield from rows_of(bench, case, settings)
+    yield from peak_memory(bench, case, settings)
+
+
+def peak_memory(bench: Bench, case: Case, settings: Settings) -> Rows:
+    """Peak of each variant above what is allocated between steps."""
     if bench.warm:
         return
     peaks = {variant.name: [peak_mib(bench, variant)] for variant in case.variants}

@@ -21,7 +21,7 @@ from fastadapter.training import loss as training_loss
 from fastadapter.training.loss import IGNORED
 
 from . import models
-from .gpu_models import dtype_of, measured, settings_of, shape_of
+from .gpu_models import dtype_of, measured, peak_memory, rows_of, settings_of, shape_of
 from .gpu_tools import Bench
 from .rows import Row
 from .runner import Case, Variant
@@ -120,7 +120,7 @@ def llama_adapter(bench: Bench, entry: str, shape: Mapping[str, Any], count: int
     steps: dict[str, tuple[nn.Module, Callable[[nn.Module], Tensor], bool]] = {
         "frozen model, packed": (frozen, lambda each: backward_of(each, whole, items), True),
         "fastadapter, packed": (ours, lambda each: backward_of(each, whole, items), True),
-        "fastadapter, packed under a mask": (ours, lambda each: backward_of(each, under_mask, items), True),
+        "(fastadapter, packed under a mask)": (ours, lambda each: backward_of(each, under_mask, items), True),
         "fastadapter, padded": (ours, lambda each: backward_of(each, rows, items), True),
         f"PEFT, padded, {PEFT_RECORDS} at a time": (peft, lambda each: peft_step(each, parts, items), False),
     }  # fmt: skip
@@ -134,13 +134,16 @@ def llama_adapter(bench: Bench, entry: str, shape: Mapping[str, Any], count: int
             clear(each)
             return result
 
-        variants.append(Variant(name, run, backend="triton" if name.startswith("fastadapter") else ""))
+        variants.append(Variant(name, run, backend="triton" if "fastadapter" in name else ""))
     widest = rows["input_ids"].shape[1]
     what = f"top {layers} of {total} layers, {len(features)} records, {tokens} tokens, longest {widest}"
     case = Case(
         entry, what, "frozen model, packed", variants, dtype_of(bench), "tokens/s", tokens=tokens, warmup=1
     )
-    yield from measured(bench, case, settings)
+    yield from rows_of(bench, case, settings)
+    # memory of as many records at a time only
+    alike = [variant for variant in variants if not variant.name.startswith("PEFT")]
+    yield from peak_memory(bench, dataclasses.replace(case, variants=alike), settings)
 
 
 def check(bench: Bench, entry: str, steps: Mapping[str, Any]) -> None:
@@ -151,7 +154,7 @@ def check(bench: Bench, entry: str, steps: Mapping[str, Any]) -> None:
             continue
         with attending_packed() if hooked else models.without_hook():
             losses[name] = step(model).item()
-        gradients[name] = gradients_of(model) if name.startswith("fastadapter") else None
+        gradients[name] = gradients_of(model) if "fastadapter" in name else None
         clear(model)
     first = gradients["fastadapter, padded"]
     cosines = {

@@ -14,7 +14,18 @@ from torch.autograd import gradcheck
 
 from fastadapter import ops
 from fastadapter.ops.bottleneck import ACTIVATIONS
-from tests.support.bottleneck import GRADS, NORM, PARAMETERS, Inputs, Shape, call, eager, make_inputs, run
+from tests.support.bottleneck import (
+    GRADS,
+    NORM,
+    PARAMETERS,
+    Inputs,
+    Shape,
+    call,
+    eager,
+    make_inputs,
+    others,
+    run,
+)
 from tests.support.budget import assert_within_budget, assert_within_budget_of, same_bits
 from tests.support.gated_prefix import CPP, device_of, needs_extension
 
@@ -52,14 +63,6 @@ def assert_results_within_budget(inputs, backend, dtype, **options):
         else:  # products of a library, which sums in another order than eager's call of it
             assert_within_budget_of(lambda name=name: others(inputs, dtype, name, options), *parts, name)
     return actual
-
-
-def others(inputs, dtype, name, options):
-    """What eager makes of inputs like these, and what would be right."""
-    for seed in range(3):
-        torch.manual_seed(seed)
-        like = inputs.map(lambda x: torch.randn_like(x) * x.float().std())
-        yield eager(like, dtype, **options)[name], eager(like, torch.float64, **options)[name]
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

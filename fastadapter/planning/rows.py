@@ -379,6 +379,9 @@ def _recipe(
 def _comparison(path: Path, folder: Path) -> Iterator[Measured | Unplanned]:
     result = json.loads(path.read_text(encoding="utf-8"))
     source = str(path.relative_to(folder).parent)
+    if reason := result.get("not_defined"):
+        yield Unplanned(source, result["method"], reason)
+        return
     what = f"{result['method']}, {result['train_rows']:,} reviews, {result['threads']} thread"
     model = path.relative_to(folder).parts[0].removeprefix("compare_")
     training = json.loads((path.parent / "job.json").read_text(encoding="utf-8"))["training"]
