@@ -20,13 +20,12 @@ from tests.support.bottleneck import (
     PARAMETERS,
     Inputs,
     Shape,
+    assert_results_within_budget,
     call,
-    eager,
     make_inputs,
-    others,
     run,
-)
-from tests.support.budget import assert_within_budget, assert_within_budget_of, same_bits
+)  # fmt: skip
+from tests.support.budget import same_bits
 from tests.support.gated_prefix import CPP, device_of, needs_extension
 
 BACKENDS = ["reference", CPP, "triton"]
@@ -50,19 +49,6 @@ CASES = [
     for backend in ("reference", "cpp", "triton")
     for dtype in dtypes_of(backend)
 ]
-
-
-def assert_results_within_budget(inputs, backend, dtype, **options):
-    actual = run(inputs, backend, **options)
-    plain_result, exact = eager(inputs, dtype, **options), eager(inputs, torch.float64, **options)
-    assert actual.keys() == exact.keys()
-    for name in actual:
-        parts = (actual[name], plain_result[name], exact[name])
-        if device_of(backend) == "cpu":
-            assert_within_budget(*parts, name)
-        else:  # products of a library, which sums in another order than eager's call of it
-            assert_within_budget_of(lambda name=name: others(inputs, dtype, name, options), *parts, name)
-    return actual
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

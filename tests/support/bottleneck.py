@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from fastadapter import ops, reference
+from tests.support.budget import assert_within_budget, assert_within_budget_of
 from tests.support.gated_prefix import device_of, on_device, where_kernels_run
 
 PARAMETERS = ("down_weight", "up_weight", "down_bias", "up_bias")
@@ -169,3 +170,16 @@ def others(inputs, dtype, name, options):
         torch.manual_seed(seed)
         like = inputs.map(lambda x: torch.randn_like(x) * x.float().std())
         yield eager(like, dtype, **options)[name], eager(like, torch.float64, **options)[name]
+
+
+def assert_results_within_budget(inputs, backend, dtype, **options):
+    actual = run(inputs, backend, **options)
+    plain_result, exact = eager(inputs, dtype, **options), eager(inputs, torch.float64, **options)
+    assert actual.keys() == exact.keys()
+    for name in actual:
+        parts = (actual[name], plain_result[name], exact[name])
+        if device_of(backend) == "cpu":
+            assert_within_budget(*parts, name)
+        else:  # products of a library, which sums in another order than eager's call of it
+            assert_within_budget_of(lambda name=name: others(inputs, dtype, name, options), *parts, name)
+    return actual
