@@ -137,15 +137,18 @@ def _gpu_limit(query: Tensor, key: Tensor, options: Options, largest: int) -> st
     return _empty_limit(query, key)
 
 
-# A graph of torch.compile takes what a device can do as it is: asking breaks it.
-@torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> int:
     return _asked_capability(device)
 
 
-@torch.compiler.assume_constant_result
 def _cudnn_lack(device: torch.device) -> str | None:
     return _asked_cudnn(device)
+
+
+# A graph of torch.compile takes what a device can do as it is: asking breaks it. The mark of
+# torch.compiler.assume_constant_result, which imports all of torch._dynamo to set it.
+for _constant in (_capability, _cudnn_lack):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -51,7 +51,8 @@ class Waits(TorchDispatchMode):
             return plain_to(tensor, *args, **kwargs)
 
         def make(*args, **kwargs):
-            if "device" in kwargs:
+            # by its name the CPU is meant, whatever the run's device is
+            if kwargs.get("device", "cpu") != "cpu":
                 self.note("a copy with torch.tensor()")
             return plain_tensor(*args, **kwargs)
 
