@@ -8,6 +8,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import fastadapter as fa
+from fastadapter.integrations.passes import soft_prompt_decoder
 from tests.support.models import set_gates, token_ids
 
 SIZES = {
@@ -159,3 +160,14 @@ def test_hooks_stand_where_dynamo_counts_them(method):
     decoder = list(model.model._forward_pre_hooks.values())
     names = [getattr(hook, "__name__", None) or hook.func.__name__ for hook in decoder]
     assert names == ["_begin", "_count", "_enter"]
+
+
+def test_a_compiled_step_with_a_soft_prompt_is_one_graph_where_python_is_waited_for(monkeypatch):
+    monkeypatch.setattr(soft_prompt_decoder, "WAITING_DEVICES", {"cpu", "cuda"})
+    model, ids = adapted("soft-prompt").train(), token_ids()
+    loss = torch.compile(model, fullgraph=True, backend="eager")(
+        input_ids=ids, labels=ids, use_cache=False
+    ).loss
+    torch.testing.assert_close(
+        loss, model(input_ids=ids, labels=ids, use_cache=False).loss, rtol=1e-5, atol=1e-6
+    )

@@ -127,6 +127,8 @@ class SoftPromptHost(PromptHost):
         """
         if device.type not in WAITING_DEVICES or not torch.is_grad_enabled() or cache is not None:
             return False
+        if torch.compiler.is_compiling():  # a graph does not wait for Python
+            return False
         if not any(self.adapter(name).prompt.requires_grad for name in self.acting()):
             return False
         use_cache = arguments.get("use_cache")
