@@ -3,9 +3,11 @@
 #include <string>
 #include <tuple>
 
+#include "activation_names.h"
 #include "bottleneck_kernel.h"
 #include "dispatch.h"
 #include "host.h"
+#include "prepared.h"
 
 namespace fastadapter {
 namespace {
@@ -56,16 +58,6 @@ View view_of(const char* name, const OptionalTensor& x, const std::vector<int64_
   return v;
 }
 
-Activation activation_of(const std::string& name) {
-  const char* names[] = {"relu", "gelu", "gelu_tanh", "silu", "tanh", "identity"};
-  for (int i = 0; i < 6; ++i) {
-    if (name == names[i]) return static_cast<Activation>(i);
-  }
-  STD_TORCH_CHECK(false, kOp,
-                  ": activation must be one of relu, gelu, gelu_tanh, silu, tanh, identity, got '", name,
-                  "'");
-}
-
 Norm norm_of(const std::string& name) {
   if (name == "none") return Norm::kNone;
   if (name == "layer_norm") return Norm::kLayer;
@@ -87,7 +79,7 @@ class Call {
   bool in_double;
 
   Call(const Operands& args, const std::string& activation, const std::string& norm, double norm_eps,
-       double scale)
+       double scale, bool repeated = false)
       : entries_(kOp, args.row_ids, batch_of(args.x), bank_of(args.down_weight)) {
     op.x = view_of("x", args.x, 3);
     op.q_len = args.x.size(1), op.hidden = args.x.size(2), op.size = args.down_weight.size(1);
@@ -105,7 +97,7 @@ class Call {
       STD_TORCH_CHECK(!like->data || like->dtype == op.down.dtype, kOp,
                       ": up_weight, down_bias and up_bias must have the dtype of down_weight");
     }
-    op.activation = activation_of(activation);
+    op.activation = activation_of(kOp, activation);
     op.norm = norm_of(norm);
     STD_TORCH_CHECK(op.norm != Norm::kNone || (!args.norm_weight && !args.norm_bias), kOp,
                     ": norm_weight and norm_bias must be None where norm is 'none'");
@@ -116,7 +108,7 @@ class Call {
     op.num_entries = entries_.size();
     op.entry_id = entries_.id.data(), op.batch_rows = entries_.rows.data(),
     op.entry_begin = entries_.begin.data();
-    split();
+    split(repeated);
   }
   Call(const Call&) = delete;
 
@@ -145,18 +137,22 @@ class Call {
   }
 
   void run(BottleneckKernels::Function function, int64_t items, int64_t work) const {
+    run(op, function, items, work);
+  }
+  void run(const Bottleneck& with, BottleneckKernels::Function function, int64_t items, int64_t work) const {
     if (items == 0) return;
-    const int64_t bytes = kernel.common.scratch_bytes(op);
+    const int64_t bytes = kernel.common.scratch_bytes(with);
     parallel(items, work, [&](int64_t begin, int64_t end) {
       const ThreadScratch scratch(bytes);
-      function(op, begin, end, scratch.get());
+      function(with, begin, end, scratch.get());
     });
   }
-  void keep() const {
+  void keep() const { keep(op); }
+  void keep(const Bottleneck& with) const {
     const int64_t rows = entries_.unadapted() * op.q_len;
     if (rows > 0) {
       parallel(rows, rows * op.hidden,
-               [&](int64_t begin, int64_t end) { kernel.common.keep(op, begin, end, nullptr); });
+               [&](int64_t begin, int64_t end) { kernel.common.keep(with, begin, end, nullptr); });
     }
   }
 
@@ -210,16 +206,18 @@ class Call {
     return v;
   }
 
-  // The rows of every entry in blocks of equal size, as far as that goes.
-  void split() {
+  // The rows of every entry in blocks of equal size, as far as that goes. A call that will be `repeated` packs
+  // what one block alone would read as it lies: the products have the same bits.
+  void split(bool repeated) {
     for (int64_t e = 0; e < op.num_entries; ++e) {
       const int64_t rows = (op.entry_begin[e + 1] - op.entry_begin[e]) * op.q_len;
       const int64_t parts = (rows + kBottleneckRows - 1) / kBottleneckRows;
       first_block_.push_back(blocks());
       for (int64_t begin = 0; begin < rows; begin += kBottleneckRows)
         blocks_.push_back({e, begin, std::min(begin + kBottleneckRows, rows)});
-      slot_.push_back(parts > 1 ? slots() : -1);
-      if (parts > 1) slot_entry_.push_back(e);
+      const bool packed = parts > 1 || repeated;
+      slot_.push_back(packed ? slots() : -1);
+      if (packed) slot_entry_.push_back(e);
     }
     first_block_.push_back(blocks());
     op.blocks = blocks_.data(), op.first_block = first_block_.data();
@@ -377,7 +375,63 @@ Gradients bottleneck_backward(const Tensor& grad_out, const Tensor& x, const Ten
   return {grad_x, grad_down, grad_up, grad_down_bias, grad_up_bias, grad_norm_weight, grad_norm_bias};
 }
 
+// Forward with x as the residual. Rows of other sizes than those it was prepared for are a call as ever.
+class PreparedBottleneck final : public Prepared {
+ public:
+  PreparedBottleneck(const Operands& args, const std::string& activation, double scale)
+      : down_weight_(args.down_weight),
+        up_weight_(args.up_weight),
+        down_bias_(args.down_bias),
+        up_bias_(args.up_bias),
+        row_ids_(args.row_ids),
+        activation_(activation),
+        scale_(scale),
+        layout_(args.x),
+        call_(args, activation, "none", 0.0, scale, true) {
+    Bottleneck& op = call_.op;
+    op.needs[kDownByHidden] = op.needs[kUpBySize] = true;
+    call_.pack();
+  }
+  Tensor run(const Tensor& x, const Tensor*) const override {
+    if (!(layout_ == x)) {
+      const Operands args{x, down_weight_, up_weight_, down_bias_, up_bias_, none_, none_, row_ids_};
+      return run_forward(args, x, activation_, "none", 0.0, scale_, nullptr);
+    }
+    Tensor out = fast_empty_like(x);
+    Bottleneck op = call_.op;
+    op.x.data = static_cast<char*>(x.data_ptr());
+    op.residual = op.x;
+    op.out = view_of("out", out, 3);
+    call_.run(op, call_.kernel.common.forward, call_.blocks(), 2 * call_.product_work());
+    call_.keep(op);
+    return out;
+  }
+
+ private:
+  const Tensor down_weight_, up_weight_;
+  const OptionalTensor down_bias_, up_bias_, row_ids_, none_;
+  const std::string activation_;
+  const double scale_;
+  const Layout layout_;
+  Call call_;
+};
+
+int64_t bottleneck_prepared(const Tensor& x, const Tensor& down_weight, const Tensor& up_weight,
+                            const OptionalTensor& down_bias, const OptionalTensor& up_bias,
+                            const OptionalTensor& row_ids, const std::string& activation, double scale) {
+  const OptionalTensor none;
+  const Operands args{x, down_weight, up_weight, down_bias, up_bias, none, none, row_ids};
+  return keep(std::make_shared<PreparedBottleneck>(args, activation, scale));
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastadapter, m) {
+  m.def(
+      "bottleneck_prepared(Tensor x, Tensor down_weight, Tensor up_weight, Tensor? down_bias, "
+      "Tensor? up_bias, Tensor? row_ids, str activation, float scale) -> int");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fastadapter, CPU, m) {
+  m.impl("bottleneck_prepared", TORCH_BOX(&bottleneck_prepared));
   m.impl("bottleneck", TORCH_BOX(&bottleneck));
   m.impl("bottleneck_saving", TORCH_BOX(&bottleneck_saving));
   m.impl("bottleneck_backward", TORCH_BOX(&bottleneck_backward));

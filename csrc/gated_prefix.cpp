@@ -8,6 +8,7 @@
 #include "dispatch.h"
 #include "gated_prefix_kernel.h"
 #include "host.h"
+#include "prepared.h"
 
 namespace fastadapter {
 namespace {
@@ -100,11 +101,16 @@ class Call {
   }
 
   using Function = void (*)(const GatedPrefix&, int64_t, int64_t, char*);
-  void run(Function function, int64_t items, int64_t work) const {
+  void run(Function function, int64_t items, int64_t work) const { run(op, function, items, work); }
+  void run(const GatedPrefix& with, Function function, int64_t items, int64_t work) const {
     parallel(items, work, [&](int64_t begin, int64_t end) {
-      const ThreadScratch scratch(kernel->scratch_bytes(op));
-      function(op, begin, end, scratch.get());
+      const ThreadScratch scratch(kernel->scratch_bytes(with));
+      function(with, begin, end, scratch.get());
     });
+  }
+  void run_forward(const GatedPrefix& with) const {
+    run(with, kernel->forward, items(), work());
+    run(with, kernel->keep, unadapted() * op.heads, unadapted() * row_work());
   }
 
   int64_t items() const { return static_cast<int64_t>(items_.size()); }
@@ -169,9 +175,56 @@ Tensor gated_prefix(const Tensor& base, const Tensor& query, const Tensor& prefi
   call.op.base = view(kOp, "base", base);
   call.op.out = view(kOp, "out", out);
   call.split(std::numeric_limits<int64_t>::max());
-  call.run(call.kernel->forward, call.items(), call.work());
-  call.run(call.kernel->keep, call.unadapted() * call.op.heads, call.unadapted() * call.row_work());
+  call.run_forward(call.op);
   return out;
+}
+
+// Forward over base and query; others than those it was prepared for are a call as ever.
+class PreparedGatedPrefix final : public Prepared {
+ public:
+  PreparedGatedPrefix(const Tensor& base, const Tensor& query, const Tensor& prefix_key,
+                      const Tensor& prefix_value, const Tensor& gate, const std::optional<Tensor>& row_ids,
+                      double softmax_scale, const std::string& gate_fn)
+      : key_(prefix_key),
+        value_(prefix_value),
+        gate_(gate),
+        row_ids_(row_ids),
+        softmax_scale_(softmax_scale),
+        gate_fn_(gate_fn),
+        base_(base),
+        query_(query),
+        call_("base", base, query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn) {
+    call_.op.base = view(kOp, "base", base);
+    call_.split(std::numeric_limits<int64_t>::max());
+  }
+  Tensor run(const Tensor& base, const Tensor* query) const override {
+    if (!(base_ == base) || !(query_ == *query)) {
+      return gated_prefix(base, *query, key_, value_, gate_, row_ids_, softmax_scale_, gate_fn_);
+    }
+    Tensor out = fast_empty_like(base);
+    GatedPrefix op = call_.op;
+    op.base.data = static_cast<char*>(base.data_ptr());
+    op.query.data = static_cast<char*>(query->data_ptr());
+    op.out = view(kOp, "out", out);
+    call_.run_forward(op);
+    return out;
+  }
+
+ private:
+  const Tensor key_, value_, gate_;
+  const std::optional<Tensor> row_ids_;
+  const double softmax_scale_;
+  const std::string gate_fn_;
+  const Layout base_, query_;
+  Call call_;
+};
+
+int64_t gated_prefix_prepared(const Tensor& base, const Tensor& query, const Tensor& prefix_key,
+                              const Tensor& prefix_value, const Tensor& gate,
+                              const std::optional<Tensor>& row_ids, double softmax_scale,
+                              const std::string& gate_fn) {
+  return keep(std::make_shared<PreparedGatedPrefix>(base, query, prefix_key, prefix_value, gate, row_ids,
+                                                    softmax_scale, gate_fn));
 }
 
 template <class C>
@@ -236,7 +289,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_prefix_backward(
   return {grad_query, grad_key, grad_value, grad_gate};
 }
 
+STABLE_TORCH_LIBRARY_FRAGMENT(fastadapter, m) {
+  m.def(
+      "gated_prefix_prepared(Tensor base, Tensor query, Tensor prefix_key, Tensor prefix_value, Tensor gate, "
+      "Tensor? row_ids, float softmax_scale, str gate_fn) -> int");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fastadapter, CPU, m) {
+  m.impl("gated_prefix_prepared", TORCH_BOX(&gated_prefix_prepared));
   m.impl("gated_prefix", TORCH_BOX(&gated_prefix));
   m.impl("gated_prefix_backward", TORCH_BOX(&gated_prefix_backward));
 }

@@ -249,7 +249,7 @@ static inline Vec<float> tanh(Vec<float> x) {
 }
 
 static inline Vec<double> tanh(Vec<double> x) {
-  Vec<double> y;
+  Vec<double> y = {};
   for (int i = 0; i < kLanes<double>; ++i) y[i] = std::tanh(x[i]);
   return y;
 }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fastadapter.nn.classes import class_of
 from fastadapter.nn.masters import Masters
 
 # functional_call puts tensors into the copy while it runs, which no second thread may see.
@@ -128,6 +129,7 @@ def _plain(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
     if module in made:
         return made[module]
     plain = made[module] = copy.copy(module)
+    plain.__class__ = class_of(module)
     for attribute in _PUT_ON_MODULES:
         plain.__dict__.pop(attribute, None)
     plain._forward_hooks, plain._forward_pre_hooks = OrderedDict(), OrderedDict()

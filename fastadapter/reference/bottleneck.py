@@ -52,7 +52,7 @@ def bottleneck(
     """
     compute = compute_dtype or _compute_dtype(x)
     _, _, y = _normalize(x, norm_weight, norm_bias, row_ids, norm, norm_eps, compute)
-    hidden, _ = _activate(_down(y, down_weight, down_bias, row_ids), activation)
+    hidden, _ = activate(_down(y, down_weight, down_bias, row_ids), activation)
     term = torch.einsum("btr,bcr->btc", hidden, _rows_of(up_weight, row_ids, x).to(compute))
     active = (up_weight != 0).any(-1)  # (n, hidden)
     if up_bias is not None:
@@ -92,7 +92,7 @@ def bottleneck_backward(
     compute = compute_dtype or _compute_dtype(x)
     num_entries = down_weight.shape[0]
     normed, inverse, y = _normalize(x, norm_weight, norm_bias, row_ids, norm, norm_eps, compute)
-    hidden, slope = _activate(_down(y, down_weight, down_bias, row_ids), activation)
+    hidden, slope = activate(_down(y, down_weight, down_bias, row_ids), activation)
     grad = grad_out.to(compute)
     zero = torch.zeros((), dtype=compute, device=x.device)
 
@@ -191,7 +191,7 @@ def _down(y, down_weight, down_bias, row_ids):
     return z if down_bias is None else z + _rows_of(down_bias, row_ids, y).to(y.dtype)[:, None]
 
 
-def _activate(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def activate(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """``act(z)`` and its derivative, both rounded once to the dtype of ``z`` (the slope stays wide)."""
     wide = z.to(_wide(z.dtype))
     if activation == "relu":

@@ -11,7 +11,7 @@ from fastadapter.integrations.passes.choice import State, left_behind
 from fastadapter.integrations.passes.host import Host
 from fastadapter.nn import Bottleneck
 from fastadapter.nn.bottleneck import operands
-from fastadapter.ops import bottleneck
+from fastadapter.ops import bottleneck, prepared
 from fastadapter.ops.backends import choose_backend
 from fastadapter.ops.bottleneck import run_forward
 
@@ -109,11 +109,21 @@ class BottleneckHost(Host):
         if weights[0].dim() == 2:  # kept for a mixed batch, they are a bank already
             weights = [None if each is None else each[None] for each in weights]
         backend = choose_backend("auto", weights[0].device.type, dtype, "bottleneck")
-        rest = (None, None, None, arguments["activation"], "none", 0.0, float(arguments["scale"]))
+        activation, scale = arguments["activation"], float(arguments["scale"])
+        rest = (None, None, None, activation, "none", 0.0, scale)
+        repeated = None
+        if backend == "cpp" and prepared.ERROR is None:
+            prepare = prepared.prepare_bottleneck
+            repeated = prepared.Repeated(lambda x: prepare(x, *weights, None, activation, scale))
 
         def act(output: Tensor) -> Tensor | None:
             if output.dtype is not dtype or output.dim() != 3:
                 return None
+            if repeated is not None:
+                rows, columns, _ = output.shape
+                adapted = repeated(rows * columns, output)
+                if adapted is not None:
+                    return adapted
             return run_forward(backend, output, *weights, output, *rest)
 
         self.settle(act, key)

@@ -1,15 +1,17 @@
 """LLaMA-Adapter V2 in a model: hooks on linear layers, and copies that take the place of norms and heads."""
 
 import functools
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.passes.host import Host
 from fastadapter.integrations.passes.replacement import PlaceHost
+from fastadapter.integrations.passes.shortcut import Handle, Shortcut
 from fastadapter.integrations.passes.training import refuse_backward
 from fastadapter.nn import ChannelScale
 from fastadapter.nn.channel_scale import scale_input, shift_output
@@ -19,9 +21,14 @@ class ScaleHost(PlaceHost):
     """The scales and biases of one linear layer: of all that stands in its place, LoRA around it included."""
 
     CHILD: ClassVar[str] = "fa_scale"
+    HOOKS: ClassVar[int] = 2
 
-    def act_in(self, module: nn.Module) -> list[RemovableHandle]:
-        return [module.register_forward_pre_hook(_before), module.register_forward_hook(_after)]
+    def act_in(self, module: nn.Module) -> Sequence[Handle]:
+        return [
+            module.register_forward_pre_hook(_before),
+            module.register_forward_hook(_after),
+            Shortcut(module, self.CHILD, nn.Linear),
+        ]
 
     def kind(self, adapter: nn.Module) -> Any:
         return adapter.convention
@@ -77,7 +84,17 @@ class ScaleHost(PlaceHost):
                 return scale_input(x, scale) if by_input else x
             return shift_output(x, bias, behind)
 
-        self.settle(act, (name, dtype))
+        def whole(layer: nn.Module, x: Tensor) -> Tensor:
+            if x.dtype is not dtype or "forward" in layer.__dict__:
+                return nn.Module.__call__(layer, x)
+            weight, own_bias = layer._parameters["weight"], layer._parameters["bias"]
+            y = F.linear(x * scale if by_input else x, cast(Tensor, weight), own_bias)
+            if y.dtype is not dtype:  # autocast
+                return self.after(layer, x, y)
+            y += bias
+            return y if by_input else y.mul_(scale)
+
+        self.settle(act, (name, dtype), whole=whole)
 
 
 def _before(module: nn.Module, args: tuple) -> Any:
@@ -95,8 +112,8 @@ class CopyHost(Host):
 
     CHILD: ClassVar[str] = "fa_copy"
 
-    def hooks(self, module: nn.Module) -> list[RemovableHandle]:
-        return [module.register_forward_hook(_instead, with_kwargs=True)]
+    def hooks(self, module: nn.Module) -> Sequence[Handle]:
+        return [module.register_forward_hook(_instead, with_kwargs=True), Shortcut(module, self.CHILD)]
 
     def kind(self, adapter: nn.Module) -> Any:
         return id(adapter)
@@ -117,7 +134,8 @@ class CopyHost(Host):
             return
         own = self.adapter(name)
         if not own.has_buffers():
-            self.settle(self.keep(name, lambda: [own, module], lambda: own.rounded(module)), name)
+            act = self.keep(name, lambda: [own, module], lambda: own.rounded(module))
+            self.settle(act, name, whole=functools.partial(_copy_instead, act))
 
     def _on_rows(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         first = next((each for each in tree_leaves((args, kwargs)) if torch.is_tensor(each)), None)
@@ -137,6 +155,12 @@ class CopyHost(Host):
 def _instead(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     host = module._modules.get(CopyHost.CHILD)
     return None if host is None else host.instead(module, args, kwargs, output)
+
+
+def _copy_instead(act: nn.Module, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # a norm calls no others
+    is_leaf = not (act._modules or act._forward_hooks or act._forward_pre_hooks)
+    return act.forward(*args, **kwargs) if is_leaf else act(*args, **kwargs)
 
 
 def _members(batch: int, members: Tensor, value: Any) -> Any:

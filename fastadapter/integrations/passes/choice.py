@@ -68,7 +68,7 @@ class _Thread(threading.local):
         self.left: dict[tuple[int, str], Any] = {}
 
 
-_thread = _Thread()
+this_thread = _Thread()
 
 
 class Pass:
@@ -87,7 +87,7 @@ class Pass:
 
     def __init__(self, state: "State", choice: Choice, *, keeps: bool = False, forced: bool = False):
         self.state = state
-        self.outer = _thread.passing
+        self.outer = this_thread.passing
         self.forced = forced
         self.choice = choice
         self.keeps = keeps
@@ -97,9 +97,9 @@ class Pass:
     @classmethod
     def begun(cls, state: "State", keeps: bool) -> "Pass":
         """A pass that begins now, from this context."""
-        outer = _thread.passing
+        outer = this_thread.passing
         while outer is not None and outer.state is state and not outer.forced:
-            outer = _thread.passing = outer.outer  # left behind by a pass that an interrupt ended
+            outer = this_thread.passing = outer.outer  # left behind by a pass that an interrupt ended
         if outer is not None and outer.state is state:
             return cls(state, outer.choice, keeps=keeps)
         return cls(state, state.choice(), keeps=keeps)
@@ -116,28 +116,28 @@ class Pass:
 
 def under_way() -> Pass | None:
     """The innermost pass that this thread is in."""
-    return _thread.passing
+    return this_thread.passing
 
 
 @contextlib.contextmanager
 def passing(run: Pass | None) -> Iterator[None]:
     """Be in a pass while the context lasts."""
-    outer = _thread.passing
-    _thread.passing = run
+    outer = this_thread.passing
+    this_thread.passing = run
     try:
         yield
     finally:
-        _thread.passing = outer
+        this_thread.passing = outer
 
 
 def left_behind() -> dict[tuple[int, str], Any]:
     """What hooks leave to later hooks of the same pass, by host and name: a pass stays in its thread."""
-    return _thread.left
+    return this_thread.left
 
 
 def be_in(run: Pass | None) -> None:
     """What :func:`passing` does, for hooks."""
-    _thread.passing = run
+    this_thread.passing = run
 
 
 class State:
@@ -188,7 +188,7 @@ class State:
     def chosen(self) -> Choice | None:
         """What this context chose; ``None``: nothing."""
         if torch.compiler.is_compiling():
-            return _thread.choices.get(self.key)
+            return this_thread.choices.get(self.key)
         found = _chosen.get()
         return None if found is None else found.get(self.key)
 
@@ -199,7 +199,7 @@ class State:
         if choice is not None:
             mine[self.key] = choice
         _chosen.set(mine)
-        _thread.choices = mine
+        this_thread.choices = mine
 
     def choice(self) -> Choice:
         """Who acts on a call from this context.
@@ -229,7 +229,7 @@ class State:
 
     def acting(self) -> Choice:
         """Who acts in the pass under way, or on a part of the model that is called by itself."""
-        run = _thread.passing
+        run = this_thread.passing
         return run.choice if run is not None and run.state is self else self.choice()
 
     @contextlib.contextmanager

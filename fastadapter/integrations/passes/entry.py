@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as all_modules
 from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.passes import choice, positions
@@ -60,6 +61,7 @@ def _begin(module: nn.Module, args: tuple) -> None:
         return
     try:
         keeps = not (module.training or torch.is_grad_enabled()) and may_keep(_device(module))
+        keeps = keeps and not _is_recorded()
         if keeps:
             state.store.check()  # before the pass takes its stamp
         run = Pass.begun(state, keeps)
@@ -80,6 +82,16 @@ def _end(module: nn.Module, args: tuple, output: Any) -> None:
     run = choice.under_way()
     if state.traffic.end() and run is not None and run.state is state:
         choice.be_in(run.outer)
+
+
+def _is_recorded() -> bool:
+    """Whether somebody looks at every operation or module: a trace would take what is kept for constants."""
+    return bool(
+        torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or all_modules._global_forward_hooks
+        or all_modules._global_forward_pre_hooks
+    )
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -4,16 +4,16 @@ As child modules, adapters move, save, shard and synchronise with the model.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.passes.choice import Choice, State, may_keep, under_way
 from fastadapter.integrations.passes.frozen import say_if_frozen
 from fastadapter.integrations.passes.kept import Kept, Part
+from fastadapter.integrations.passes.shortcut import Handle
 
 # Banks and the like that one host keeps; serving switches between few mixes.
 _KEPT = 16
@@ -33,10 +33,14 @@ class Group(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a host does in every pass with a ``stamp``: ``act``, or nothing."""
+    """What a host does in every pass with a ``stamp``: ``act``, or nothing.
+
+    ``whole`` is what the module with its host comes to, in place of the module, its hooks and ``act``.
+    """
 
     stamp: object
     act: Callable[..., Any] | None
+    whole: Callable[..., Any] | None = None
 
 
 class Adapters(nn.Module):
@@ -84,6 +88,7 @@ class Host(nn.Module):
 
     CHILD: ClassVar[str]
     GROUPED: ClassVar[bool] = True  # whether it acts by groups of rows
+    HOOKS: ClassVar[int] = 1  # how many it has on its module
 
     def __init__(self, state: State):
         super().__init__()
@@ -180,25 +185,26 @@ class Host(nn.Module):
         run = under_way()
         return step if run is not None and run.stamp is step.stamp else None
 
-    def settle(self, act: Callable[..., Any], *keys: Any) -> None:
+    def settle(self, act: Callable[..., Any], *keys: Any, whole: Callable[..., Any] | None = None) -> None:
         """Let later passes like this one call ``act`` without asking who acts and with what.
 
         Args:
             act: what cannot be known now, such as a dtype, it has to look at itself.
             keys: of :meth:`keep`, what it holds. A change of that ends the step.
+            whole: called with the module and its arguments where the module has a shortcut.
         """
         found = [self._kept.get(key) for key in keys]
         if all(kept is not None and kept.is_valid for kept in found):
-            self._settle(act)
+            self._settle(act, whole)
 
     def settle_idle(self) -> None:
         """The same where nothing acts."""
         self._settle(None)
 
-    def _settle(self, act: Callable[..., Any] | None) -> None:
+    def _settle(self, act: Callable[..., Any] | None, whole: Callable[..., Any] | None = None) -> None:
         run = under_way()
         if run is not None and self.keeps() and not torch.compiler.is_compiling():
-            self._step = Step(run.stamp, act)
+            self._step = Step(run.stamp, act, whole)
 
     def kind(self, adapter: nn.Module) -> Any:
         """What two adapters must share to go through one call of an op."""
@@ -207,7 +213,7 @@ class Host(nn.Module):
     def adapter(self, name: str) -> Any:
         return self.adapters[name]
 
-    def hooks(self, module: nn.Module) -> list[RemovableHandle]:
+    def hooks(self, module: nn.Module) -> Sequence[Handle]:
         """Register what makes the host act in its ``module``; functions of a module, so that a model can be copied."""
         return []
 

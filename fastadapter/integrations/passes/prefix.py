@@ -14,7 +14,7 @@ from fastadapter.integrations.passes.choice import State
 from fastadapter.integrations.passes.host import Group, Host
 from fastadapter.integrations.passes.kept import Part
 from fastadapter.integrations.passes.shared_softmax import attend_shared
-from fastadapter.integrations.passes.steps import Bank, gated_step, shared_step
+from fastadapter.integrations.passes.steps import Bank, gated_step, shared_step, softmax_scale
 from fastadapter.integrations.passes.widths import widened
 from fastadapter.nn import GatedPrefix, PrefixTuning
 from fastadapter.ops import gated_prefix
@@ -161,7 +161,8 @@ class PrefixHost(Host):
         if alone and output.dtype == query.dtype and self.keeps():
             kept = self._gated_bank(gated[0].names, attention, query.dtype)
             if kept.backend is not None:
-                self.settle(gated_step(kept, gated[0].row_ids), (gated[0].names, query.dtype))
+                act = gated_step(kept, gated[0].row_ids, softmax_scale(query, options))
+                self.settle(act, (gated[0].names, query.dtype))
         return output, weights
 
     def _settle_shared(

@@ -9,15 +9,16 @@ module that is replaced is a layer with scales or part of an adapter.
 
 import warnings
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.parts.linear import layers_of, sizes
 from fastadapter.integrations.passes.choice import State
 from fastadapter.integrations.passes.host import Host
+from fastadapter.integrations.passes.shortcut import Handle, Shortcut
 from fastadapter.nn.masters import is_own
 
 
@@ -26,19 +27,22 @@ class PlaceHost(Host):
 
     def __init__(self, state: State):
         super().__init__(state)
-        self._handles: list[RemovableHandle] = []
+        self._handles: Sequence[Handle] = ()
 
-    def hooks(self, module: nn.Module) -> list[RemovableHandle]:
+    def hooks(self, module: nn.Module) -> Sequence[Handle]:
         self._handles = self.act_in(module)
         return self._handles
 
-    def act_in(self, module: nn.Module) -> list[RemovableHandle]:
-        """Register a forward pre-hook and a forward hook."""
+    def act_in(self, module: nn.Module) -> Sequence[Handle]:
+        """Register forward pre-hooks and forward hooks, and take a shortcut."""
         raise NotImplementedError
 
     def move(self, old: nn.Module, new: nn.Module) -> None:
         """Act in ``new``, which takes the place of ``old``, and no longer there."""
         for handle in self._handles:
+            if isinstance(handle, Shortcut):
+                handle.move(new)
+                continue
             hooks = handle.hooks_dict_ref()
             if hooks is None or handle.id not in hooks:
                 continue  # folded: they wait to be registered again

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastadapter.integrations.passes.options import is_plain
 from fastadapter.integrations.passes.shared_softmax import BASES, causality
+from fastadapter.ops import prepared
 from fastadapter.ops.backends import choose_backend
 from fastadapter.ops.gated_prefix import run_forward as run_gated
 from fastadapter.ops.prefix_attention import run_forward as run_shared
@@ -30,12 +31,26 @@ class Bank(NamedTuple):
     backend: str | None
 
 
-def gated_step(bank: Bank, row_ids: Tensor | None) -> Act:
+def softmax_scale(query: Tensor, options: dict[str, Any]) -> float:
+    """What a base attention multiplies ``query (..., head_dim)`` with."""
+    scale = options.get("scaling")
+    return query.shape[3] ** -0.5 if scale is None else scale
+
+
+def gated_step(bank: Bank, row_ids: Tensor | None, scale: float) -> Act:
     """The base attention and the term of one group of gated prompts.
 
-    ``row_ids`` int32 ``(batch,)`` as in :class:`~.host.Group`.
+    Args:
+        row_ids: int32 ``(batch,)`` as in :class:`~.host.Group`.
+        scale: of the softmax.
     """
     bank_key, bank_value, gate, gate_fn, backend = bank
+    repeated = None
+    if backend == "cpp" and prepared.ERROR is None:
+        prepare = prepared.prepare_gated_prefix
+        repeated = prepared.Repeated(
+            lambda base, query: prepare(base, query, bank_key, bank_value, gate, row_ids, scale, gate_fn)
+        )
 
     def act(
         base: Callable[[], tuple[Tensor, Any]],
@@ -52,15 +67,19 @@ def gated_step(bank: Bank, row_ids: Tensor | None) -> Act:
             return None
         if row_ids is not None and len(row_ids) != len(query):
             return None
-        output, weights = base()
-        scale = options.get("scaling")
-        scale = query.shape[3] ** -0.5 if scale is None else scale
-        if output.dtype is not dtype or output.shape != query.transpose(1, 2).shape:
+        if softmax_scale(query, options) != scale:
             return None
-        term = run_gated(
-            backend, output.transpose(1, 2), query, bank_key, bank_value, gate, row_ids, scale, gate_fn
-        )
-        return term.transpose(1, 2), weights
+        output, weights = base()
+        batch, num_heads, q_len, head_dim = query.shape
+        if output.dtype is not dtype or output.shape != (batch, q_len, num_heads, head_dim):
+            return None
+        before = output.transpose(1, 2)
+        after = None
+        if repeated is not None:
+            after = repeated(batch * q_len, before, query)
+        if after is None:
+            after = run_gated(backend, before, query, bank_key, bank_value, gate, row_ids, scale, gate_fn)
+        return after.transpose(1, 2), weights
 
     return act
 
@@ -104,8 +123,7 @@ def shared_step(
         implementation = attention.config._attn_implementation
         if implementation not in BASES:
             return None
-        scale = options.get("scaling")
-        scale = query.shape[3] ** -0.5 if scale is None else scale
+        scale = softmax_scale(query, options)
         is_causal = causality(attention, query, mask, options)
         out, _, _ = run_shared(
             backend,

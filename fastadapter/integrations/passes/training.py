@@ -3,17 +3,18 @@
 import contextlib
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.parts.discovery import floating_dtype
 from fastadapter.integrations.parts.linear import layers_of, linear_layers
 from fastadapter.integrations.passes.host import Host
 from fastadapter.integrations.passes.replacement import PlaceHost
+from fastadapter.integrations.passes.shortcut import Handle
+from fastadapter.nn.classes import class_of
 
 
 class _NoBackward(torch.autograd.Function):
@@ -92,7 +93,7 @@ class WatchHost(PlaceHost):
     CHILD: ClassVar[str] = "fa_watch"
     GROUPED: ClassVar[bool] = False
 
-    def act_in(self, module: nn.Module) -> list[RemovableHandle]:
+    def act_in(self, module: nn.Module) -> Sequence[Handle]:
         return [module.register_forward_hook(_watch)]
 
 
@@ -108,7 +109,7 @@ def layers_without_backward(model: nn.Module) -> list[str]:
         module = model.get_submodule(path)
         inner = layers_of(module)[-1]
         weight = getattr(inner, "weight", None)
-        kind = type(inner), type(weight), "forward" in inner.__dict__, getattr(weight, "dtype", None)
+        kind = class_of(inner), type(weight), "forward" in inner.__dict__, getattr(weight, "dtype", None)
         if kind not in tried:
             tried[kind] = _loses_gradient(inner, width)
         if tried[kind] or getattr(
@@ -121,7 +122,7 @@ def layers_without_backward(model: nn.Module) -> list[str]:
 def _loses_gradient(layer: nn.Module, width: int) -> bool:
     device = next((each.device for each in (*layer.parameters(), *layer.buffers())), None)
     replaced = "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook")
-    if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not replaced:
+    if class_of(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not replaced:
         return False
     with torch.enable_grad():
         x = torch.zeros(1, width, dtype=floating_dtype(layer), device=device, requires_grad=True)

@@ -12,7 +12,7 @@ from torch import nn
 from fastadapter.integrations.parts.sharding import require_open
 from fastadapter.integrations.parts.wrappers import RECORD, unwrap
 from fastadapter.integrations.passes import attention as hook
-from fastadapter.integrations.passes import entry
+from fastadapter.integrations.passes import entry, frozen_parts
 from fastadapter.integrations.passes.bottleneck import Watch
 from fastadapter.integrations.passes.choice import Choice
 from fastadapter.integrations.passes.host import Place, Placement, host_of
@@ -122,6 +122,7 @@ def install(
             model.requires_grad_(False)
         for placement in placements:
             _place(model, record, name, placement)
+        frozen_parts.install(model)
         record.configs[name] = config
         record.places[name] = [(each.path, each.host) for each in placements]
         record.state.serials[name] = next(_SERIALS)
@@ -253,6 +254,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             for path, handles in record.entries.items():
                 entry.remove(inner.get_submodule(path), handles)
             entry.forget_recomputation(inner)
+            frozen_parts.remove(inner)
             delattr(inner, RECORD)
             record.state.choose(None)
             hook.remove_hook_if_unused()

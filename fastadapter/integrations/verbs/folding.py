@@ -10,6 +10,8 @@ from torch.utils.hooks import RemovableHandle
 from fastadapter.integrations.parts.linear import layers_of
 from fastadapter.integrations.passes.channel_scale import CopyHost, ScaleHost
 from fastadapter.integrations.passes.host import Place, child_name, host_of
+from fastadapter.integrations.passes.shortcut import Handle
+from fastadapter.nn.classes import class_of
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,7 +38,7 @@ def foldable(places: Sequence[Place]) -> list[Place]:
 
 
 def require_foldable(
-    model: nn.Module, name: str, places: Sequence[Place], handles: dict[Place, list[RemovableHandle]]
+    model: nn.Module, name: str, places: Sequence[Place], handles: dict[Place, Sequence[Handle]]
 ) -> None:
     """Check that folding gives the same model; nothing is changed.
 
@@ -60,7 +62,7 @@ def require_foldable(
             raise ValueError(
                 f"{path} keeps {', '.join(kept)} of its own, which no weight holds: it cannot be folded"
             )
-        own = {handle.id for handle in handles[place]}
+        own = {handle.id for handle in handles[place] if isinstance(handle, RemovableHandle)}
         if foreign := {*module._forward_hooks, *module._forward_pre_hooks} - own:
             raise ValueError(
                 f"{path} has {len(foreign)} forward hooks besides the adapter's, which would see other values: "
@@ -123,7 +125,7 @@ def _require_unwrapped(path: str, module: nn.Module) -> None:
 def _is_plain_linear(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
-    return type(module) in (nn.Linear, Conv1D)
+    return class_of(module) in (nn.Linear, Conv1D)
 
 
 def _targets(module: nn.Module, adapter: nn.Module, kind: type) -> list[str]:

@@ -1,5 +1,6 @@
 """What is attached to a model: a record on the model itself, and how to look things up in it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from fastadapter.integrations.parts.wrappers import RECORD, unwrap
 from fastadapter.integrations.passes.bottleneck import Watch
 from fastadapter.integrations.passes.choice import State
 from fastadapter.integrations.passes.host import Host, Place, host_of
+from fastadapter.integrations.passes.shortcut import Handle
 from fastadapter.integrations.verbs.folding import Folded
 from fastadapter.integrations.verbs.save_pretrained import Hold
 from fastadapter.methods import MethodConfig
@@ -27,7 +29,7 @@ class Attachments:
     configs: dict[str, MethodConfig] = field(default_factory=dict)
     places: dict[str, list[Place]] = field(default_factory=dict)
     was_trainable: dict[str, bool] = field(default_factory=dict)
-    handles: dict[Place, list[RemovableHandle]] = field(default_factory=dict)
+    handles: dict[Place, Sequence[Handle]] = field(default_factory=dict)
     watches: dict[tuple[str, Place], list[Watch]] = field(default_factory=dict)
     entries: dict[str, list[RemovableHandle]] = field(default_factory=dict)
     state: State = field(default_factory=State)

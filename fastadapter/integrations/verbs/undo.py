@@ -16,7 +16,7 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 
 
 class Undo:
-    """The structure of a model as it was: every module's attributes, children, parameters and hooks.
+    """The structure of a model as it was: every module's class, attributes, children, parameters and hooks.
 
     Values of parameters are not copied: who writes to some says with :meth:`add` how they come back.
     """
@@ -25,6 +25,7 @@ class Undo:
         self._model = model
         self._steps: list[Callable[[], Any]] = []
         self._modules = [(module, dict(module.__dict__)) for module in model.modules()]
+        self._classes = [(module, type(module)) for module in model.modules()]
         self._contents = [
             (value, value.copy())
             for _, attributes in self._modules
@@ -49,6 +50,8 @@ class Undo:
         for module, attributes in self._modules:
             module.__dict__.clear()
             module.__dict__.update(attributes)
+        for module, kind in self._classes:
+            module.__class__ = kind
         for step in reversed(self._steps):
             step()
         for parameter, requires_grad in self._requires_grad:
