@@ -13,9 +13,8 @@ inline Activation activation_of(const char* op, const std::string& name) {
   for (int i = 0; i < 6; ++i) {
     if (name == names[i]) return static_cast<Activation>(i);
   }
-  STD_TORCH_CHECK(false, op,
-                  ": activation must be one of relu, gelu, gelu_tanh, silu, tanh, identity, got '", name,
-                  "'");
+  STD_TORCH_CHECK(false, op, ": activation must be one of relu, gelu, gelu_tanh, silu, tanh, identity, got '",
+                  name, "'");
 }
 
 }  // namespace fastadapter

@@ -206,8 +206,8 @@ class Call {
     return v;
   }
 
-  // The rows of every entry in blocks of equal size, as far as that goes. A call that will be `repeated` packs
-  // what one block alone would read as it lies: the products have the same bits.
+  // The rows of every entry in blocks of equal size, as far as that goes. A call that will be `repeated`
+  // packs what one block alone would read as it lies: the products have the same bits.
   void split(bool repeated) {
     for (int64_t e = 0; e < op.num_entries; ++e) {
       const int64_t rows = (op.entry_begin[e + 1] - op.entry_begin[e]) * op.q_len;

@@ -27,9 +27,9 @@ struct Call {
 
   Call(const Tensor& x, const Tensor& weight, double eps) {
     const DType dtype = dtype_of("rms_norm", "x", x);
-    STD_TORCH_CHECK(x.dim() > 0 && weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1) &&
-                        weight.size(0) > 0,
-                    "rms_norm: weight must have the size of the last dimension of x");
+    STD_TORCH_CHECK(
+        x.dim() > 0 && weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1) && weight.size(0) > 0,
+        "rms_norm: weight must have the size of the last dimension of x");
     op.hidden = weight.size(0), op.eps = static_cast<float>(eps), op.dtype = dtype;
     op.x = rows_of("rms_norm", "x", x, dtype);
     op.weight = rows_of("rms_norm", "weight", weight, dtype);

@@ -1,5 +1,5 @@
-// Norms and activations of a frozen model, see docs/maths.md. What PyTorch does in six passes over a row is done
-// while the row is in cache.
+// Norms and activations of a frozen model, see docs/maths.md. What PyTorch does in six passes over a row is
+// done while the row is in cache.
 //
 // The forward of rms_norm has the bits of PyTorch's own operations: the mean of the squares is formed in the
 // order of its sums, eight lanes of four accumulators in levels of sixteen.
@@ -18,9 +18,7 @@ constexpr int kParts = kSumLanes / kPart;
 constexpr int kStreams = 4, kLevels = 4, kLevelBits = 4;
 using Part = VecOf<float, kPart>::type;
 
-inline Part load_part(const float* p) {
-  return *reinterpret_cast<const VecOf<float, kPart>::unaligned*>(p);
-}
+inline Part load_part(const float* p) { return *reinterpret_cast<const VecOf<float, kPart>::unaligned*>(p); }
 inline Part square(const float* p) {
   const Part x = load_part(p);
   return rounded(x * x);

@@ -30,12 +30,12 @@ struct FrozenKernels {
   int64_t (*scratch_bytes)(const RmsNorm&);
   void (*rms_norm)(const RmsNorm&, int64_t begin, int64_t end, char* scratch);           // rows
   void (*rms_norm_backward)(const RmsNorm&, int64_t begin, int64_t end, char* scratch);  // rows
-  void (*glu_backward)(const Glu&, int64_t begin, int64_t end);                    // elements
+  void (*glu_backward)(const Glu&, int64_t begin, int64_t end);                          // elements
 };
 
-#define FASTADAPTER_DECLARE(ISA)              \
-  namespace ISA {                             \
-  extern const FrozenKernels frozen_kernels;  \
+#define FASTADAPTER_DECLARE(ISA)             \
+  namespace ISA {                            \
+  extern const FrozenKernels frozen_kernels; \
   }
 FASTADAPTER_DECLARE(isa_default)
 FASTADAPTER_DECLARE(isa_avx2)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-
 _MADE: dict[Any, type[nn.Module]] = {}
 
 
@@ -20,7 +19,7 @@ class Derived(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """A copy and a pickle name what the class is made of."""
-        _, _, *state = super().__reduce_ex__(2)
+        state = super().__reduce_ex__(2)[2:]
         return (_made_anew, (self.FA_BASE, self.FA_PARTS), *state)
 
 
