@@ -42,6 +42,14 @@ std::string cpu_capability() {
   }
 }
 
+std::string cpu_vendor() {
+#ifdef FASTADAPTER_X86
+  if (__builtin_cpu_is("intel")) return "intel";
+  if (__builtin_cpu_is("amd")) return "amd";
+#endif
+  return "";
+}
+
 }  // namespace
 
 Isa cpu_isa() {
@@ -49,10 +57,14 @@ Isa cpu_isa() {
   return isa;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastadapter, m) { m.def("cpu_capability() -> str"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(fastadapter, m) {
+  m.def("cpu_capability() -> str");
+  m.def("cpu_vendor() -> str");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastadapter, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+  m.impl("cpu_vendor", TORCH_BOX(&cpu_vendor));
 }
 
 }  // namespace fastadapter

@@ -1,5 +1,6 @@
 """Train adapters: records to tokens, the supervised-token loss, and a loop that survives being killed."""
 
+from fastadapter.integrations.passes.products import fast_products
 from fastadapter.training.batching import Batch, collate, epoch_batches
 from fastadapter.training.classification import class_names, classify, read_labels
 from fastadapter.training.collator import DataCollatorWithPacking
@@ -46,6 +47,7 @@ __all__ = [
     "encode_examples",
     "epoch_batches",
     "evaluate",
+    "fast_products",
     "finetune",
     "from_text",
     "label_completions",

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastadapter.integrations.parts.wrappers import unwrap
 from fastadapter.integrations.passes.packed import attending_packed
+from fastadapter.integrations.passes.products import fast_products
 from fastadapter.training import metrics, report
 from fastadapter.training.classification import ClassificationTask
 from fastadapter.training.config import TrainingConfig, UserError
@@ -128,6 +129,7 @@ def finetune(
     with (
         nullcontext() if trainable is None else training_only(model, trainable),
         attending_packed() if config.packing else nullcontext(),
+        fast_products(model),
     ):
         target = AdapterTarget(model, name) if trainable is None else ParameterTarget(model)
         run = Run(model, rows, target, config, Path(output_dir), accelerator, details)

@@ -85,7 +85,11 @@ class ScaleHost(PlaceHost):
             return shift_output(x, bias, behind)
 
         def whole(layer: nn.Module, x: Tensor) -> Tensor:
-            if x.dtype is not dtype or "forward" in layer.__dict__:
+            if (
+                x.dtype is not dtype
+                or "forward" in layer.__dict__
+                or type(layer).forward is not nn.Linear.forward
+            ):
                 return nn.Module.__call__(layer, x)
             weight, own_bias = layer._parameters["weight"], layer._parameters["bias"]
             y = F.linear(x * scale if by_input else x, cast(Tensor, weight), own_bias)

@@ -29,7 +29,7 @@ class _Norm(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         weight = cast(Tensor, self._parameters["weight"])
-        if len(args) == 1 and not kwargs and _is_for_kernel(args[0], weight):  # a gated norm takes more
+        if len(args) == 1 and not kwargs and is_for_kernel(args[0], weight):  # a gated norm takes more
             eps = self.__dict__[self.FA_EPS]
             if not torch.is_grad_enabled():
                 return run_rms_norm("cpp", args[0].contiguous(), weight, eps)
@@ -42,16 +42,17 @@ class _FeedForward(nn.Module):
     FA_ACTIVATION: ClassVar[str]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if len(args) != 1 or kwargs or not torch.is_grad_enabled() or not _is_for_kernel(args[0]):
+        if len(args) != 1 or kwargs or not torch.is_grad_enabled() or not is_for_kernel(args[0]):
             return super().forward(*args, **kwargs)
         children = cast(dict[str, nn.Module], self._modules)
         gate, up, act = children["gate_proj"](*args), children["up_proj"](*args), children["act_fn"]
-        if gate.shape == up.shape and _is_for_kernel(gate, up):
+        if gate.shape == up.shape and is_for_kernel(gate, up):
             return children["down_proj"](glu(gate, up, act, self.FA_ACTIVATION))
         return children["down_proj"](act(gate) * up)
 
 
-def _is_for_kernel(x: Tensor, other: Tensor | None = None) -> bool:
+def is_for_kernel(x: Tensor, other: Tensor | None = None) -> bool:
+    """Whether kernels can take ``x``, and ``other`` beside it: plain tensors of a CPU that nothing looks into."""
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
