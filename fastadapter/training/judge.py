@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from fastadapter.integrations.parts.wrappers import unwrap
+from fastadapter.integrations.passes.products import fast_products
 from fastadapter.training import evaluation, metrics
 from fastadapter.training.classification import (
     HeldOutTexts,
@@ -55,7 +56,8 @@ def evaluate(
     if task != "generation" or examples[0].label is not None:
         metrics.require_packages()
     held_out = _held_out(unwrap(model), tokenizer, examples, config, task, labels)
-    found = measure(held_out, model, config.eval_batch_size, tick)
+    with fast_products(model):  # as in the run
+        found = measure(held_out, model, config.eval_batch_size, tick)
     if set(found) == {"loss"}:
         raise UserError(f"the loss of the examples is {found['loss']}")
     return found
