@@ -8,7 +8,31 @@ GATED_PREFIX_CPP = (
     "-k 'not triton and not reference and not instruction_set'"
 )
 
+FROZEN = "tests/test_frozen_ops.py -k 'not instruction_set'"
+PREPARED = "tests/test_prepared.py"
+
 CPP = [
+    *of_file(
+        "csrc/frozen_kernel.cpp",
+        FROZEN,
+        accumulators_are_never_emptied=("          level[j - 1][k][p] = Part{};\n", ""),
+        sums_in_another_order=("for (int k = 1; k < kStreams; ++k) {", "for (int k = kStreams - 1; k > 0; --k) {"),
+        eps_missing=("/ static_cast<float>(n) + eps)", "/ static_cast<float>(n))"),
+        normed_is_not_rounded=("through<E>(get<E>(row, j, lanes) * r)", "(get<E>(row, j, lanes) * r)"),
+        gradient_of_the_root_missing=("(g - get<E>(row, j, lanes) * share) * r", "g * r"),
+        gate_without_up=("grad * get<E>(op.up, j, lanes) * act.slope", "grad * act.slope"),
+    ),
+    *of_file(
+        "csrc/bottleneck.cpp",
+        PREPARED,
+        other_sizes_are_read_as_the_prepared_ones=("if (!(layout_ == x)) {", "if (false) {"),
+        residual_of_the_first_call=("    op.residual = op.x;\n    op.out = view_of", "    op.out = view_of"),
+    ),
+    *of_file(
+        "csrc/gated_prefix.cpp",
+        PREPARED,
+        query_of_the_first_call=("    op.query.data = static_cast<char*>(query->data_ptr());\n", ""),
+    ),
     *of_file(
         "csrc/gated_prefix_kernel.cpp",
         GATED_PREFIX_CPP,

@@ -7,6 +7,9 @@ ENCODER = "tests/integrations/test_soft_prompt_encoder.py tests/integrations/tes
 ROWS = "tests/integrations/test_rows.py"
 METHODS = "tests/integrations/test_methods.py"
 KEPT = "tests/integrations/test_kept.py"
+SHORTCUT = "tests/integrations/test_shortcut.py"
+FROZEN_PARTS = "tests/integrations/test_frozen_parts.py"
+PRODUCTS = "tests/training/test_products.py"
 PACKED = "tests/integrations/test_packed_rows.py"
 
 INTEGRATIONS = [
@@ -47,6 +50,26 @@ INTEGRATIONS = [
             "each if True else",
         ),
         tuples_are_forgotten=("return output.to_tuple() if run.as_tuple else output", "return output"),
+    ),
+    *of_file(
+        "fastadapter/integrations/passes/shortcut.py",
+        SHORTCUT,
+        hooks_of_others_are_passed_by=(" and hooks == host.HOOKS:", ":"),
+        steps_outlive_their_pass=("run.stamp is step.stamp and hooks", "hooks"),
+    ),
+    *of_file(
+        "fastadapter/integrations/passes/frozen_parts.py",
+        FROZEN_PARTS,
+        bits_are_not_compared=("if not torch.equal(theirs(x), ours(x)):", "if False:"),
+        trained_norms_lose_their_gradient=("            if not weight.requires_grad:\n", "            if True:\n"),
+        classes_stay=("        take_away(module, _FeedForward)\n", "        pass\n"),
+    ),
+    *of_file(
+        "fastadapter/integrations/passes/products.py",
+        PRODUCTS,
+        trained_layers_lose_their_gradient=("if not (frozen and plain) or", "if not plain or"),
+        gradient_of_the_weight_itself=("_multiply(grad, weight.t()), None, None", "_multiply(grad, weight), None, None"),
+        autocast_is_ignored=(' or torch.is_autocast_enabled("cpu")', ""),
     ),
     *of_file(
         "fastadapter/integrations/passes/choice.py",
