@@ -58,7 +58,9 @@ def test_special_values_and_strides(dtype):
 @every_dtype
 @pytest.mark.parametrize("hidden", [1, 31, 576])
 def test_the_gradient_of_a_norm_is_within_budget(hidden, dtype, backend):
-    x, weight, grad = (random(*s, seed=i, dtype=dtype) for i, s in enumerate(((9, hidden), (hidden,), (9, hidden))))
+    x, weight, grad = (
+        random(*s, seed=i, dtype=dtype) for i, s in enumerate(((9, hidden), (hidden,), (9, hidden)))
+    )
 
     def gradient(of, kind):
         given = (3 * x).to(kind).requires_grad_()

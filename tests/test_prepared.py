@@ -68,4 +68,6 @@ def test_numbers_end_with_what_holds_them():
 
 def test_what_does_not_fit_is_refused_when_it_is_prepared():
     with pytest.raises(RuntimeError, match="up_weight must have size 40 in dim 1"):
-        prepared.prepare_bottleneck(random(1, 1, 40), random(1, 12, 40), random(1, 39, 12), None, None, None, "relu", 1.0)
+        prepared.prepare_bottleneck(
+            random(1, 1, 40), random(1, 12, 40), random(1, 39, 12), None, None, None, "relu", 1.0
+        )

@@ -16,7 +16,10 @@ CPP = [
         "csrc/frozen_kernel.cpp",
         FROZEN,
         accumulators_are_never_emptied=("          level[j - 1][k][p] = Part{};\n", ""),
-        sums_in_another_order=("for (int k = 1; k < kStreams; ++k) {", "for (int k = kStreams - 1; k > 0; --k) {"),
+        sums_in_another_order=(
+            "for (int k = 1; k < kStreams; ++k) {",
+            "for (int k = kStreams - 1; k > 0; --k) {",
+        ),
         eps_missing=("/ static_cast<float>(n) + eps)", "/ static_cast<float>(n))"),
         normed_is_not_rounded=("through<E>(get<E>(row, j, lanes) * r)", "(get<E>(row, j, lanes) * r)"),
         gradient_of_the_root_missing=("(g - get<E>(row, j, lanes) * share) * r", "g * r"),

@@ -61,14 +61,20 @@ INTEGRATIONS = [
         "fastadapter/integrations/passes/frozen_parts.py",
         FROZEN_PARTS,
         bits_are_not_compared=("if not torch.equal(theirs(x), ours(x)):", "if False:"),
-        trained_norms_lose_their_gradient=("            if not weight.requires_grad:\n", "            if True:\n"),
+        trained_norms_lose_their_gradient=(
+            "            if not weight.requires_grad:\n",
+            "            if True:\n",
+        ),
         classes_stay=("        take_away(module, _FeedForward)\n", "        pass\n"),
     ),
     *of_file(
         "fastadapter/integrations/passes/products.py",
         PRODUCTS,
         trained_layers_lose_their_gradient=("if not (frozen and plain) or", "if not plain or"),
-        gradient_of_the_weight_itself=("_multiply(grad, weight.t()), None, None", "_multiply(grad, weight), None, None"),
+        gradient_of_the_weight_itself=(
+            "_multiply(grad, weight.t()), None, None",
+            "_multiply(grad, weight), None, None",
+        ),
         autocast_is_ignored=(' or torch.is_autocast_enabled("cpu")', ""),
     ),
     *of_file(

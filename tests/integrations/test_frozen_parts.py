@@ -82,6 +82,21 @@ def test_what_computes_something_else_is_left_alone():
     assert same_bits(llama(token_ids()).logits, expected)
 
 
+def test_a_norm_that_rounds_otherwise_is_left_alone():
+    class Divided(nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(weight), 1e-6
+
+        def forward(self, x):
+            return self.weight * (x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt())
+
+    llama = build(LLAMA)
+    llama.model.norm = Divided(torch.ones(32))
+    fa.attach(llama, CONFIGS["llama-adapter"])
+    assert type(llama.model.norm) is Divided and len(parts(llama, frozen_parts._Norm)) == 6
+
+
 def tiny():
     return {
         "hidden_size": 32,
@@ -103,7 +118,9 @@ def test_copies_and_pickles_have_the_classes_and_go_on():
         found = {path: type(module) for path, module in other.named_modules()}
         assert found == {path: type(module) for path, module in model.named_modules()}
         fa.detach(other)
-        assert {type(module) for module in other.modules()} == {type(module) for module in build(LLAMA).modules()}
+        assert {type(module) for module in other.modules()} == {
+            type(module) for module in build(LLAMA).modules()
+        }
     assert repr(model.model.norm).startswith("LlamaRMSNorm(")
 
 

@@ -35,8 +35,8 @@ def test_settled_passes_have_the_same_bits_and_call_no_hook(name, monkeypatch):
     monkeypatch.setattr(channel_scale.CopyHost, "instead", lambda *a: calls.append(a))
     assert same_bits(model(ids).logits, expected[0]) and same_bits(expected[1], expected[0])
     assert not calls
-    with torch.enable_grad(), pytest.raises(AttributeError):
-        model(ids)  # which asks the hooks, one of which returns nothing here
+    with torch.enable_grad():
+        model(ids)
     assert calls
 
 
@@ -95,12 +95,15 @@ def test_rows_are_what_they_are_alone():
     assert same_bits(mixed[0], alone[0][0]) and same_bits(mixed[1], alone[1][1])
 
 
+@pytest.mark.filterwarnings("ignore")  # a trace is of one shape
 @torch.no_grad()
 def test_a_trace_holds_no_step():
     """It is used when what was kept is gone."""
     model, ids = adapted(), token_ids()
     expected = [model(ids).logits for _ in range(2)][1]
+    model.requires_grad_(False)
     traced = torch.jit.trace(lambda x: model(input_ids=x, use_cache=False).logits, (ids,), check_trace=False)
+    assert "fastadapter::repeat" not in str(traced.graph)
     fa.detach(model)
     assert torch.allclose(traced(ids), expected, atol=1e-5)
 
