@@ -44,7 +44,7 @@ def test_a_gated_prefix_has_the_bits_of_the_op(dtype):
     operands = (key.to(dtype), value.to(dtype), gate, row_ids, 0.3, "tanh")
     number = prepared.prepare_gated_prefix(base, query, *operands)
     longer = [random(3, 4, 7, 24, seed=seed).to(dtype) for seed in (5, 6)]
-    for pair in ((base, query), (query, query), longer):
+    for pair in ((base, query), (base, -query), (-base, query), (query, query), longer):
         expected = gated_prefix(*pair, *operands[:3], softmax_scale=0.3, row_ids=row_ids)
         assert same_bits(torch.ops.fastadapter.repeat_two(*pair, number), expected)
 
