@@ -1,12 +1,13 @@
 """What is attached to a model, which implementation runs it, and why not a faster one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from fastadapter.integrations.parts.discovery import device_of, floating_dtype
 from fastadapter.integrations.parts.wrappers import unwrap
+from fastadapter.integrations.passes import frozen_parts
 from fastadapter.integrations.passes.packed import packed_path
 from fastadapter.integrations.passes.prefix import PrefixHost, PromptSlot
 from fastadapter.integrations.passes.soft_prompt_decoder import SoftPromptHost
@@ -49,18 +50,22 @@ class Explanation:
     Args:
         rows: one per adapted module and adapter, with the keys module, adapter, parameters, base_attention,
             packed_rows, projection, backend and reason.
+        frozen: how many of the model's own norms and feed-forwards run through our kernels, by kind.
     """
 
     rows: list[dict[str, str]]
+    frozen: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if not self.rows:
             return "no adapter is attached"
         cells = [_COLUMNS, *(tuple(row[column] for column in _COLUMNS) for row in self.rows)]
         widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
-        return "\n".join(
-            "  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in cells
-        )
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+        if self.frozen:
+            counts = ", ".join(f"{count} {kind}" for kind, count in self.frozen.items())
+            lines.append(f"of the frozen model, through our kernels with the same bits: {counts}")
+        return "\n".join(lines)
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -122,4 +127,4 @@ def explain(model: nn.Module) -> Explanation:
                         "reason": reason,
                     }
                 )
-    return Explanation(rows)
+    return Explanation(rows, frozen_parts.count(model))

@@ -42,7 +42,9 @@ def run(args: argparse.Namespace) -> int:
     checks = verify(model) if args.verify else []
     if args.json:
         rows = [{"name": check.name, "passed": check.passed, "detail": check.detail} for check in checks]
-        print(json.dumps({"modules": explanation.rows, "checks": rows}, indent=2))
+        print(
+            json.dumps({"modules": explanation.rows, "frozen": explanation.frozen, "checks": rows}, indent=2)
+        )
         return 0
     print(explanation)
     for check in checks:

@@ -18,6 +18,7 @@ from fastadapter.ops.backends import extension_error
 from fastadapter.ops.frozen import glu, rms_norm, run_rms_norm
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, nn.Parameter)  # not sharded, quantised or traced ones
 _EPS = ("variance_epsilon", "eps")
 _MOST_HIDDEN = 1 << 14  # PyTorch sums longer rows in parallel
 _GLU = ("gate_proj", "up_proj", "down_proj")
@@ -58,7 +59,7 @@ def is_for_kernel(x: Tensor, other: Tensor | None = None) -> bool:
         and type(x) is Tensor
         and x.is_cpu
         and x.dtype in _DTYPES
-        and (other is None or (other.dtype is x.dtype and other.is_cpu))
+        and (other is None or (type(other) in _PLAIN and other.dtype is x.dtype and other.is_cpu))
         and torch._C._functorch.peek_interpreter_stack() is None
     )
 
@@ -88,6 +89,14 @@ def install_in(module: nn.Module, proven: dict[Any, Any] | None = None) -> None:
         put_before(module, _Norm, FA_EPS=eps)
     elif proven[key]:
         put_before(module, _FeedForward, FA_ACTIVATION=proven[key])
+
+
+def count(model: nn.Module) -> dict[str, int]:
+    """How many modules use the kernels, by kind; none of that kind: no entry."""
+    modules = list(model.modules())
+    kinds = {"norms": _Norm, "feed-forwards": _FeedForward}
+    found = {name: sum(isinstance(each, kind) for each in modules) for name, kind in kinds.items()}
+    return {name: number for name, number in found.items() if number}
 
 
 def remove(model: nn.Module) -> None:
