@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastadapter.ops.backends import choose_backend
+from fastadapter.ops.backends import choose_backend, lack
 from fastadapter.ops.registration import register
 from fastadapter.reference import frozen as reference
 
@@ -87,6 +87,9 @@ def glu(
         return _Glu.apply(gate, up, act, activation, chosen)
     return act(gate) * up
 
+
+for _op in ("rms_norm", "glu_backward"):
+    lack(_op, "triton", f"there is no Triton kernel of {_op}: on a GPU the frozen model is its own")
 
 # On arguments that are known to be right and without autograd: once per norm and token.
 run_rms_norm = register(

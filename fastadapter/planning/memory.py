@@ -1,7 +1,7 @@
 """What a training step holds at its largest moment: weights, what autograd keeps, logits, the optimiser.
 
 Of a frozen matrix nothing is kept; a norm keeps its input (RMSNorm in fp32), attention keeps query, key, value and
-output, a gated feed-forward part the gate's input and both factors.
+output, a gated feed-forward part the gate's input and both factors, on a CPU with an adapter of ours its two inputs.
 """
 
 import dataclasses
@@ -55,8 +55,9 @@ def step_memory(job: Job, load: Workload, *, cpu: bool = False) -> Memory:
     if job.implementation == "fastadapter" and shape.causal:
         seen = largest
     blocks = shape.num_hidden_layers - job.lowest
-    whole = sum(_kept(job).values())
-    lowest = whole - sum(size for part, size in _kept(job).items() if part in job.below)
+    parts = _kept(job, cpu)
+    whole = sum(parts.values())
+    lowest = whole - sum(size for part, size in parts.items() if part in job.below)
     if job.gradient_checkpointing:
         kept = blocks * shape.hidden_size * s + whole + _adapter_kept(job)
     else:
@@ -74,15 +75,17 @@ def step_memory(job: Job, load: Workload, *, cpu: bool = False) -> Memory:
     )
 
 
-def _kept(job: Job) -> dict[str, float]:
+def _kept(job: Job, cpu: bool) -> dict[str, float]:
     """Bytes per token that one block without an adapter keeps for its backward, by part."""
     shape, s = job.shape, BYTES[job.dtype]
-    norm = (4 if shape.rms_norm else s) * shape.hidden_size
+    ours = cpu and job.implementation == "fastadapter"  # norms and gated parts through our kernels
+    norm = (4 if shape.rms_norm and not ours else s) * shape.hidden_size
+    factors = (2 if ours else 3) if shape.gated else 1
     return {
         "norm1": norm,
         "attention": 2 * s * (shape.query_size + shape.kv_size) + 4 * shape.num_attention_heads,
         "norm2": norm,
-        "mlp": (3 if shape.gated else 1) * s * shape.intermediate_size,
+        "mlp": factors * s * shape.intermediate_size,
     }
 
 
