@@ -40,6 +40,18 @@ def test_settled_passes_have_the_same_bits_and_call_no_hook(name, monkeypatch):
     assert calls
 
 
+@every_scale
+@torch.no_grad()
+def test_one_row_has_the_bits_of_the_long_way(name):
+    """Its bias is added by the product, where that is the same."""
+    model, ids = adapted(name), token_ids(batch=1, length=1)
+    expected = copy.deepcopy(model)(ids).logits
+    for _ in range(4):
+        assert same_bits(model(ids).logits, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same_bits(model(ids).logits, copy.deepcopy(model)(ids).logits)
+
+
 @torch.no_grad()
 def test_hooks_of_others_run():
     model, ids = adapted(), token_ids()

@@ -84,18 +84,28 @@ class ScaleHost(PlaceHost):
                 return scale_input(x, scale) if by_input else x
             return shift_output(x, bias, behind)
 
+        # PyTorch's product of one row adds a bias to its sums when they are done, the same bits in one call: looked at
+        # once, since another library may begin with it, as products of more rows do.
+        in_product: bool | None = None
+
         def whole(layer: nn.Module, x: Tensor) -> Tensor:
-            if (
-                x.dtype is not dtype
-                or "forward" in layer.__dict__
-                or type(layer).forward is not nn.Linear.forward
-            ):
+            nonlocal in_product
+            replaced = "forward" in layer.__dict__ or type(layer).forward is not nn.Linear.forward
+            if x.dtype is not dtype or replaced:
                 return nn.Module.__call__(layer, x)
-            weight, own_bias = layer._parameters["weight"], layer._parameters["bias"]
-            y = F.linear(x * scale if by_input else x, cast(Tensor, weight), own_bias)
+            weight, own_bias = cast(Tensor, layer._parameters["weight"]), layer._parameters["bias"]
+            given = x * scale if by_input else x
+            of_one_row = by_input and own_bias is None and x.numel() == x.shape[-1]
+            if of_one_row and in_product:
+                y = F.linear(given, weight, bias)
+                if y.dtype is dtype:
+                    return y
+            y = F.linear(given, weight, own_bias)
             if y.dtype is not dtype:  # autocast
                 return self.after(layer, x, y)
             y += bias
+            if of_one_row and in_product is None:
+                in_product = torch.equal(y, F.linear(given, weight, bias))
             return y if by_input else y.mul_(scale)
 
         self.settle(act, (name, dtype), whole=whole)
