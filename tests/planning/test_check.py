@@ -50,7 +50,9 @@ def test_the_floor_is_below_what_was_measured(outcome):
 def test_memory_of_a_step_is_counted_to_a_few_percent(outcome):
     rows = [each.row for each in outcome[0] if each.row.kind == "memory of a step"]
     # since then norms and gated parts of a model with an adapter of ours keep less on a CPU
-    older = [row for row in rows if row.source < "cpu.jsonl 2026-11-28T10" and row.what.endswith(": fastadapter")]
+    older = [
+        row for row in rows if row.source < "cpu.jsonl 2026-11-28T10" and row.what.endswith(": fastadapter")
+    ]
     errors = [abs(row.floor / row.value - 1) for row in rows if row not in older]
     assert len(errors) >= 19 and max(errors) < 0.05
 
