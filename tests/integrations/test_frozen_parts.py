@@ -83,6 +83,44 @@ def test_what_computes_something_else_is_left_alone():
     assert same_bits(llama(token_ids()).logits, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("act", "name"),
+    [
+        ("silu", "silu"),
+        ("gelu", "gelu"),
+        ("gelu_pytorch_tanh", "gelu_tanh"),
+        ("relu", "relu"),
+        ("quick_gelu", None),
+    ],
+)
+def test_activations_are_told_apart_in_every_dtype(act, name, dtype):
+    """By their gradients, which are close to each other where they are rounded to bf16."""
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**tiny(), hidden_act=act)).to(dtype)
+    fa.attach(model, CONFIGS["llama-adapter"])
+    assert [getattr(layer.mlp, "FA_ACTIVATION", None) for layer in model.model.layers] == [name] * 2
+
+
+def test_modules_of_one_class_are_proven_one_by_one():
+    """Gemma 3n's feed-forwards cut small gates off in the layers that say so."""
+
+    class Sparse(type(build(LLAMA).model.layers[0].mlp)):
+        sparsity = 0.0
+
+        def forward(self, x):
+            gate = self.gate_proj(x)
+            if self.sparsity:
+                gate = torch.relu(gate - gate.std(-1, keepdim=True))
+            return self.down_proj(self.act_fn(gate) * self.up_proj(x))
+
+    model = build(LLAMA)
+    for layer in model.model.layers:
+        layer.mlp.__class__ = Sparse
+    model.model.layers[1].mlp.sparsity = 0.5
+    fa.attach(model, CONFIGS["llama-adapter"])
+    assert parts(model, frozen_parts._FeedForward) == ["model.layers.0.mlp", "model.layers.2.mlp"]
+
+
 def test_a_norm_that_rounds_otherwise_is_left_alone():
     class Divided(nn.Module):
         def __init__(self, weight):

@@ -85,6 +85,15 @@ def test_an_adapted_model_learns_the_same():
         assert torch.allclose(plain, fast, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
 
 
+def test_a_context_within_another_leaves_that_one_as_it_is():
+    layer = nn.Linear(4, 4)
+    with fast_products(layer):
+        with fast_products(layer):
+            pass
+        assert isinstance(layer, products._Linear)
+    assert type(layer) is nn.Linear
+
+
 def test_an_error_in_the_context_gives_the_classes_back():
     model = build(LLAMA)
     with pytest.raises(KeyError), fast_products(model):

@@ -8,6 +8,7 @@ are not for (a trainable weight, another device or dtype, a compiler, a transfor
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -65,30 +66,21 @@ def is_for_kernel(x: Tensor, other: Tensor | None = None) -> bool:
 
 
 def install(model: nn.Module) -> None:
-    """Let the parts of ``model`` that can do so use the kernels."""
+    """Let the parts of ``model`` that can do so use the kernels.
+
+    Each is proven by itself: modules of one class can differ in what their attributes switch on.
+    """
     if extension_error("glu_backward"):
         return
-    proven: dict[Any, Any] = {}
     for module in model.modules():
-        install_in(module, proven)
-
-
-def install_in(module: nn.Module, proven: dict[Any, Any] | None = None) -> None:
-    """The same for one module; ``proven`` is what was found of others like it."""
-    proven = {} if proven is None else proven
-    eps = _norm_eps(module)
-    if eps is None and not _is_feed_forward(module):
-        return
-    weight = _weight(module if eps else cast(nn.Module, module._modules["gate_proj"]))
-    if weight is None or weight.dtype not in _DTYPES:
-        return
-    key = class_of(module), eps, weight.dtype, weight.shape[0], repr(module._modules.get("act_fn"))
-    if key not in proven:
-        proven[key] = _proves_norm(module, weight, eps) if eps else _proven_activation(module, weight)
-    if proven[key] and eps:
-        put_before(module, _Norm, FA_EPS=eps)
-    elif proven[key]:
-        put_before(module, _FeedForward, FA_ACTIVATION=proven[key])
+        eps = _norm_eps(module)
+        if eps is not None:
+            if not isinstance(module, _Norm) and _proves_norm(module, eps):
+                put_before(module, _Norm, FA_EPS=eps)
+        elif not isinstance(module, _FeedForward) and _is_feed_forward(module):
+            activation = _proven_activation(module)
+            if activation is not None:
+                put_before(module, _FeedForward, FA_ACTIVATION=activation)
 
 
 def count(model: nn.Module) -> dict[str, int]:
@@ -105,48 +97,44 @@ def remove(model: nn.Module) -> None:
         take_away(module, _FeedForward)
 
 
-def _weight(module: nn.Module) -> Tensor | None:
-    weight = module._parameters.get("weight")
-    return weight if weight is not None and weight.is_cpu and type(weight) is nn.Parameter else None
-
-
 def _norm_eps(module: nn.Module) -> str | None:
     """The attribute with the number of an RMS norm, if the module can be one."""
     if set(module._parameters) != {"weight"} or module._buffers or "forward" in module.__dict__:
         return None
     if any(not name.startswith("fa_") for name in module._modules):
         return None
-    weight = _weight(module)
-    if weight is None or weight.dim() != 1 or not 0 < len(weight) <= _MOST_HIDDEN:
+    weight = module._parameters["weight"]
+    if type(weight) is not nn.Parameter or not weight.is_cpu or weight.dtype not in _DTYPES:
+        return None
+    if weight.dim() != 1 or not 0 < len(weight) <= _MOST_HIDDEN:
         return None
     return next((name for name in _EPS if isinstance(module.__dict__.get(name), float)), None)
 
 
 def _is_feed_forward(module: nn.Module) -> bool:
-    own = {name for name in module._modules if not name.startswith("fa_")}
-    if own != {*_GLU, "act_fn"} or module._parameters or module._buffers:
+    own = {name for name, child in module._modules.items() if child and not name.startswith("fa_")}
+    if own != {*_GLU, "act_fn"} or module._parameters or module._buffers or "forward" in module.__dict__:
         return False
-    return "forward" not in module.__dict__
+    return all(each.is_cpu for name in _GLU for each in cast(nn.Module, module._modules[name]).parameters())
 
 
 @torch.no_grad()
-def _proves_norm(module: nn.Module, weight: Tensor, eps: str) -> bool:
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    plain = _plain(module)
-    random = torch.randn(len(weight), generator=generator, device="cpu").to(weight.dtype)
+def _proves_norm(module: nn.Module, eps: str) -> bool:
+    plain, weight = _plain(module), cast(Tensor, module._parameters["weight"])
+    random = _random(len(weight)).to(weight.dtype)
     plain._parameters = {"weight": nn.Parameter(random, requires_grad=False)}
-    x = 3 * torch.randn(3, 5, len(weight), generator=generator, device="cpu").to(weight.dtype)
-    return _agree(plain.forward, lambda each: rms_norm(each, random, getattr(module, eps)), x)
+    ours = functools.partial(rms_norm, weight=random, eps=module.__dict__[eps])
+    return _agree(plain.forward, ours, 3 * _random(3, 5, len(weight)).to(weight.dtype))
 
 
 @torch.no_grad()
-def _proven_activation(module: nn.Module, weight: Tensor) -> str | None:
-    """The name of the activation with which a feed-forward is what we take it for."""
-    generator = torch.Generator(device="cpu").manual_seed(0)
+def _proven_activation(module: nn.Module) -> str | None:
+    """The name of the activation with which a feed-forward is what we take it for.
+
+    In fp32 whatever the weights are: an activation is told from another by its gradient, which bf16 rounds to 3 digits.
+    """
+    gate, up = 3 * _random(5, 256), _random(5, 256, seed=1)
     act = cast(nn.Module, module._modules["act_fn"])
-    gate, up = (
-        torch.randn(5, weight.shape[0], generator=generator, device="cpu").to(weight.dtype) for _ in range(2)
-    )
 
     def theirs(each: Tensor) -> Tensor:
         plain = _plain(module)
@@ -155,10 +143,14 @@ def _proven_activation(module: nn.Module, weight: Tensor) -> str | None:
         }  # fmt: skip
         return plain.forward(torch.empty(0, device="cpu"))
 
-    for activation in _ACTIVATIONS:
-        if _agree(theirs, functools.partial(glu, up=up, act=act, activation=activation), gate):
-            return activation
-    return None
+    ours = functools.partial(glu, up=up, act=act)
+    found = (name for name in _ACTIVATIONS if _agree(theirs, functools.partial(ours, activation=name), gate))
+    return next(found, None)
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device="cpu")
 
 
 def _plain(module: nn.Module) -> nn.Module:
@@ -177,20 +169,22 @@ class _Gives(nn.Module):
         return self.value
 
 
-def _agree(theirs: Any, ours: Any, x: Tensor) -> bool:
+def _agree(theirs: Callable[[Tensor], Tensor], ours: Callable[[Tensor], Tensor], x: Tensor) -> bool:
     """The same bits, and gradients that differ by round-off."""
     try:
-        if not torch.equal(theirs(x), ours(x)):
-            return False
-        grads = []
-        for function in (theirs, ours):
-            with torch.enable_grad():
-                given = x.clone().requires_grad_()
-                output = function(given)
-                grads.append(
-                    torch.autograd.grad(output, given, torch.ones_like(output).cumsum(-1) % 3 - 1)[0]
-                )
-    except Exception:  # whatever it needs that a norm or a feed-forward does not
+        expected = _with_gradient(theirs, x)
+    except (
+        Exception
+    ):  # what the module is, only its own code knows: whatever that misses, it is none of these
         return False
-    tolerance = 16 * torch.finfo(x.dtype).eps * grads[0].abs().max().item()
-    return (grads[0] - grads[1]).abs().max().item() <= tolerance
+    found = _with_gradient(ours, x)
+    tolerance = 16 * torch.finfo(x.dtype).eps * expected[1].abs().max().item()
+    return torch.equal(found[0], expected[0]) and (found[1] - expected[1]).abs().max().item() <= tolerance
+
+
+def _with_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        given = x.clone().requires_grad_()
+        output = function(given)
+        (gradient,) = torch.autograd.grad(output, given, torch.ones_like(output).cumsum(-1) % 3 - 1)
+    return output.detach(), gradient

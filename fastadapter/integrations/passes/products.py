@@ -77,6 +77,7 @@ def fast_products(model: nn.Module) -> Iterator[None]:
     ...     model(torch.ones(1, 4)).shape
     torch.Size([1, 2])
     """
+    # those that an outer context lets do so already are its own to stop
     layers = [] if why_not() else [each for each in unwrap(model).modules() if _can(each)]
     for layer in layers:
         put_before(layer, _Linear)
@@ -91,6 +92,7 @@ def _can(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     return (
         class_of(module) is nn.Linear
+        and not isinstance(module, _Linear)
         and "forward" not in module.__dict__
         and type(weight) is nn.Parameter
         and weight.is_cpu
