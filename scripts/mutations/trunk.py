@@ -13,7 +13,7 @@ TRUNK = [
         a_block_of_the_adapter_is_frozen=(
             "    size = min(frozen, steady)\n",
             "    size = min(frozen + 1, steady)\n",
-            f"{RUNS} -k 'losses and adapter-llama-100'",
+            f"{RUNS} -k 'losses and adapter-llama'",
         ),
         no_weights_are_digested=("through >= size]", "through >= 0]", f"{FILES} -k another_base"),
         weights_above_are_digested=("through >= size]", "through > 99]", f"{FILES} -k another_base"),
