@@ -7,6 +7,7 @@ folder, so that the command it prints at the end can be changed and run again.
 import argparse
 import contextlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fastadapter.checkpoints import load
 from fastadapter.cli import assets
@@ -153,7 +156,12 @@ def _predicting_in_fresh_process(
         "print(json.dumps(predict_from_files(*sys.argv[1:])))"
     )
     command = [sys.executable, "-c", program, str(model_dir), str(adapter), str(test_file)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    # Each has half of the threads: with all of them twice, both wait for each other at the end of every product.
+    threads = torch.get_num_threads()
+    share = max(1, threads // 2)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(share)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    torch.set_num_threads(share)
 
     def wait() -> list[str]:
         printed, _ = process.communicate()
@@ -164,6 +172,7 @@ def _predicting_in_fresh_process(
     try:
         yield wait
     finally:
+        torch.set_num_threads(threads)
         process.kill()  # nothing, if it has ended
         process.wait()
 
