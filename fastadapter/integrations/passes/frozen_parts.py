@@ -112,7 +112,9 @@ def _norm_eps(module: nn.Module) -> str | None:
 
 
 def _is_feed_forward(module: nn.Module) -> bool:
-    own = {name for name, child in module._modules.items() if child and not name.startswith("fa_")}
+    own = {
+        name for name, child in module._modules.items() if child is not None and not name.startswith("fa_")
+    }
     if own != {*_GLU, "act_fn"} or module._parameters or module._buffers or "forward" in module.__dict__:
         return False
     return all(each.is_cpu for name in _GLU for each in cast(nn.Module, module._modules[name]).parameters())
