@@ -1,4 +1,4 @@
-// fastadapter::rms_norm, its backward and that of fastadapter::glu for CPU tensors, on torch's stable ABI.
+// fastadapter::rms_norm, its backward, that of glu, and rotary for CPU tensors, on torch's stable ABI.
 // Schemas, meta functions and autograd live in fastadapter/ops/frozen.py; the maths in docs/maths.md.
 #include <tuple>
 
@@ -10,6 +10,7 @@
 namespace fastadapter {
 namespace {
 
+constexpr const char* kRotary = "rotary";
 constexpr int64_t kBlock = 4096;  // elements that one thread does at a time: whole vectors
 
 const FrozenKernels& kernels() { return FASTADAPTER_FOR_ISA(frozen_kernels); }
@@ -82,7 +83,49 @@ std::tuple<Tensor, Tensor> glu_backward(const Tensor& grad_out, const Tensor& ga
   return {grad_gate, grad_up};
 }
 
+// Cosine or sine (batch or 1, q_len, head_dim), as (batch, 1, q_len, head_dim).
+View angles(const char* name, const Tensor& x, const Tensor& like) {
+  STD_TORCH_CHECK(x.dim() == 3, kRotary, ": ", name, " must have 3 dims, got ", x.dim());
+  const int64_t batch = like.size(0), q_len = like.size(2), head_dim = like.size(3);
+  STD_TORCH_CHECK((x.size(0) == batch || x.size(0) == 1) && x.size(1) == q_len && x.size(2) == head_dim,
+                  kRotary, ": ", name, " must have shape (", batch, " or 1, ", q_len, ", ", head_dim, ")");
+  const int64_t item = static_cast<int64_t>(x.element_size());
+  View v{static_cast<char*>(x.data_ptr()), {}, dtype_of(kRotary, name, x)};
+  v.stride[0] = x.size(0) == 1 ? 0 : x.stride(0) * item;
+  v.stride[2] = x.stride(1) * item, v.stride[3] = x.stride(2) * item;
+  return v;
+}
+
+Tensor with_rows(const Tensor& x) {
+  return x.dim() == 0 || x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
+}
+
+std::tuple<Tensor, Tensor> rotary(const Tensor& given_query, const Tensor& given_key,
+                                  const Tensor& given_cosine, const Tensor& given_sine, bool transposed) {
+  const Tensor query = with_rows(given_query), key = with_rows(given_key);
+  const Tensor cosine = with_rows(given_cosine), sine = with_rows(given_sine);
+  Rotary op{};
+  op.x[0] = view(kRotary, "query", query), op.x[1] = view(kRotary, "key", key);
+  const auto q = query.sizes(), k = key.sizes();
+  check_sizes(kRotary, "key", key, {q[0], k[1], q[2], q[3]});
+  op.cosine = angles("cosine", cosine, query), op.sine = angles("sine", sine, query);
+  op.dtype = op.x[0].dtype, op.transposed = transposed;
+  op.q_len = q[2], op.half = q[3] / 2, op.heads[0] = q[1], op.heads[1] = k[1];
+  STD_TORCH_CHECK(q[3] % 2 == 0 && op.dtype != DType::kDouble, kRotary,
+                  ": query must have an even head_dim and not be float64");
+  for (const View* v : {&op.x[0], &op.x[1], &op.cosine, &op.sine}) {
+    STD_TORCH_CHECK(v->dtype == op.dtype, kRotary, ": query, key, cosine and sine must have one dtype");
+  }
+  Tensor out[2] = {fast_empty_like(query), fast_empty_like(key)};
+  for (int i = 0; i < 2; ++i) op.out[i] = view(kRotary, "out", out[i]);
+  const int64_t rows = q[0] * q[2];
+  parallel(rows, 2 * rows * (q[1] + k[1]) * q[3],
+           [&](int64_t begin, int64_t end) { kernels().rotary(op, begin, end); });
+  return {out[0], out[1]};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fastadapter, CPU, m) {
+  m.impl("rotary", TORCH_BOX(&rotary));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
   m.impl("glu_backward", TORCH_BOX(&glu_backward));

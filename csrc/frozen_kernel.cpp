@@ -175,9 +175,44 @@ void glu_backward(const Glu& op, int64_t begin, int64_t end) {
   });
 }
 
+// out = x cos + (-x2, x1) sin for x = (x1, x2), each product rounded, as by PyTorch's operations; transposed,
+// the gradient of x for one of out.
+template <class E>
+void rotate(const Rotary& op, const char* cosine, const char* sine, const char* x, char* out) {
+  const int64_t second = op.half * static_cast<int64_t>(sizeof(E));
+  over_row(op.half, [&](int64_t j, int64_t lanes) {
+    const Vec<float> c1 = get<E>(cosine, j, lanes), c2 = get<E>(cosine + second, j, lanes);
+    const Vec<float> s1 = get<E>(sine, j, lanes), s2 = get<E>(sine + second, j, lanes);
+    const Vec<float> x1 = get<E>(x, j, lanes), x2 = get<E>(x + second, j, lanes);
+    auto product = [](Vec<float> a, Vec<float> b) { return through<E>(rounded(a * b)); };
+    const Vec<float> turned1 = op.transposed ? product(x2, s2) : product(-x2, s1);
+    const Vec<float> turned2 = op.transposed ? -product(x1, s1) : product(x1, s2);
+    put<E>(out, j, lanes, product(x1, c1) + turned1);
+    put<E>(out + second, j, lanes, product(x2, c2) + turned2);
+  });
+}
+
+void rotary(const Rotary& op, int64_t begin, int64_t end) {
+  with_element<float>(op.dtype, [&](auto* element) {
+    using E = std::remove_pointer_t<decltype(element)>;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / op.q_len, t = i % op.q_len;
+      const char* cosine = op.cosine.data + b * op.cosine.stride[0] + t * op.cosine.stride[2];
+      const char* sine = op.sine.data + b * op.sine.stride[0] + t * op.sine.stride[2];
+      for (int which = 0; which < 2; ++which) {
+        const View &x = op.x[which], &out = op.out[which];
+        for (int64_t h = 0; h < op.heads[which]; ++h) {
+          rotate<E>(op, cosine, sine, x.data + b * x.stride[0] + h * x.stride[1] + t * x.stride[2],
+                    out.data + b * out.stride[0] + h * out.stride[1] + t * out.stride[2]);
+        }
+      }
+    }
+  });
+}
+
 }  // namespace
 
-const FrozenKernels frozen_kernels = {scratch_bytes, rms_norm, rms_norm_backward, glu_backward};
+const FrozenKernels frozen_kernels = {scratch_bytes, rms_norm, rms_norm_backward, glu_backward, rotary};
 
 }  // namespace FASTADAPTER_ISA
 }  // namespace fastadapter

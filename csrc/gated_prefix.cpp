@@ -179,10 +179,11 @@ Tensor gated_prefix(const Tensor& base, const Tensor& query, const Tensor& prefi
   return out;
 }
 
-// Forward over base and query; others than those it was prepared for are a call as ever.
+// Forward over what an attention gives, (batch, q_len, num_heads, head_dim), and query; others than those it
+// was prepared for are a call as ever.
 class PreparedGatedPrefix final : public Prepared {
  public:
-  PreparedGatedPrefix(const Tensor& base, const Tensor& query, const Tensor& prefix_key,
+  PreparedGatedPrefix(const Tensor& output, const Tensor& query, const Tensor& prefix_key,
                       const Tensor& prefix_value, const Tensor& gate, const std::optional<Tensor>& row_ids,
                       double softmax_scale, const std::string& gate_fn)
       : key_(prefix_key),
@@ -191,39 +192,51 @@ class PreparedGatedPrefix final : public Prepared {
         row_ids_(row_ids),
         softmax_scale_(softmax_scale),
         gate_fn_(gate_fn),
-        base_(base),
+        output_(output),
         query_(query),
-        call_("base", base, query, prefix_key, prefix_value, gate, row_ids, softmax_scale, gate_fn) {
-    call_.op.base = view(kOp, "base", base);
+        call_("base", by_head(output), query, prefix_key, prefix_value, gate, row_ids, softmax_scale,
+              gate_fn) {
+    call_.op.base = view_by_head(output);
     call_.split(std::numeric_limits<int64_t>::max());
   }
-  Tensor run(const Tensor& base, const Tensor* query) const override {
-    if (!(base_ == base) || !(query_ == *query)) {
-      return gated_prefix(base, *query, key_, value_, gate_, row_ids_, softmax_scale_, gate_fn_);
+  Tensor run(const Tensor& output, const Tensor* query) const override {
+    if (!(output_ == output) || !(query_ == *query)) {
+      return by_head(
+          gated_prefix(by_head(output), *query, key_, value_, gate_, row_ids_, softmax_scale_, gate_fn_));
     }
-    Tensor out = fast_empty_like(base);
+    Tensor out = fast_empty_like(output);
     GatedPrefix op = call_.op;
-    op.base.data = static_cast<char*>(base.data_ptr());
+    op.base.data = static_cast<char*>(output.data_ptr());
     op.query.data = static_cast<char*>(query->data_ptr());
-    op.out = view(kOp, "out", out);
+    op.out = view_by_head(out);
     call_.run_forward(op);
     return out;
   }
 
  private:
+  static Tensor by_head(const Tensor& x) {
+    STD_TORCH_CHECK(x.dim() == 4, kOp, ": base must have 4 dims, got ", x.dim());
+    return torch::stable::transpose(x, 1, 2);
+  }
+  static View view_by_head(const Tensor& x) {
+    View v = view(kOp, "base", x);
+    std::swap(v.stride[1], v.stride[2]);
+    return v;
+  }
+
   const Tensor key_, value_, gate_;
   const std::optional<Tensor> row_ids_;
   const double softmax_scale_;
   const std::string gate_fn_;
-  const Layout base_, query_;
+  const Layout output_, query_;
   Call call_;
 };
 
-int64_t gated_prefix_prepared(const Tensor& base, const Tensor& query, const Tensor& prefix_key,
+int64_t gated_prefix_prepared(const Tensor& output, const Tensor& query, const Tensor& prefix_key,
                               const Tensor& prefix_value, const Tensor& gate,
                               const std::optional<Tensor>& row_ids, double softmax_scale,
                               const std::string& gate_fn) {
-  return keep(std::make_shared<PreparedGatedPrefix>(base, query, prefix_key, prefix_value, gate, row_ids,
+  return keep(std::make_shared<PreparedGatedPrefix>(output, query, prefix_key, prefix_value, gate, row_ids,
                                                     softmax_scale, gate_fn));
 }
 
@@ -291,7 +304,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_prefix_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastadapter, m) {
   m.def(
-      "gated_prefix_prepared(Tensor base, Tensor query, Tensor prefix_key, Tensor prefix_value, Tensor gate, "
+      "gated_prefix_prepared(Tensor output, Tensor query, Tensor prefix_key, Tensor prefix_value, Tensor "
+      "gate, "
       "Tensor? row_ids, float softmax_scale, str gate_fn) -> int");
 }
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastadapter.integrations.parts.discovery import device_of, floating_dtype
 from fastadapter.integrations.parts.wrappers import unwrap
-from fastadapter.integrations.passes import frozen_parts
+from fastadapter.integrations.passes import frozen_parts, rotary
 from fastadapter.integrations.passes.packed import packed_path
 from fastadapter.integrations.passes.prefix import PrefixHost, PromptSlot
 from fastadapter.integrations.passes.soft_prompt_decoder import SoftPromptHost
@@ -127,4 +127,7 @@ def explain(model: nn.Module) -> Explanation:
                         "reason": reason,
                     }
                 )
-    return Explanation(rows, frozen_parts.count(model))
+    frozen = frozen_parts.count(model)
+    if turning := rotary.count(model):
+        frozen["rotary embeddings"] = turning
+    return Explanation(rows, frozen)

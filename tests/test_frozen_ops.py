@@ -1,4 +1,4 @@
-"""The norms and gated feed-forwards of a frozen model: PyTorch's bits forward, gradients within the budget."""
+"""Norms, gated feed-forwards and rotary embeddings of a frozen model: PyTorch's bits, gradients within the budget."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastadapter.ops.frozen import glu, rms_norm
+from fastadapter.ops.frozen import glu, rms_norm, rotary
 from fastadapter.reference import frozen as reference
 from tests.support.budget import assert_within_budget, same_bits
 from tests.support.gated_prefix import CPP, needs_extension
@@ -92,6 +92,62 @@ def test_a_gated_unit_is_pytorchs_with_gradients_within_budget(activation, dtype
         assert_within_budget(found, eager, right, name)
 
 
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("head_dim", [2, 6, 64, 80])
+@pytest.mark.parametrize("sizes", [(2, 2, 3, 1, 5), (3, 1, 2, 2, 1), (1, 1, 4, 2, 17)], ids=str)
+def test_rotary_has_the_bits_of_pytorch_and_so_has_its_gradient(sizes, head_dim, dtype, backend):
+    batch, angles, heads, kv_heads, length = sizes
+    given = [random(batch, length, each, head_dim, seed=each, dtype=dtype) for each in (heads, kv_heads)]
+    angle = random(angles, length, head_dim, seed=3)
+    turn = angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def run(of, *options):
+        leaves = [each.clone().requires_grad_() for each in given]
+        found = of(*(each.transpose(1, 2) for each in leaves), *turn, *options)
+        return *found, *torch.autograd.grad(found, leaves, [each.detach() * 3 for each in found])
+
+    ours = run(rotary, backend)
+    assert all(map(same_bits, ours, run(reference.rotary)))
+    with torch.no_grad():
+        plain = rotary(*(each.transpose(1, 2) for each in given), *turn, backend)
+    assert all(map(same_bits, plain, ours))
+    assert plain[0].stride() == given[0].transpose(1, 2).stride() or length == 1
+
+
+@needs_extension
+@every_dtype
+def test_rotary_of_special_values_and_strides(dtype):
+    x = random(2, 3, 4, 8, dtype=dtype)
+    x[0, 0, 0, :4] = torch.tensor([float("inf"), float("nan"), -0.0, torch.finfo(dtype).tiny])
+    angles = [random(2, 4, 8, seed=seed, dtype=dtype) for seed in (1, 2)]
+    wide = random(2, 3, 4, 24, seed=3, dtype=dtype)
+    for query in (x, wide[..., 8:16], wide[..., ::3], x.transpose(-1, -2).contiguous().transpose(-1, -2)):
+        found, expected = rotary(query, x, *angles), reference.rotary(query, x, *angles)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours.isnan(), theirs.isnan())
+            assert same_bits(ours.nan_to_num(), theirs.nan_to_num())
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 3, 4, 8), (1, 1, 4, 8), (2, 4, 8), (2, 4, 8)), "key must have size 2 in dim 0"),
+        (((2, 3, 4, 8), (2, 1, 4, 8), (3, 4, 8), (2, 4, 8)), "cosine must have shape .2 or 1, 4, 8"),
+        (((2, 3, 4, 8), (2, 1, 4, 8), (2, 4, 8), (2, 4, 4)), "sine must have shape"),
+        (((2, 3, 4, 8), (2, 1, 4, 8), (4, 8), (2, 4, 8)), "cosine must have 3 dims"),
+        (((2, 3, 4, 7), (2, 1, 4, 7), (2, 4, 7), (2, 4, 7)), "even head_dim"),
+    ],
+)
+def test_what_cannot_be_rotated_is_refused(shapes, message):
+    with pytest.raises(RuntimeError, match=message):
+        rotary(*(torch.ones(shape) for shape in shapes))
+    halves = [torch.ones(shape).half() for shape in ((1, 1, 1, 2), (1, 1, 1, 2), (1, 1, 2))]
+    with pytest.raises(RuntimeError, match="one dtype"):
+        rotary(*halves, torch.ones(1, 1, 2))
+
+
 @needs_extension
 def test_threads_do_not_change_a_bit(default_threads):
     x, weight, grad = random(700, 576), random(576, seed=1), random(700, 576, seed=2)
@@ -126,6 +182,7 @@ def test_registered_ops_are_sound():
         (ops.rms_norm, (x, weight, 1e-5)),
         (ops.rms_norm_backward, (x, x, weight, 1e-5)),
         (ops.glu_backward, (x, x, x, "silu")),
+        (ops.rotary, (x[None, None], x[None, None], x[None], x[None], False)),
     ):
         torch.library.opcheck(op.default, arguments)
 

@@ -40,13 +40,43 @@ def test_a_bottleneck_has_the_bits_of_the_op(ids, dtype):
 def test_a_gated_prefix_has_the_bits_of_the_op(dtype):
     key, value, gate = random(2, 2, 5, 24), random(2, 2, 5, 24, seed=1), random(2, 4, seed=2)
     row_ids = torch.tensor([1, -1, 0], dtype=torch.int32)
-    base, query = random(3, 1, 4, 24, seed=3).to(dtype).transpose(1, 2), random(3, 4, 1, 24, seed=4).to(dtype)
+    output, query = random(3, 1, 4, 24, seed=3).to(dtype), random(3, 4, 1, 24, seed=4).to(dtype)
     operands = (key.to(dtype), value.to(dtype), gate, row_ids, 0.3, "tanh")
-    number = prepared.prepare_gated_prefix(base, query, *operands)
-    longer = [random(3, 4, 7, 24, seed=seed).to(dtype) for seed in (5, 6)]
-    for pair in ((base, query), (base, -query), (-base, query), (query, query), longer):
-        expected = gated_prefix(*pair, *operands[:3], softmax_scale=0.3, row_ids=row_ids)
-        assert same_bits(torch.ops.fastadapter.repeat_two(*pair, number), expected)
+    number = prepared.prepare_gated_prefix(output, query, *operands)
+    longer = [random(3, 7, 4, 24, seed=5).to(dtype), random(3, 4, 7, 24, seed=6).to(dtype)]
+    strided = query.transpose(1, 2)
+    for pair in ((output, query), (output, -query), (-output, query), (strided, query), longer):
+        by_head = pair[0].transpose(1, 2)
+        expected = gated_prefix(by_head, pair[1], *operands[:3], softmax_scale=0.3, row_ids=row_ids)
+        found = torch.ops.fastadapter.repeat_two(*pair, number)
+        assert same_bits(found, expected.transpose(1, 2)) and found.shape == pair[0].shape
+
+
+@pytest.mark.parametrize("by_input", [True, False], ids=["input", "output"])
+@pytest.mark.parametrize("own", [True, False], ids=["own bias", "no own bias"])
+@torch.no_grad()
+def test_a_scaled_linear_has_the_bits_of_three_operations(own, by_input):
+    weight = torch.nn.Parameter(random(24, 40))
+    own_bias = random(24, seed=1) if own else None
+    scale, bias = random(40 if by_input else 24, seed=2), random(24, seed=3)
+    number = prepared.prepare_scaled_linear(weight, own_bias, scale, bias, by_input)
+
+    def look():
+        rows = [random(*shape, seed=4) for shape in ((1, 1, 40), (8, 1, 40), (2, 3, 40), (5, 40))]
+        for x in (*rows, random(40, 6).T.expand(2, 6, 40)):
+            y = torch.nn.functional.linear(x * scale if by_input else x, weight, own_bias) + bias
+            found = torch.ops.fastadapter.repeat(x, number)
+            assert same_bits(found, y if by_input else y * scale) and found.is_contiguous()
+
+    look()
+    for values in (weight.data, scale, bias):
+        values.mul_(1.5)
+    look()
+    weight.data = random(40, 24, seed=5).T  # other memory, which lies otherwise
+    look()
+    with pytest.raises(RuntimeError, match="the last of size 40"):
+        torch.ops.fastadapter.repeat(random(1, 1, 24), number)
+    assert torch.ops.fastadapter.release(number)
 
 
 def test_numbers_end_with_what_holds_them():

@@ -1,6 +1,6 @@
-"""A frozen model's RMS norm and gated linear unit on a CPU: registration and autograd.
+"""A frozen model's RMS norm, gated linear unit and rotary embedding on a CPU: registration and autograd.
 
-Both have the bits of PyTorch's own operations forward (the sums of :func:`rms_norm` are in PyTorch's order, :func:`glu`
+They have the bits of PyTorch's own operations forward (the sums of :func:`rms_norm` are in PyTorch's order, :func:`glu`
 calls the model's activation) and one pass for the gradients of their activations; their weights are frozen. They keep
 their inputs for backward, where PyTorch keeps several tensors of that size.
 """
@@ -88,7 +88,45 @@ def glu(
     return act(gate) * up
 
 
-for _op in ("rms_norm", "glu_backward"):
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, cosine, sine, backend):
+        ctx.save_for_backward(cosine, sine)
+        ctx.backend = backend
+        return run_rotary(backend, query, key, cosine, sine, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_query, grad_key):
+        grads = run_rotary(ctx.backend, grad_query, grad_key, *ctx.saved_tensors, True)
+        return (*grads, None, None, None)
+
+
+def rotary(
+    query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """``x cos + (-x2, x1) sin`` of queries and keys ``x = (x1, x2)`` (Su et al., arXiv:2104.09864, equation 34).
+
+    Args:
+        query: ``(batch, num_heads, q_len, head_dim)``, fp32, bf16 or fp16 (fp64 by the reference).
+        key: ``(batch, num_kv_heads, q_len, head_dim)``.
+        cosine, sine: ``(batch or 1, q_len, head_dim)``, of the same dtype; they get no gradient.
+        backend: ``"auto"``, ``"cpp"`` or ``"reference"``.
+    Returns: both, with the bits of :func:`fastadapter.reference.frozen.rotary`.
+
+    >>> query, key, angle = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 3, 8), torch.randn(1, 3, 8)
+    >>> turned, _ = rotary(query, key, angle.cos(), angle.sin())
+    >>> torch.equal(turned, reference.rotary(query, key, angle.cos(), angle.sin())[0])
+    True
+    """
+    chosen = choose_backend(backend, query.device.type, query.dtype, "rotary")
+    cosine, sine = cosine.detach(), sine.detach()
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        return _Rotary.apply(query, key, cosine, sine, chosen)
+    return run_rotary(chosen, query, key, cosine, sine, False)
+
+
+for _op in ("rms_norm", "glu_backward", "rotary"):
     lack(_op, "triton", f"there is no Triton kernel of {_op}: on a GPU the frozen model is its own")
 
 # On arguments that are known to be right and without autograd: once per norm and token.
@@ -114,5 +152,13 @@ _run_glu_backward = register(
     "(Tensor grad_out, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)",
     reference=reference.glu_backward,
     fake=lambda grad_out, gate, up, activation: (torch.empty_like(gate), torch.empty_like(up)),
+    launcher=None,
+)
+run_rotary = register(
+    "rotary",
+    "rotary",
+    "(Tensor query, Tensor key, Tensor cosine, Tensor sine, bool transposed) -> (Tensor, Tensor)",
+    reference=reference.rotary,
+    fake=lambda query, key, *_: (torch.empty_like(query), torch.empty_like(key)),
     launcher=None,
 )

@@ -18,15 +18,20 @@ MOST_ROWS = 16
 ERROR = extension_error("bottleneck_prepared")
 if ERROR is None:
     _ops = torch.ops.fastadapter
-    _repeat, _repeat_two, _release = _ops.repeat.default, _ops.repeat_two.default, _ops.release.default
+    # without the Python function around each: one of the calls that every layer of every token makes
+    repeat, _repeat_two, _release = (
+        getattr(getattr(_ops, name).default, "_op", getattr(_ops, name).default)
+        for name in ("repeat", "repeat_two", "release")
+    )
     prepare_bottleneck = _ops.bottleneck_prepared.default
     prepare_gated_prefix = _ops.gated_prefix_prepared.default
+    prepare_scaled_linear = _ops.scaled_linear_prepared.default
     for _name in ("repeat", "repeat_two"):
         torch.library.register_fake(f"fastadapter::{_name}", lambda x, *_: torch.empty_like(x), lib=library)
 
 
-class _Number:
-    """Of a call that the extension keeps as long as this object lives."""
+class Number:
+    """Of a call that the extension keeps as long as this object lives; what :func:`repeat` takes is its ``value``."""
 
     __slots__ = ("_release", "value")
 
@@ -48,7 +53,7 @@ class Repeated:
 
     def __init__(self, prepare: Callable[..., int]):
         self._prepare = prepare
-        self._number: _Number | None = None
+        self._number: Number | None = None
 
     def __call__(self, rows: int, x: Tensor, other: Tensor | None = None) -> Tensor | None:
         """The op's output; ``None``: for so many ``rows`` it is to be called as ever."""
@@ -57,5 +62,5 @@ class Repeated:
         number = self._number
         if number is None:
             operands = (x,) if other is None else (x, other)
-            number = self._number = _Number(self._prepare(*operands))
-        return _repeat(x, number.value) if other is None else _repeat_two(x, other, number.value)
+            number = self._number = Number(self._prepare(*operands))
+        return repeat(x, number.value) if other is None else _repeat_two(x, other, number.value)

@@ -21,6 +21,9 @@ CPP = [
             "for (int k = kStreams - 1; k > 0; --k) {",
         ),
         eps_missing=("/ static_cast<float>(n) + eps)", "/ static_cast<float>(n))"),
+        turned_the_other_way=("product(-x2, s1)", "product(x2, s1)"),
+        turned_back_as_forward=("-product(x1, s1)", "product(x1, s1)"),
+        products_of_rotary_are_fused=("return through<E>(rounded(a * b)); };", "return a * b; };"),
         normed_is_not_rounded=("through<E>(get<E>(row, j, lanes) * r)", "(get<E>(row, j, lanes) * r)"),
         gradient_of_the_root_missing=("(g - get<E>(row, j, lanes) * share) * r", "g * r"),
         gate_without_up=("grad * get<E>(op.up, j, lanes) * act.slope", "grad * act.slope"),
@@ -30,6 +33,13 @@ CPP = [
         PREPARED,
         other_sizes_are_read_as_the_prepared_ones=("if (!(layout_ == x)) {", "if (false) {"),
         residual_of_the_first_call=("    op.residual = op.x;\n    op.out = view_of", "    op.out = view_of"),
+    ),
+    *of_file(
+        "csrc/scaled_linear.cpp",
+        PREPARED,
+        weight_of_the_first_call=("weight_.data_ptr() == data_ ?", "true ?"),
+        scale_by_input_too=("!by_input_ && j < end", "j < end"),
+        own_bias_is_forgotten=("    if (own_bias_) {\n", "    if (false) {\n"),
     ),
     *of_file(
         "csrc/gated_prefix.cpp",

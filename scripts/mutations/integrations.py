@@ -9,6 +9,7 @@ METHODS = "tests/integrations/test_methods.py"
 KEPT = "tests/integrations/test_kept.py"
 SHORTCUT = "tests/integrations/test_shortcut.py"
 FROZEN_PARTS = "tests/integrations/test_frozen_parts.py"
+ROTARY = "tests/integrations/test_rotary.py"
 PRODUCTS = "tests/training/test_products.py"
 PACKED = "tests/integrations/test_packed_rows.py"
 
@@ -69,6 +70,29 @@ INTEGRATIONS = [
         classes_stay=("        take_away(module, _FeedForward)\n", "        pass\n"),
     ),
     *of_file(
+        "fastadapter/integrations/passes/scaled_linear.py",
+        SHORTCUT,
+        hooks_of_others_are_passed_by_too=(
+            '                    and len(inside["_forward_hooks"]) + len(inside["_forward_pre_hooks"]) == host.HOOKS\n',
+            "",
+        ),
+        replaced_forward_is_passed_by=('                    and "forward" not in inside\n', ""),
+        exchanged_weight_is_not_noticed=(
+            '                    and parameters["weight"] is ready.weight\n',
+            "",
+        ),
+        autocast_is_not_noticed=('                    and not torch.is_autocast_enabled("cpu")\n', ""),
+        bits_are_not_looked_at=("if torch.equal(prepared.repeat(x, of), expected):", "if True:"),
+    ),
+    *of_file(
+        "fastadapter/integrations/passes/rotary.py",
+        ROTARY,
+        every_function_is_taken=("            if not _proves(space[_NAME]):\n", "            if False:\n"),
+        acts_outside_of_passes=("            and this_thread.passing is not None\n", ""),
+        taken_from_other_models=("if not users and hasattr", "if hasattr"),
+        angles_lose_their_gradient=("if not (cos.requires_grad or sin.requires_grad):", "if True:"),
+    ),
+    *of_file(
         "fastadapter/integrations/passes/products.py",
         PRODUCTS,
         trained_layers_lose_their_gradient=("if not (frozen and plain) or", "if not plain or"),
@@ -96,7 +120,7 @@ INTEGRATIONS = [
             "True",
         ),
         exchanged_modules_are_not_noticed=(
-            "            and all(map(operator.is_, map(dict.get, self._parents, self._children), self._modules))\n",
+            "            and all(map(operator.is_, map(dict.get, self._parents, self._children), self._objects))\n",
             "",
         ),
         steps_outlive_what_they_hold=("            self._stamps = {}\n            with", "            with"),

@@ -60,6 +60,8 @@ def picture(model, inputs):
         )
         for path, module in model.named_modules()
     }
+    turn = vars(sys.modules[type(model).__module__]).get("apply_rotary_pos_emb")
+    structure["rotary"] = hasattr(turn, "fa_own"), getattr(turn, "fa_own", turn)
     parameters = {key: (p.requires_grad, p.detach().clone()) for key, p in model.named_parameters()}
     with torch.no_grad():
         return structure, parameters, output_of(model, inputs)
@@ -95,11 +97,12 @@ def test_attach_and_detach(family, name):
     gc.collect()  # adapted models of other tests keep the hook
     others = set(attention._hosts)
 
+    model, inputs = build(NAMED[family]), NAMED[family].inputs()
+
     def is_as_it_was():
         hooked = AttentionInterface.get_interface is attention._patched_lookup
         return set(attention._hosts) == others and hooked == bool(others)
 
-    model, inputs = build(NAMED[family]), NAMED[family].inputs()
     at_every_step(
         model, inputs, lambda: fa.attach(model, CONFIGS[name], "first"), lambda: fa.detach(model), stride=7
     )

@@ -139,8 +139,9 @@ def test_nothing_is_kept_while_a_graph_is_recorded(monkeypatch):
     from fastadapter.integrations.passes import choice, entry, host
 
     model, ids = adapted("prefix", names=("one", "two")), token_ids()
-    for module in (choice, entry, host):
+    for module in (choice, host):
         monkeypatch.setattr(module, "may_keep", lambda device: False)
+    monkeypatch.setattr(entry, "is_captured", lambda: True)
     with pytest.raises(RuntimeError, match="before a CUDA graph is captured"), fa.rows(model, ["one", "two"]):
         model(ids)
     fa.set_active(model, "one")

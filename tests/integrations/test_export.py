@@ -113,7 +113,8 @@ def test_ops_by_themselves():
 def test_every_op_can_be_taken_apart():
     ours = {name for name in dir(torch.ops.fastadapter) if not name.startswith("_") and name != "name"}
     # repeated calls are for eager passes: none is in a program
-    ours -= {"bottleneck_prepared", "gated_prefix_prepared", "repeat", "repeat_two", "release"}
+    ours -= {"bottleneck_prepared", "gated_prefix_prepared", "scaled_linear_prepared"}
+    ours -= {"repeat", "repeat_two", "release"}
     ours -= {"cpu_capability", "cpu_vendor"}
     named = {str(op).split(".")[1] for op in decompositions()}
     assert named >= ours

@@ -29,7 +29,9 @@ def test_norms_and_feed_forwards_are_found_and_given_back():
     before = {path: type(module) for path, module in model.named_modules()}
     fa.attach(model, CONFIGS["llama-adapter"])
     assert len(parts(model, frozen_parts._Norm)) == 7 and len(parts(model, frozen_parts._FeedForward)) == 3
-    assert str(fa.explain(model)).endswith("with the same bits: 7 norms, 3 feed-forwards")
+    assert str(fa.explain(model)).endswith(
+        "with the same bits: 7 norms, 3 feed-forwards, 3 rotary embeddings"
+    )
     fa.attach(model, CONFIGS["houlsby"], "second")
     fa.detach(model)
     assert {path: type(module) for path, module in model.named_modules()} == before

@@ -8,7 +8,7 @@ from torch import nn
 
 import fastadapter as fa
 from fastadapter.integrations.passes import channel_scale
-from fastadapter.integrations.passes.shortcut import _Shortened
+from fastadapter.integrations.passes.shortcut import Shortened
 from tests.support.budget import same_bits
 from tests.support.methods import CONFIGS, train_a_little
 from tests.support.models import FAMILIES, build, token_ids
@@ -123,9 +123,9 @@ def test_a_trace_holds_no_step():
 @torch.no_grad()
 def test_detach_gives_the_classes_back():
     model = adapted()
-    assert any(isinstance(module, _Shortened) for module in model.modules())
+    assert any(isinstance(module, Shortened) for module in model.modules())
     fa.fold(model)
-    assert not any(isinstance(module, _Shortened) for module in model.modules())
+    assert not any(isinstance(module, Shortened) for module in model.modules())
     fa.unfold(model)
     fa.detach(model)
     assert type(model.model.layers[2].mlp.up_proj) is nn.Linear

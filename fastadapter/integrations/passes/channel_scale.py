@@ -2,15 +2,15 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastadapter.integrations.passes.host import Host
 from fastadapter.integrations.passes.replacement import PlaceHost
+from fastadapter.integrations.passes.scaled_linear import ScaledLinear, ShortenedLinear
 from fastadapter.integrations.passes.shortcut import Handle, Shortcut
 from fastadapter.integrations.passes.training import refuse_backward
 from fastadapter.nn import ChannelScale
@@ -27,7 +27,7 @@ class ScaleHost(PlaceHost):
         return [
             module.register_forward_pre_hook(_before),
             module.register_forward_hook(_after),
-            Shortcut(module, self.CHILD, nn.Linear),
+            Shortcut(module, self.CHILD, nn.Linear, ShortenedLinear),
         ]
 
     def kind(self, adapter: nn.Module) -> Any:
@@ -72,7 +72,10 @@ class ScaleHost(PlaceHost):
             return
         adapter: ChannelScale = self.adapter(name)
         scale, bias = self.keep(
-            (name, dtype), lambda: [adapter], lambda: (adapter.scale.to(dtype), adapter.bias.to(dtype))
+            (name, dtype),
+            lambda: [adapter],
+            lambda: (adapter.scale.to(dtype), adapter.bias.to(dtype)),
+            read_anew=lambda rounded: rounded,
         )
         by_input = adapter.convention == "input"
         behind = None if by_input else scale
@@ -84,30 +87,7 @@ class ScaleHost(PlaceHost):
                 return scale_input(x, scale) if by_input else x
             return shift_output(x, bias, behind)
 
-        # PyTorch's product of one row adds a bias to its sums when they are done, the same bits in one call: looked at
-        # once, since another library may begin with it, as products of more rows do.
-        in_product: bool | None = None
-
-        def whole(layer: nn.Module, x: Tensor) -> Tensor:
-            nonlocal in_product
-            replaced = "forward" in layer.__dict__ or type(layer).forward is not nn.Linear.forward
-            if x.dtype is not dtype or replaced:
-                return nn.Module.__call__(layer, x)
-            weight, own_bias = cast(Tensor, layer._parameters["weight"]), layer._parameters["bias"]
-            given = x * scale if by_input else x
-            of_one_row = by_input and own_bias is None and x.numel() == x.shape[-1]
-            if of_one_row and in_product:
-                y = F.linear(given, weight, bias)
-                if y.dtype is dtype:
-                    return y
-            y = F.linear(given, weight, own_bias)
-            if y.dtype is not dtype:  # autocast
-                return self.after(layer, x, y)
-            y += bias
-            if of_one_row and in_product is None:
-                in_product = torch.equal(y, F.linear(given, weight, bias))
-            return y if by_input else y.mul_(scale)
-
+        whole = ScaledLinear(scale, bias, by_input, self.after)
         self.settle(act, (name, dtype), whole=whole)
 
 
@@ -148,7 +128,14 @@ class CopyHost(Host):
             return
         own = self.adapter(name)
         if not own.has_buffers():
-            act = self.keep(name, lambda: [own, module], lambda: own.rounded(module))
+            # of the module itself what is copied, not the copies in it
+            inside = [*module._parameters, *(key for key in module._modules if not key.startswith("fa_"))]
+            act = self.keep(
+                name,
+                lambda: [own, *((module, key) for key in inside)],
+                lambda: own.rounded(module),
+                read_anew=nn.Module.parameters,
+            )
             self.settle(act, name, whole=functools.partial(_copy_instead, act))
 
     def _on_rows(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

@@ -271,4 +271,9 @@ def may_keep(device: torch.device) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return device.type != "cuda" or not is_captured()
+
+
+def is_captured() -> bool:
+    """Whether this thread records a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -16,7 +16,7 @@ from torch.nn.modules import module as all_modules
 from torch.utils.hooks import RemovableHandle
 
 from fastadapter.integrations.passes import choice, positions
-from fastadapter.integrations.passes.choice import Pass, State, may_keep
+from fastadapter.integrations.passes.choice import Pass, State, is_captured
 from fastadapter.integrations.passes.host import Host
 from fastadapter.integrations.passes.order import put_first
 
@@ -60,7 +60,7 @@ def _begin(module: nn.Module, args: tuple) -> None:
     if not state.traffic.begin(sys._getframe(1)):
         return
     try:
-        keeps = not (module.training or torch.is_grad_enabled()) and may_keep(_device(module))
+        keeps = not (module.training or torch.is_grad_enabled()) and not is_captured()
         keeps = keeps and not _is_recorded()
         if keeps:
             state.store.check()  # before the pass takes its stamp
@@ -92,10 +92,6 @@ def _is_recorded() -> bool:
         or all_modules._global_forward_hooks
         or all_modules._global_forward_pre_hooks
     )
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((each.device for each in module.parameters()), torch.device("cpu"))
 
 
 class Carried:

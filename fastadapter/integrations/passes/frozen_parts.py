@@ -152,7 +152,7 @@ def _proven_activation(module: nn.Module) -> str | None:
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    return torch.randn(*shape, generator=generator, device="cpu")
+    return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def _plain(module: nn.Module) -> nn.Module:

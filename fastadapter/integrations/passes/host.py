@@ -159,17 +159,24 @@ class Host(nn.Module):
         run = under_way()
         return run is not None and run.keeps and run.state is self.state and not self.training
 
-    def keep(self, key: Any, parts: Callable[[], Iterable[Part]], make: Callable[[], Any]) -> Any:
+    def keep(
+        self,
+        key: Any,
+        parts: Callable[[], Iterable[Part]],
+        make: Callable[[], Any],
+        read_anew: Callable[[Any], Iterable[Tensor]] | None = None,
+    ) -> Any:
         """What ``make`` gives, kept between passes that cannot need a gradient through it.
 
         Args:
             parts: all that it is made from.
+            read_anew: the tensors of what was made whose values are looked at in every pass.
         """
         if not self.keeps():
             return make()
         kept = self._kept.get(key)
         if kept is None or not kept.is_valid:
-            kept = self.state.store.make(make, parts())
+            kept = self.state.store.make(make, parts(), read_anew)
             if kept is None:
                 return make()
             if len(self._kept) >= _KEPT:

@@ -22,7 +22,7 @@ _PEFT_SETTINGS = ("_active_adapter", "_disable_adapters", "merged_adapters", "sc
 _STAMPS = 64
 
 
-# A module, or one that may be exchanged: the module it is a child of, and its name there.
+# A module, or a module or parameter that may be exchanged: the module it is in, and its name there.
 Part = nn.Module | tuple[nn.Module, str]
 
 
@@ -30,16 +30,16 @@ class Sources:
     """What some tensors were made from; ``None`` from :meth:`of` where a change could not be noticed.
 
     Attributes:
-        tensors: the dictionary each is in, its key, itself, its version and address.
-        modules: the dictionary each is in, its key, itself.
+        tensors: whose values were used: the dictionary each is in, its key, itself, its version and address.
+        objects: modules, and tensors that are read anew in every pass: the dictionary each is in, its key, itself.
         settings: of PEFT's layers: the module, attribute and value.
     """
 
-    __slots__ = ("modules", "settings", "tensors")
+    __slots__ = ("objects", "settings", "tensors")
 
     def __init__(self) -> None:
         self.tensors: list[tuple[dict, str, Tensor, int, int]] = []
-        self.modules: list[tuple[dict, str, nn.Module]] = []
+        self.objects: list[tuple[dict, str, nn.Module | Tensor]] = []
         self.settings: list[tuple[nn.Module, str, Any]] = []
 
     @classmethod
@@ -50,11 +50,21 @@ class Sources:
             module = part
             if isinstance(part, tuple):
                 parent, name = part
+                if name in parent._parameters:
+                    if not sources._add_tensor(parent._parameters, name):
+                        return None
+                    continue
                 module = parent.get_submodule(name)
-                sources.modules.append((parent._modules, name, module))
+                sources.objects.append((parent._modules, name, module))
             if not sources._add(cast(nn.Module, module)):
                 return None
         return sources
+
+    def read_anew(self, tensors: Iterable[Tensor]) -> None:
+        """Of these, another value is no change: whoever uses them looks at it."""
+        known = {id(each) for each in tensors}
+        self.objects += [row[:3] for row in self.tensors if id(row[2]) in known]
+        self.tensors = [row for row in self.tensors if id(row[2]) not in known]
 
     def _add(self, module: nn.Module) -> bool:
         settings = _settings(module)
@@ -62,26 +72,31 @@ class Sources:
             return False
         self.settings += settings
         for container in (module._parameters, module._buffers):
-            for key, tensor in container.items():
-                if tensor is None:
-                    continue
-                # versions are not counted, or values are elsewhere
-                if tensor.is_inference() or tensor.is_meta or hasattr(tensor, "ds_id"):
-                    return False
-                self.tensors.append((container, key, tensor, tensor._version, tensor.data_ptr()))
+            if not all(self._add_tensor(container, key) for key in container):
+                return False
         for key, child in module._modules.items():
             if child is not None:
-                self.modules.append((module._modules, key, child))
+                self.objects.append((module._modules, key, child))
                 if not self._add(child):
                     return False
+        return True
+
+    def _add_tensor(self, container: dict, key: str) -> bool:
+        tensor = container[key]
+        if tensor is None:
+            return True
+        # versions are not counted, or values are elsewhere
+        if tensor.is_inference() or tensor.is_meta or hasattr(tensor, "ds_id"):
+            return False
+        self.tensors.append((container, key, tensor, tensor._version, tensor.data_ptr()))
         return True
 
     def are_current(self) -> bool:
         for container, key, tensor, version, address in self.tensors:
             if container.get(key) is not tensor or tensor._version != version or tensor.data_ptr() != address:
                 return False
-        for container, key, module in self.modules:
-            if container.get(key) is not module:
+        for container, key, each in self.objects:
+            if container.get(key) is not each:
                 return False
         return all(_value(module, name) == value for module, name, value in self.settings)
 
@@ -122,9 +137,11 @@ class Flat:
         tensors = {
             (id(row[0]), row[1], id(row[2]), *row[3:]): row for each in sources for row in each.tensors
         }
-        modules = {(id(row[0]), row[1], id(row[2])): row for each in sources for row in each.modules}
+        objects = {(id(row[0]), row[1], id(row[2])): row for each in sources for row in each.objects}
+        looked_at = {key[:3] for key in tensors}
+        objects = {key: row for key, row in objects.items() if key not in looked_at}
         self._holders, self._names, self._tensors, self._versions, self._addresses = _columns(tensors, 5)
-        self._parents, self._children, self._modules = _columns(modules, 3)
+        self._parents, self._children, self._objects = _columns(objects, 3)
         self._settings = [setting for each in sources for setting in each.settings]
 
     def are_current(self) -> bool:
@@ -133,7 +150,7 @@ class Flat:
             all(map(operator.is_, map(dict.get, self._holders, self._names), self._tensors))
             and list(map(_version, self._tensors)) == self._versions
             and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
-            and all(map(operator.is_, map(dict.get, self._parents, self._children), self._modules))
+            and all(map(operator.is_, map(dict.get, self._parents, self._children), self._objects))
             and all(_value(module, name) == value for module, name, value in self._settings)
         )
 
@@ -194,16 +211,26 @@ class Store:
             with self._lock:
                 self._entries = [entry for entry in self._entries if entry.is_valid]
 
-    def make(self, make: Callable[[], Any], parts: Iterable[Part]) -> Kept | None:
+    def make(
+        self,
+        make: Callable[[], Any],
+        parts: Iterable[Part],
+        read_anew: Callable[[Any], Iterable[Tensor]] | None = None,
+    ) -> Kept | None:
         """What ``make`` gives, to be kept; ``None`` where changes of what it is made from cannot be noticed.
 
         Made outside inference mode, the tensors stay usable wherever the model is called from next.
+
+        Args:
+            read_anew: the tensors of what was made whose values are looked at in every pass.
         """
         sources = Sources.of(parts)
         if sources is None:
             return None
         with torch.inference_mode(False), torch.no_grad():
             entry = Kept(make(), sources)
+        if read_anew is not None:
+            sources.read_anew(read_anew(entry.value))
         with self._lock:
             self._entries = [*self._entries, entry]
         return entry

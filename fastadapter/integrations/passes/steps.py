@@ -49,7 +49,7 @@ def gated_step(bank: Bank, row_ids: Tensor | None, scale: float) -> Act:
     if backend == "cpp" and prepared.ERROR is None:
         prepare = prepared.prepare_gated_prefix
         repeated = prepared.Repeated(
-            lambda base, query: prepare(base, query, bank_key, bank_value, gate, row_ids, scale, gate_fn)
+            lambda output, query: prepare(output, query, bank_key, bank_value, gate, row_ids, scale, gate_fn)
         )
 
     def act(
@@ -63,22 +63,22 @@ def gated_step(bank: Bank, row_ids: Tensor | None, scale: float) -> Act:
         prompts: Any,
     ) -> tuple[Tensor, Any] | None:
         dtype = bank_key.dtype
-        if not (query.dtype is dtype is value.dtype) or query.shape[3] != value.shape[3]:
+        batch, num_heads, q_len, head_dim = query.shape
+        if not (query.dtype is dtype is value.dtype) or head_dim != value.shape[3]:
             return None
-        if row_ids is not None and len(row_ids) != len(query):
+        if row_ids is not None and len(row_ids) != batch:
             return None
         if softmax_scale(query, options) != scale:
             return None
         output, weights = base()
-        batch, num_heads, q_len, head_dim = query.shape
         if output.dtype is not dtype or output.shape != (batch, q_len, num_heads, head_dim):
             return None
-        before = output.transpose(1, 2)
-        after = None
         if repeated is not None:
-            after = repeated(batch * q_len, before, query)
-        if after is None:
-            after = run_gated(backend, before, query, bank_key, bank_value, gate, row_ids, scale, gate_fn)
+            added = repeated(batch * q_len, output, query)
+            if added is not None:
+                return added, weights
+        before = output.transpose(1, 2)
+        after = run_gated(backend, before, query, bank_key, bank_value, gate, row_ids, scale, gate_fn)
         return after.transpose(1, 2), weights
 
     return act

@@ -1,6 +1,7 @@
 """Attach adapters to transformers models, in place, and take them off again."""
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from torch import nn
 from fastadapter.integrations.parts.sharding import require_open
 from fastadapter.integrations.parts.wrappers import RECORD, unwrap
 from fastadapter.integrations.passes import attention as hook
-from fastadapter.integrations.passes import entry, frozen_parts
+from fastadapter.integrations.passes import entry, frozen_parts, rotary
 from fastadapter.integrations.passes.bottleneck import Watch
 from fastadapter.integrations.passes.choice import Choice
 from fastadapter.integrations.passes.host import Place, Placement, host_of
@@ -123,6 +124,9 @@ def install(
         for placement in placements:
             _place(model, record, name, placement)
         frozen_parts.install(model)
+        if not record.configs:
+            undo.add(functools.partial(rotary.remove, model))
+        rotary.install(model)
         record.configs[name] = config
         record.places[name] = [(each.path, each.host) for each in placements]
         record.state.serials[name] = next(_SERIALS)
@@ -255,6 +259,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
                 entry.remove(inner.get_submodule(path), handles)
             entry.forget_recomputation(inner)
             frozen_parts.remove(inner)
+            undo.add(functools.partial(rotary.install, inner))
+            rotary.remove(inner)
             delattr(inner, RECORD)
             record.state.choose(None)
             hook.remove_hook_if_unused()
