@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastadapter.integrations.passes import choice
 from fastadapter.integrations.passes.order import put_first
+from fastadapter.training.last_feed_forward import sparing
 
 # Tokens of which the model itself makes logits, against which the copy is held.
 PROBE = 2
@@ -57,6 +58,8 @@ def watching(
 ) -> Iterator[Seen]:
     """Let the head see the states at ``positions`` alone, or the first ``most`` of them; shows all of them.
 
+    The last feed-forward computes at ``positions`` alone too, where that is the same (last_feed_forward.py).
+
     Args:
         shape: of the token ids.
     Raises: TypeError: the head is not called once on the states of all tokens.
@@ -81,10 +84,10 @@ def watching(
         if not calls:  # the last one before the head is the outermost
             seen.backbone, seen.output = module, output
 
-    with ExitStack() as stack:
+    owner = _owner(model, head)
+    with sparing(model, owner, head, shape, positions), ExitStack() as stack:
         # First in line: hooks of others (quantisation, device placement) then see what the head will see.
         handles = [put_first(head, head.register_forward_pre_hook(select, with_kwargs=True))]
-        owner = _owner(model, head)
         if most is not None and owner is not None:
             handles += [each.register_forward_hook(note) for each in _backbones(owner)]
         for handle in handles:

@@ -1,0 +1,171 @@
+"""The feed-forward of the last block, for those tokens alone whose states the output head is asked for.
+
+Behind the last block nothing mixes tokens any more, so what its feed-forward makes of the others is thrown away: of a
+step that trains 30 layers a fortieth, of one that trains the top 10 from cached states a twelfth. That it is so is
+proven on a few tokens before it is made use of: the states that the head is given are the same, and stay what they
+are when all that was left out is NaN.
+"""
+
+import contextlib
+import math
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastadapter.integrations.parts.discovery import blocks, device_of, floating_dtype
+from fastadapter.integrations.passes.order import put_first
+
+_NAME = "mlp"  # of the feed-forward in a block
+# Share of a pass's tokens from which on selecting them is not worth it.
+_MOST = 0.75
+_PROBE = 8
+# Attributes of parameters that are not here, or not whole: DeepSpeed's, and those of a DTensor.
+_ELSEWHERE = ("ds_id", "placements")
+# By the model that calls the head, the feed-forward of its last block; by that, whether it can be spared.
+_parts: "weakref.WeakKeyDictionary[nn.Module, nn.Module | None]" = weakref.WeakKeyDictionary()
+_verdicts: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def sparing(
+    model: nn.Module, owner: nn.Module | None, head: nn.Module, shape: tuple[int, ...], positions: Tensor
+) -> Iterator[None]:
+    """Let the last feed-forward of a pass see the states at ``positions`` alone.
+
+    Args:
+        model: what is called.
+        owner: the model of transformers in it that calls ``head``.
+        shape: of the token ids.
+        positions: int64, of the flattened tokens, each once.
+    """
+    part = None
+    if owner is not None and 0 < len(positions) <= _MOST * math.prod(shape) and _is_plain(model):
+        if owner not in _parts:
+            _parts[owner] = _part(owner)
+        part = _parts[owner]
+    spares = part is not None and not _is_watched(part) and not _drops(part)
+    if spares and part not in _verdicts:
+        _verdicts[part] = _proves(owner, head, part)
+    with _at(part, shape, positions) if spares and _verdicts[part] else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _at(part: nn.Module, shape: tuple[int, ...], positions: Tensor, fill: float = 0.0) -> Iterator[None]:
+    """Have ``part`` compute at ``positions`` and give ``fill`` elsewhere."""
+    selected = False
+
+    def select(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        nonlocal selected
+        selected = (
+            len(args) == 1
+            and torch.is_tensor(args[0])
+            and args[0].shape[:-1] == shape
+            and not _is_recomputed()
+        )
+        if not selected:
+            return None
+        states = args[0].reshape(-1, args[0].shape[-1]).index_select(0, positions.to(args[0].device))
+        return (states.unsqueeze(0),)
+
+    def spread(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not selected:
+            return None
+        empty = output.new_full((math.prod(shape), output.shape[-1]), fill)
+        return empty.index_copy(0, positions.to(output.device), output[0]).view(*shape, -1)
+
+    # the last to see the input and the first to see the output: for all others the shapes are what they were
+    handles = [part.register_forward_pre_hook(select), put_first(part, part.register_forward_hook(spread))]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_plain(model: nn.Module) -> bool:
+    """Whether hooks of one pass are no trouble: compilers trace them anew, shards are gathered in an order."""
+    for module in model.modules():
+        kind = type(module)
+        if module._compiled_call_impl is not None or kind.__name__ == "OptimizedModule":
+            return False
+        if any(each.__name__ in ("FSDPModule", "FullyShardedDataParallel") for each in kind.__mro__):
+            return False
+    return not torch.compiler.is_compiling()
+
+
+def _is_watched(part: nn.Module) -> bool:
+    """Whether somebody else looks at the outputs: they are to see those of all tokens."""
+    hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+    return any(
+        not str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("fastadapter.")
+        for hook in hooks
+    )
+
+
+def _is_recomputed() -> bool:
+    """Whether the pass is run again in backward, when the hooks are gone."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(False) is not None
+
+
+def _drops(part: nn.Module) -> bool:
+    """Whether it draws random numbers: for fewer tokens others than for all."""
+    return any(isinstance(each, nn.Dropout) and each.p > 0 and each.training for each in part.modules())
+
+
+def _part(owner: nn.Module) -> nn.Module | None:
+    try:
+        found = list(blocks(owner).values())
+    except TypeError:  # it has none
+        return None
+    last = owner.get_submodule(found[-1].path)
+    part = last._modules.get(_NAME) if len({block.stack for block in found}) == 1 else None
+    whole = part is not None and not any(hasattr(each, name) for each in part.parameters() for name in _ELSEWHERE)
+    return part if whole else None
+
+
+def _proves(owner: Any, head: nn.Module, part: nn.Module) -> bool:
+    """Whether sparing ``part`` changes nothing that the head sees."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    generators = [torch.get_rng_state(), *cuda]
+    try:
+        found = []
+        for fill in (None, 0.0, float("nan")):
+            found.append(_states(owner, head, part, fill))
+            _put_back(generators)
+        bound = 16 * torch.finfo(floating_dtype(part)).eps * float(found[0].abs().max())
+        return float((found[1] - found[0]).abs().max()) <= bound and torch.equal(found[1], found[2])
+    except Exception:  # only a model's own code knows what it needs
+        return False
+    finally:
+        _put_back(generators)
+
+
+@torch.no_grad()
+def _states(owner: Any, head: nn.Module, part: nn.Module, fill: float | None) -> Tensor:
+    """What the head is given of a few tokens at two positions."""
+    device = device_of(part)
+    ids = torch.arange(_PROBE, device=device)[None] % owner.config.get_text_config().vocab_size
+    positions = torch.tensor([2, 5], device=device)
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].reshape(-1, args[0].shape[-1]))
+    )
+    spared = contextlib.nullcontext() if fill is None else _at(part, tuple(ids.shape), positions, fill)
+    try:
+        with spared:
+            owner(input_ids=ids, use_cache=False)
+    finally:
+        handle.remove()
+    (states,) = seen
+    return states[positions.to(states.device)].float()
+
+
+def _put_back(generators: list[Tensor]) -> None:
+    torch.set_rng_state(generators[0])
+    if len(generators) > 1:
+        torch.cuda.set_rng_state_all(generators[1:])

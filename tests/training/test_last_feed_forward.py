@@ -1,0 +1,163 @@
+"""The last feed-forward computes for the tokens that are asked for: the same loss and gradients, and nobody notices."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+
+import fastadapter as fa
+from fastadapter.training import behind_head, causal_lm_loss, last_feed_forward
+from tests.support.methods import CONFIGS, train_a_little
+from tests.support.models import FAMILIES, build, token_ids
+
+DECODERS = {family.name: family for family in FAMILIES if family.decoder}
+LLAMA = DECODERS["llama"]
+
+
+def inputs(share=4):
+    ids = token_ids(3, 12)
+    labels = torch.full_like(ids, -100)
+    labels.view(-1)[5::share] = ids.view(-1)[5::share]
+    return {"input_ids": ids, "labels": labels}
+
+
+def step(model, given):
+    model.zero_grad()
+    loss = causal_lm_loss(model, given)
+    loss.backward()
+    return loss.detach(), [each.grad for _, each in fa.trainable_parameters(model)]
+
+
+@contextlib.contextmanager
+def whole():
+    """Without it."""
+    spared, behind_head.sparing = behind_head.sparing, lambda *_: contextlib.nullcontext()
+    try:
+        yield
+    finally:
+        behind_head.sparing = spared
+
+
+def assert_same_step(model, given):
+    found = step(model, given)
+    with whole():
+        expected = step(model, given)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def tokens(monkeypatch):
+    """How many tokens the last feed-forward computes for, in every pass in which it is spared."""
+    seen = []
+    original = last_feed_forward._at
+
+    def at(part, shape, positions, *fill):
+        if not fill:
+            seen.append(len(positions))
+        return original(part, shape, positions, *fill)
+
+    monkeypatch.setattr(last_feed_forward, "_at", at)
+    return seen
+
+
+def adapted(family=LLAMA, name="llama-adapter"):
+    model = fa.attach(build(family), CONFIGS[name])
+    train_a_little(model)
+    return model
+
+
+@pytest.mark.parametrize("family", DECODERS.values(), ids=str)
+def test_every_family_takes_the_same_step(family, tokens):
+    assert_same_step(adapted(family).eval(), inputs())
+    assert tokens == [8]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_method_takes_the_same_step(name, tokens):
+    model = adapted(name=name)
+    for _ in range(2):
+        assert_same_step(model, inputs())
+    assert tokens == [8, 8]
+
+
+def test_products_are_of_so_many_rows():
+    model, seen = adapted(), []
+    model.model.layers[-1].mlp.gate_proj.register_forward_hook(lambda module, args, _: seen.append(args[0]))
+    step(model, inputs())
+    assert [each.shape[:-1].numel() for each in seen[-1:]] == [8]
+    step(model, inputs(share=1))  # all: nothing to spare
+    assert seen[-1].shape[:-1].numel() == 36
+
+
+def test_who_looks_at_the_last_feed_forward_sees_all_tokens(tokens):
+    model, seen = adapted(), []
+    handle = model.model.layers[-1].mlp.register_forward_hook(lambda module, args, out: seen.append(out))
+    step(model, inputs())
+    handle.remove()
+    assert seen[-1].shape[:2] == (3, 12) and not tokens
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_layers(reentrant):
+    model = adapted().train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_same_step(model, inputs())
+
+
+def test_a_compiled_model_is_left_alone(tokens):
+    model = torch.compile(adapted(), backend="eager")
+    assert_same_step(model, inputs())
+    torch._dynamo.reset()
+    assert not tokens
+
+
+class Mean(nn.Module):
+    """Lets every token see all others, behind or inside what is wrapped."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + x.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("where", ["norm", "mlp"])
+def test_a_model_that_mixes_tokens_there_is_found_out(where, tokens):
+    model = build(LLAMA)
+    holder = model.model if where == "norm" else model.model.layers[-1]
+    setattr(holder, where, Mean(getattr(holder, where)))
+    fa.attach(model, CONFIGS["llama-adapter"])
+    train_a_little(model)
+    assert_same_step(model, inputs())
+    assert not tokens
+
+
+def test_dropout_inside_is_left_alone(tokens):
+    model = fa.attach(build(DECODERS["gpt2"]), CONFIGS["llama-adapter"])
+    step(model.train(), inputs())
+    assert not tokens
+    step(model.eval(), inputs())
+    assert tokens == [8]
+
+
+def test_the_proof_draws_no_numbers():
+    model = build(DECODERS["gpt2"])
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.1 if module is model.transformer.drop else 0.0
+    fa.attach(model.train(), CONFIGS["llama-adapter"])
+    losses = []
+    for _ in range(2):  # the first one proves
+        torch.manual_seed(0)
+        losses.append((causal_lm_loss(model, inputs()), torch.rand(1)))
+    assert losses[0] == losses[1]
+
+
+def test_a_wrapped_model_and_mixed_rows():
+    model = adapted()
+    fa.attach(model, CONFIGS["llama-adapter"], "second")
+    with fa.rows(model, ["default", None, "second"]):
+        assert_same_step(model, inputs())
+    assert_same_step(nn.parallel.DataParallel(model), inputs())
