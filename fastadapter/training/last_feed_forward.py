@@ -7,6 +7,7 @@ are when all that was left out is NaN.
 """
 
 import contextlib
+import contextvars
 import math
 import weakref
 from collections.abc import Iterator
@@ -19,13 +20,14 @@ from fastadapter.integrations.parts.discovery import blocks, device_of, floating
 from fastadapter.integrations.passes.order import put_first
 
 _NAME = "mlp"  # of the feed-forward in a block
+_ADAPTERS = "fastadapter.integrations."  # where their hooks are
 # Share of a pass's tokens from which on selecting them is not worth it.
 _MOST = 0.75
 _PROBE = 8
 # Attributes of parameters that are not here, or not whole: DeepSpeed's, and those of a DTensor.
 _ELSEWHERE = ("ds_id", "placements")
-# By the model that calls the head, the feed-forward of its last block; by that, whether it can be spared.
-_parts: "weakref.WeakKeyDictionary[nn.Module, nn.Module | None]" = weakref.WeakKeyDictionary()
+# By the model that calls the head, its last block; by the feed-forward in that, whether it can be spared.
+_blocks: "weakref.WeakKeyDictionary[nn.Module, nn.Module | None]" = weakref.WeakKeyDictionary()
 _verdicts: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 
 
@@ -43,14 +45,22 @@ def sparing(
     """
     part = None
     if owner is not None and 0 < len(positions) <= _MOST * math.prod(shape) and _is_plain(model):
-        if owner not in _parts:
-            _parts[owner] = _part(owner)
-        part = _parts[owner]
-    spares = part is not None and not _is_watched(part) and not _drops(part)
-    if spares and part not in _verdicts:
-        _verdicts[part] = _proves(owner, head, part)
-    with _at(part, shape, positions) if spares and _verdicts[part] else contextlib.nullcontext():
+        part = _spared(owner, head)
+    with contextlib.nullcontext() if part is None else _at(part, shape, positions):
         yield
+
+
+def _spared(owner: nn.Module, head: nn.Module) -> nn.Module | None:
+    if owner not in _blocks:
+        _blocks[owner] = _last_block(owner)
+    block = _blocks[owner]
+    part = None if block is None else block._modules.get(_NAME)
+    if block is None or part is None or _is_watched(block) or _is_watched(part) or _drops(part):
+        return None
+    if part not in _verdicts:
+        # whatever the pass under way is to do, such as begin behind some of its blocks, this one does not
+        _verdicts[part] = contextvars.Context().run(_proves, owner, head, part)
+    return part if _verdicts[part] else None
 
 
 @contextlib.contextmanager
@@ -97,11 +107,11 @@ def _is_plain(model: nn.Module) -> bool:
     return not torch.compiler.is_compiling()
 
 
-def _is_watched(part: nn.Module) -> bool:
-    """Whether somebody else looks at the outputs: they are to see those of all tokens."""
-    hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+def _is_watched(module: nn.Module) -> bool:
+    """Whether others than adapters look at what comes and goes: they are to see that of all tokens."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     return any(
-        not str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("fastadapter.")
+        not str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith(_ADAPTERS)
         for hook in hooks
     )
 
@@ -117,19 +127,18 @@ def _drops(part: nn.Module) -> bool:
     return any(isinstance(each, nn.Dropout) and each.p > 0 and each.training for each in part.modules())
 
 
-def _part(owner: nn.Module) -> nn.Module | None:
+def _last_block(owner: nn.Module) -> nn.Module | None:
     try:
         found = list(blocks(owner).values())
     except TypeError:  # it has none
         return None
-    last = owner.get_submodule(found[-1].path)
-    part = last._modules.get(_NAME) if len({block.stack for block in found}) == 1 else None
-    whole = part is not None and not any(hasattr(each, name) for each in part.parameters() for name in _ELSEWHERE)
-    return part if whole else None
+    return owner.get_submodule(found[-1].path) if len({block.stack for block in found}) == 1 else None
 
 
 def _proves(owner: Any, head: nn.Module, part: nn.Module) -> bool:
     """Whether sparing ``part`` changes nothing that the head sees."""
+    if any(hasattr(each, name) for each in part.parameters() for name in _ELSEWHERE):
+        return False
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     generators = [torch.get_rng_state(), *cuda]
     try:

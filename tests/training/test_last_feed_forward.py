@@ -8,6 +8,7 @@ from torch import nn
 
 import fastadapter as fa
 from fastadapter.training import behind_head, causal_lm_loss, last_feed_forward
+from fastadapter.training.trunk.start import StartPoint, starting_from
 from tests.support.methods import CONFIGS, train_a_little
 from tests.support.models import FAMILIES, build, token_ids
 
@@ -161,3 +162,14 @@ def test_a_wrapped_model_and_mixed_rows():
     with fa.rows(model, ["default", None, "second"]):
         assert_same_step(model, inputs())
     assert_same_step(nn.parallel.DataParallel(model), inputs())
+
+
+def test_a_pass_that_begins_behind_some_blocks(tokens):
+    """The proof is a pass of its own, from the first block on."""
+    model, given = adapted(), inputs()
+    with StartPoint(model.model.layers, 1, [None] * 3) as point:
+        states = point.states(lambda: model(input_ids=given["input_ids"]))
+        with starting_from(states):
+            loss = causal_lm_loss(model, given)
+    assert tokens == [8]
+    torch.testing.assert_close(loss, causal_lm_loss(model, given))
