@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import AttentionInterface
 
 import fastadapter as fa
+from fastadapter.integrations.passes import rotary
 
 SMOLLM2_135M = {
     "hidden_size": 576,
@@ -56,11 +57,12 @@ _op = importlib.import_module("fastadapter.ops.gated_prefix")
 
 @contextlib.contextmanager
 def without_hook():
-    """transformers' attention as it is without us."""
+    """transformers' attention and rotary embeddings as they are without us."""
     hooked = AttentionInterface.get_interface
     AttentionInterface.get_interface = _PLAIN_LOOKUP
     try:
-        yield
+        with rotary.left_out():
+            yield
     finally:
         AttentionInterface.get_interface = hooked
 

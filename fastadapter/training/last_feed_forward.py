@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapter.integrations.parts.discovery import blocks, device_of, floating_dtype
+from fastadapter.integrations.passes.choice import by_row
 from fastadapter.integrations.passes.order import put_first
 
 _NAME = "mlp"  # of the feed-forward in a block
@@ -26,8 +27,8 @@ _MOST = 0.75
 _PROBE = 8
 # Attributes of parameters that are not here, or not whole: DeepSpeed's, and those of a DTensor.
 _ELSEWHERE = ("ds_id", "placements")
-# By the model that calls the head, its last block; by the feed-forward in that, whether it can be spared.
-_blocks: "weakref.WeakKeyDictionary[nn.Module, nn.Module | None]" = weakref.WeakKeyDictionary()
+# By the model that calls the head, where its last block is; by the feed-forward in that, whether it can be spared.
+_paths: "weakref.WeakKeyDictionary[nn.Module, str | None]" = weakref.WeakKeyDictionary()
 _verdicts: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 
 
@@ -51,11 +52,12 @@ def sparing(
 
 
 def _spared(owner: nn.Module, head: nn.Module) -> nn.Module | None:
-    if owner not in _blocks:
-        _blocks[owner] = _last_block(owner)
-    block = _blocks[owner]
-    part = None if block is None else block._modules.get(_NAME)
-    if block is None or part is None or _is_watched(block) or _is_watched(part) or _drops(part):
+    if owner not in _paths:
+        _paths[owner] = _last_block(owner)
+    path = _paths[owner]
+    block = nn.Module() if path is None else owner.get_submodule(path)
+    part = block._modules.get(_NAME)
+    if part is None or _is_watched(block) or _is_watched(part) or _drops(part) or by_row():
         return None
     if part not in _verdicts:
         # whatever the pass under way is to do, such as begin behind some of its blocks, this one does not
@@ -117,9 +119,11 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _is_recomputed() -> bool:
-    """Whether the pass is run again in backward, when the hooks are gone."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is not None and top(False) is not None
+    """Whether the pass is run again in backward, when the hooks are gone; where torch does not say: yes."""
+    try:
+        return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    except (AttributeError, TypeError):
+        return True
 
 
 def _drops(part: nn.Module) -> bool:
@@ -127,12 +131,12 @@ def _drops(part: nn.Module) -> bool:
     return any(isinstance(each, nn.Dropout) and each.p > 0 and each.training for each in part.modules())
 
 
-def _last_block(owner: nn.Module) -> nn.Module | None:
+def _last_block(owner: nn.Module) -> str | None:
     try:
         found = list(blocks(owner).values())
     except TypeError:  # it has none
         return None
-    return owner.get_submodule(found[-1].path) if len({block.stack for block in found}) == 1 else None
+    return found[-1].path if len({block.stack for block in found}) == 1 else None
 
 
 def _proves(owner: Any, head: nn.Module, part: nn.Module) -> bool:

@@ -88,7 +88,6 @@ INTEGRATIONS = [
         "fastadapter/integrations/passes/rotary.py",
         ROTARY,
         every_function_is_taken=("            if not _proves(space[_NAME]):\n", "            if False:\n"),
-        acts_outside_of_passes=("            and this_thread.passing is not None\n", ""),
         taken_from_other_models=("if not users and hasattr", "if hasattr"),
         angles_lose_their_gradient=("if not (cos.requires_grad or sin.requires_grad):", "if True:"),
     ),

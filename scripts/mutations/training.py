@@ -7,7 +7,30 @@ REFUSED = "tests/training/test_classification.py -k 'refused'"
 PACKING = "tests/training/test_packing.py -k 'not many_steps'"
 COMPARE = "tests/compare -k 'read_back or another_comparison or embeddings or strength or table'"
 
+LAST = "tests/training/test_last_feed_forward.py"
+
 TRAINING = [
+    *of_file(
+        "fastadapter/training/last_feed_forward.py",
+        LAST,
+        others_do_not_see_all_tokens=("_is_watched(block) or _is_watched(part)", "False"),
+        random_numbers_are_others=(" or _drops(part)", ""),
+        mixed_rows_are_cut=(" or by_row()", ""),
+        recomputed_layers_are_cut=(
+            "return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None",
+            "return False",
+        ),
+        leaks_are_not_seen=(" and torch.equal(found[1], found[2])", ""),
+        the_proof_draws_numbers=(
+            "    finally:\n        _put_back(generators)\n",
+            "    finally:\n        pass\n",
+        ),
+        the_proof_begins_where_the_pass_does=(
+            "contextvars.Context().run(_proves, owner, head, part)",
+            "_proves(owner, head, part)",
+        ),
+        compiled_models_are_hooked=("and _is_plain(model):", "and True:"),
+    ),
     *of_file(
         "fastadapter/training/classification.py",
         VALUES,

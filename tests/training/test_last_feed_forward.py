@@ -156,12 +156,20 @@ def test_the_proof_draws_no_numbers():
     assert losses[0] == losses[1]
 
 
-def test_a_wrapped_model_and_mixed_rows():
-    model = adapted()
-    fa.attach(model, CONFIGS["llama-adapter"], "second")
+@pytest.mark.parametrize("name", ["llama-adapter", "v2-input", "houlsby"])
+def test_rows_with_adapters_of_their_own(name, tokens):
+    """Linear layers inside have to know whose row they are given."""
+    model = adapted(name=name)
+    step(model, inputs())
+    fa.attach(model, CONFIGS[name], "second")
     with fa.rows(model, ["default", None, "second"]):
         assert_same_step(model, inputs())
-    assert_same_step(nn.parallel.DataParallel(model), inputs())
+    assert tokens == [8]
+
+
+def test_a_wrapped_model(tokens):
+    assert_same_step(nn.parallel.DataParallel(adapted()), inputs())
+    assert tokens == [8]
 
 
 def test_a_pass_that_begins_behind_some_blocks(tokens):

@@ -130,6 +130,11 @@ def passing(run: Pass | None) -> Iterator[None]:
         this_thread.passing = outer
 
 
+def by_row() -> bool:
+    """Whether this context chose adapters row by row, for any model: its modules then have to see all rows."""
+    return any(choice.rows is not None for choice in (_chosen.get() or {}).values())
+
+
 def left_behind() -> dict[tuple[int, str], Any]:
     """What hooks leave to later hooks of the same pass, by host and name: a pass stays in its thread."""
     return this_thread.left

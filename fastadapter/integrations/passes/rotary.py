@@ -1,19 +1,20 @@
 """The model's own rotary embedding of queries and keys through our kernel on a CPU, where it gives the same bits.
 
 In transformers that is a function of the module that a family's attention is defined in, a dozen operations in every
-layer. While a model of the family has an adapter the function is one that calls our kernel in the passes of such
-models, and the family's own for everybody else. As in :mod:`.frozen_parts`, it is proven by what it gives.
+layer. While a model of the family has an adapter the function is one that calls our kernel; for every model of the
+family, as nothing that it is given says whose layers call, and a layer that is run again in backward has to do what it
+did. As in :mod:`.frozen_parts`, it is proven by what it gives.
 """
 
+import contextlib
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastadapter.integrations.passes.choice import this_thread
 from fastadapter.integrations.passes.frozen_parts import is_for_kernel
 from fastadapter.nn.classes import class_of
 from fastadapter.ops.backends import extension_error
@@ -25,6 +26,7 @@ _Function = Callable[..., tuple[Tensor, Tensor]]
 
 # Attentions that hold an adapter's model together with the function, by the namespace that it is in.
 _users: "dict[int, weakref.WeakSet[nn.Module]]" = {}
+_spaces: dict[int, dict[str, Any]] = {}
 
 
 def install(model: nn.Module) -> None:
@@ -38,6 +40,7 @@ def install(model: nn.Module) -> None:
             if not _proves(space[_NAME]):
                 continue
             space[_NAME] = _through_kernel(space[_NAME])
+        _spaces[id(space)] = space
         _users.setdefault(id(space), weakref.WeakSet()).add(module)
 
 
@@ -60,6 +63,19 @@ def _is_on_cpu(module: nn.Module) -> bool:
     return all(each.is_cpu for each in module.parameters())
 
 
+@contextlib.contextmanager
+def left_out() -> Iterator[None]:
+    """Every family's own function while the context lasts, for measurements of models as they are without us."""
+    ours = [(space, space[_NAME]) for space in _spaces.values() if hasattr(space[_NAME], _OWN)]
+    for space, function in ours:
+        space[_NAME] = getattr(function, _OWN)
+    try:
+        yield
+    finally:
+        for space, function in ours:
+            space[_NAME] = function
+
+
 def _attentions(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
     """The modules that call a function of that name, and the namespace in which they find it."""
     found = []
@@ -77,7 +93,6 @@ def _through_kernel(own: _Function) -> _Function:
         if (
             not (args or kwargs)
             and is_for_kernel(q, k)
-            and this_thread.passing is not None
             and type(cos) is type(sin) is Tensor
             and cos.dtype is sin.dtype is q.dtype
         ):
