@@ -9,12 +9,17 @@ from torch import nn
 import fastadapter as fa
 from fastadapter.integrations.passes import channel_scale
 from fastadapter.integrations.passes.shortcut import Shortened
+from fastadapter.ops import prepared
 from tests.support.budget import same_bits
 from tests.support.methods import CONFIGS, train_a_little
 from tests.support.models import FAMILIES, build, token_ids
 
 LLAMA = next(family for family in FAMILIES if family.name == "llama")
 every_scale = pytest.mark.parametrize("name", ["v2-input", "v2-output"])
+
+
+# more rows than one operation takes, and fewer
+sizes = pytest.mark.parametrize("size", [(2, 9), (2, 3), (1, 1)], ids=str)
 
 
 def adapted(name="v2-input"):
@@ -52,9 +57,10 @@ def test_one_row_has_the_bits_of_the_long_way(name):
         assert same_bits(model(ids).logits, copy.deepcopy(model)(ids).logits)
 
 
+@sizes
 @torch.no_grad()
-def test_hooks_of_others_run():
-    model, ids = adapted(), token_ids()
+def test_hooks_of_others_run(size):
+    model, ids = adapted(), token_ids(*size)
     model(ids), model(ids)
     layer, norm = model.model.layers[2].mlp.up_proj, model.model.norm
     seen = []
@@ -72,15 +78,51 @@ def test_hooks_of_others_run():
         every.remove()
 
 
+@sizes
 @torch.no_grad()
-def test_a_forward_that_is_replaced_acts():
-    model, ids = adapted(), token_ids()
-    before = model(ids).logits
+def test_a_forward_that_is_replaced_acts(size):
+    model, ids = adapted(), token_ids(*size)
+    before, *_ = (model(ids).logits for _ in range(3))
     layer = model.model.layers[2].mlp.up_proj
     layer.forward = lambda x: nn.functional.linear(x, layer.weight) * 2
     assert not same_bits(model(ids).logits, before)
     del layer.forward
     assert same_bits(model(ids).logits, before)
+
+
+@sizes
+@every_scale
+@torch.no_grad()
+def test_a_weight_that_is_exchanged_acts(name, size):
+    model, ids = adapted(name), token_ids(*size)
+    before, *_ = (model(ids).logits for _ in range(3))
+    layer = model.model.layers[2].mlp.up_proj
+    own = layer.weight
+    for exchange in (
+        lambda: setattr(layer, "weight", nn.Parameter(2 * own)),
+        lambda: setattr(layer.weight, "data", 3 * own),
+        lambda: setattr(layer, "bias", nn.Parameter(torch.ones(len(own)))),
+    ):
+        exchange()
+        expected = copy.deepcopy(model)(ids).logits
+        for _ in range(3):
+            assert same_bits(model(ids).logits, expected)
+    layer.weight, layer.bias = own, None
+    for _ in range(3):
+        assert same_bits(model(ids).logits, before)
+
+
+@torch.no_grad()
+def test_one_operation_is_taken_for_its_bits_alone(monkeypatch):
+    model, ids, calls = adapted(), token_ids(2, 3), []
+    expected = copy.deepcopy(model)(ids).logits
+    repeat = prepared.repeat
+    monkeypatch.setattr(
+        prepared, "repeat", lambda x, number: calls.append(1) or repeat(x, number) * (1 + 1e-6)
+    )
+    for _ in range(4):
+        assert same_bits(model(ids).logits, expected)
+    assert len(calls) == 21  # each layer was tried once
 
 
 @every_scale
