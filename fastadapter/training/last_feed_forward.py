@@ -60,6 +60,8 @@ def _spared(owner: nn.Module, head: nn.Module) -> nn.Module | None:
     if part is None or _is_watched(block) or _is_watched(part) or _drops(part) or by_row():
         return None
     if part not in _verdicts:
+        if any(map(_is_watched, owner.modules())):  # who counts passes is not to see those of the proof
+            return None
         # whatever the pass under way is to do, such as begin behind some of its blocks, this one does not
         _verdicts[part] = contextvars.Context().run(_proves, owner, head, part)
     return part if _verdicts[part] else None
@@ -76,18 +78,19 @@ def _at(part: nn.Module, shape: tuple[int, ...], positions: Tensor, fill: float 
             len(args) == 1
             and torch.is_tensor(args[0])
             and args[0].shape[:-1] == shape
+            and args[0].device == positions.device
             and not _is_recomputed()
         )
         if not selected:
             return None
-        states = args[0].reshape(-1, args[0].shape[-1]).index_select(0, positions.to(args[0].device))
+        states = args[0].reshape(-1, args[0].shape[-1]).index_select(0, positions)
         return (states.unsqueeze(0),)
 
     def spread(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not selected:
             return None
         empty = output.new_full((math.prod(shape), output.shape[-1]), fill)
-        return empty.index_copy(0, positions.to(output.device), output[0]).view(*shape, -1)
+        return empty.index_copy(0, positions, output[0]).view(*shape, -1)
 
     # the last to see the input and the first to see the output: for all others the shapes are what they were
     handles = [part.register_forward_pre_hook(select), put_first(part, part.register_forward_hook(spread))]
@@ -175,7 +178,7 @@ def _states(owner: Any, head: nn.Module, part: nn.Module, fill: float | None) ->
     finally:
         handle.remove()
     (states,) = seen
-    return states[positions.to(states.device)].float()
+    return states[positions].float()
 
 
 def _put_back(generators: list[Tensor]) -> None:

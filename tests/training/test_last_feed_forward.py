@@ -84,6 +84,7 @@ def test_every_method_takes_the_same_step(name, tokens):
 
 def test_products_are_of_so_many_rows():
     model, seen = adapted(), []
+    step(model, inputs())
     model.model.layers[-1].mlp.gate_proj.register_forward_hook(lambda module, args, _: seen.append(args[0]))
     step(model, inputs())
     assert [each.shape[:-1].numel() for each in seen[-1:]] == [8]
@@ -91,8 +92,20 @@ def test_products_are_of_so_many_rows():
     assert seen[-1].shape[:-1].numel() == 36
 
 
+def test_who_counts_passes_does_not_see_the_proof(tokens):
+    model, seen = adapted(), []
+    handle = model.register_forward_hook(lambda *_: seen.append(1))
+    step(model, inputs())
+    assert len(seen) == 1 and not tokens
+    handle.remove()
+    step(model, inputs())
+    assert tokens == [8]
+
+
 def test_who_looks_at_the_last_feed_forward_sees_all_tokens(tokens):
     model, seen = adapted(), []
+    step(model, inputs())
+    tokens.clear()
     handle = model.model.layers[-1].mlp.register_forward_hook(lambda module, args, out: seen.append(out))
     step(model, inputs())
     handle.remove()
