@@ -1,7 +1,5 @@
 """The model's own rotary embedding through our kernel: the same model, as long as one of its family has an adapter."""
 
-import gc
-
 import pytest
 import torch
 import transformers as tf
@@ -20,13 +18,14 @@ LLAMA = next(family for family in FAMILIES if family.name == "llama")
 
 
 @pytest.fixture(autouse=True)
-def own():
-    """Llama's function, in place before and behind every test; adapted models of other tests may still hold ours."""
-    gc.collect()
+def own(monkeypatch):
+    """Llama's function, in place before and behind every test, whatever adapted models other tests left."""
     found = modeling_llama.apply_rotary_pos_emb
-    modeling_llama.apply_rotary_pos_emb = found = getattr(found, "fa_own", found)
-    yield found
-    modeling_llama.apply_rotary_pos_emb = found
+    found = getattr(found, "fa_own", found)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", found)
+    monkeypatch.setattr(rotary, "_users", {})
+    monkeypatch.setattr(rotary, "_spaces", {})
+    return found
 
 
 @pytest.fixture
