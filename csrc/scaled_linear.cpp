@@ -82,8 +82,8 @@ class PreparedScaledLinear final : public Prepared {
 
  private:
   void check() const {
-    STD_TORCH_CHECK(weight_.dim() == 2 && weight_.scalar_type() == ScalarType::Float, kOp,
-                    ": weight must be float32 with 2 dims");
+    STD_TORCH_CHECK(weight_.is_cpu() && weight_.dim() == 2 && weight_.scalar_type() == ScalarType::Float, kOp,
+                    ": weight must be float32 with 2 dims, on the CPU");
     const int64_t out = weight_.size(0);
     vector_of("scale", scale_, by_input_ ? weight_.size(1) : out);
     vector_of("bias", bias_, out);

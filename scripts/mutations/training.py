@@ -20,6 +20,7 @@ TRAINING = [
             "return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None",
             "return False",
         ),
+        a_proof_without_sparing_counts=("    if len(times) != 1:\n", "    if False:\n"),
         the_proof_is_seen=("if any(map(_is_watched, owner.modules())):", "if False:"),
         leaks_are_not_seen=(" and torch.equal(found[1], found[2])", ""),
         the_proof_draws_numbers=(

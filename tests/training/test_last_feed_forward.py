@@ -115,6 +115,7 @@ def test_who_looks_at_the_last_feed_forward_sees_all_tokens(tokens):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputed_layers(reentrant):
     model = adapted().train()
+    step(model, inputs())  # proven while nothing is run again
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_same_step(model, inputs())
 
@@ -161,6 +162,33 @@ def test_dropout_inside_is_left_alone(tokens):
     assert not tokens
     step(model.eval(), inputs())
     assert tokens == [8]
+
+
+def test_nothing_is_proven_by_a_pass_that_spared_nothing(tokens, monkeypatch):
+    """Regression: a prompt before the text, or layers that are run again, made the three passes of a proof equal."""
+    model = adapted()
+    with monkeypatch.context() as patch:
+        patch.setattr(last_feed_forward, "_is_recomputed", lambda: True)
+        step(model, inputs())
+    step(model, inputs())
+    assert not tokens
+
+
+def test_autocast_is_no_reason(tokens):
+    model = adapted()
+    with torch.autocast("cpu", torch.bfloat16):
+        step(model, inputs())
+    assert tokens == [8]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes(dtype, tokens):
+    model = adapted().to(dtype)
+    loss, _ = step(model, inputs())
+    with whole():
+        expected, _ = step(model, inputs())
+    assert tokens == [8]
+    torch.testing.assert_close(loss, expected, rtol=1e-12 if dtype == torch.float64 else 1e-2, atol=0)
 
 
 def test_the_proof_draws_no_numbers():

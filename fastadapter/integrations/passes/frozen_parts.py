@@ -175,9 +175,7 @@ def _agree(theirs: Callable[[Tensor], Tensor], ours: Callable[[Tensor], Tensor],
     """The same bits, and gradients that differ by round-off."""
     try:
         expected = _with_gradient(theirs, x)
-    except (
-        Exception
-    ):  # what the module is, only its own code knows: whatever that misses, it is none of these
+    except Exception:  # only its own code knows what it needs: it is none of these
         return False
     found = _with_gradient(ours, x)
     tolerance = 16 * torch.finfo(x.dtype).eps * expected[1].abs().max().item()
