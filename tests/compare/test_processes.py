@@ -89,7 +89,7 @@ def test_a_failure_stops_the_runs_beside_it(tmp_path):
 
 
 def test_an_error_of_the_report_leaves_no_process_behind(tmp_path):
-    made, command = shell(tmp_path, "true", "echo $$ > $0/pid; exec sleep 60")
+    made, command = shell(tmp_path, "true", "echo $$ > $0/new; mv $0/new $0/pid; exec sleep 60")
 
     def ended(run):
         while not (made[1].folder / "pid").exists():
