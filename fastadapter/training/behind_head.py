@@ -5,6 +5,7 @@ itself is run again, on a copy of the outermost module whose backbone gives noth
 the piece. Nothing of the model is changed or computed twice but a few operations on a single token.
 """
 
+import functools
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from fastadapter.integrations.passes import choice
 from fastadapter.integrations.passes.order import put_first
-from fastadapter.training.last_feed_forward import sparing
+from fastadapter.training.last_feed_forward import Probe, sparing
 
 # Tokens of which the model itself makes logits, against which the copy is held.
 PROBE = 2
@@ -85,7 +86,8 @@ def watching(
             seen.backbone, seen.output = module, output
 
     owner = _owner(model, head)
-    with sparing(model, owner, head, shape, positions), ExitStack() as stack:
+    probe = functools.partial(_probe, owner)
+    with sparing(model, owner, shape, positions, probe), ExitStack() as stack:
         # First in line: hooks of others (quantisation, device placement) then see what the head will see.
         handles = [put_first(head, head.register_forward_pre_hook(select, with_kwargs=True))]
         if most is not None and owner is not None:
@@ -177,6 +179,11 @@ def _owner(model: nn.Module, head: nn.Module) -> nn.Module | None:
         if hasattr(type(module), "base_model_prefix") and any(each is head for each in module.modules()):
             found = module
     return found
+
+
+def _probe(owner: Any) -> Probe:
+    ids, at = torch.arange(8)[None] % owner.config.get_text_config().vocab_size, [2, 5]
+    return Probe({"input_ids": ids, "use_cache": False}, at, lambda output: output[0][0, at])
 
 
 def _backbones(owner: Any) -> list[nn.Module]:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from fastadapter.checkpoints import CheckpointError
 from fastadapter.training import metrics
 from fastadapter.training.batching import to_device
+from fastadapter.training.class_tokens import sparing_unread
 from fastadapter.training.config import TrainingConfig, UserError
 from fastadapter.training.data import Example, tokenize
 from fastadapter.training.evaluation import require_known_labels
@@ -325,7 +326,8 @@ def class_logits(
     """
     inputs = pad(texts, pad_token_id, device)
     places = [(row, 0, len(ids)) for row, ids in enumerate(texts)]
-    with beginning(trunk, inputs["input_ids"], places, texts):
+    ids = inputs["input_ids"]
+    with beginning(trunk, ids, places, texts), sparing_unread(model, ids, places, texts, pad_token_id):
         return _wide(model(**inputs).logits[:, :classes])
 
 

@@ -6,6 +6,7 @@ beyond ``pack_length`` tokens goes into further forward passes.
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from fastadapter.integrations.parts.wrappers import unwrap
 from fastadapter.integrations.passes.packed import packed_path
 from fastadapter.integrations.passes.training import evaluating
 from fastadapter.training.batching import Batch, to_device
+from fastadapter.training.class_tokens import last_token, sparing_unread
 from fastadapter.training.config import TrainingConfig, UserError
 from fastadapter.training.data import Encoded
 from fastadapter.training.trunk.cached import Trunk, beginning
@@ -217,18 +219,20 @@ def packed_outputs(
         if torch.is_tensor(output) and output.shape[:-1] == batch.input_ids.shape:
             found.append(output)
 
-    handles = [head.register_forward_hook(keep) for head in find_heads(unwrap(model)).modules.values()]
-    try:
-        with beginning(trunk, batch.input_ids, batch.places, texts):
-            model(**batch.model_inputs(), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    ids = batch.input_ids
+    with (
+        beginning(trunk, ids, batch.places, texts),
+        sparing_unread(model, ids, batch.places, texts, pad_token_id),
+        ExitStack() as stack,
+    ):
+        for head in find_heads(unwrap(model)).modules.values():
+            stack.callback(head.register_forward_hook(keep).remove)
+        model(**batch.model_inputs(), use_cache=False)
     if len(found) != 1:
         raise TypeError(f"the classification head was called {len(found)} times on all tokens, expected once")
     last = [
-        start + max((at for at, token in enumerate(ids) if token != pad_token_id), default=0)
-        for (_, start, _), ids in zip(batch.places, texts, strict=True)
+        start + last_token(text, pad_token_id)
+        for (_, start, _), text in zip(batch.places, texts, strict=True)
     ]
     (at,) = to_device([torch.tensor(last, device="cpu")], device)
     return found[0][0].index_select(0, at)

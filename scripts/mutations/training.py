@@ -7,31 +7,52 @@ REFUSED = "tests/training/test_classification.py -k 'refused'"
 PACKING = "tests/training/test_packing.py -k 'not many_steps'"
 COMPARE = "tests/compare -k 'read_back or another_comparison or embeddings or strength or table'"
 
-LAST = "tests/training/test_last_feed_forward.py"
+LAST = "tests/training/test_last_feed_forward.py tests/training/test_class_tokens.py"
 
 TRAINING = [
     *of_file(
         "fastadapter/training/last_feed_forward.py",
         LAST,
-        others_do_not_see_all_tokens=("_is_watched(block) or _is_watched(part)", "False"),
-        random_numbers_are_others=(" or _drops(part)", ""),
+        others_do_not_see_all_tokens=("any(map(_is_watched, block.modules()))", "False"),
+        random_numbers_are_others=(
+            "return not _drops(block.get_submodule(name))",
+            "return block.get_submodule(name) is not None",
+        ),
+        what_drops_by_now_is_spared=(
+            "tuple(place for place in found[block.training] if place in places)",
+            "found[block.training]",
+        ),
+        all_or_nothing_of_a_block=("dict.fromkeys((places, places[:1]))", "(places,)"),
+        the_mode_is_all_the_same=("if block.training not in found:", "if not found:"),
+        a_prompt_in_front_is_not_seen=(" or (columns > seq and not self.joined)", " or columns > seq"),
+        a_prompt_in_front_is_not_counted=("(self.positions // seq + 1) * (columns - seq)", "0"),
         mixed_rows_are_cut=(" or by_row()", ""),
         recomputed_layers_are_cut=(
             "return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None",
             "return False",
         ),
-        a_proof_without_sparing_counts=("    if len(times) != 1:\n", "    if False:\n"),
+        a_proof_without_sparing_counts=(
+            "    if fill is not None and len(wanted.spared) != len(places):\n",
+            "    if False:\n",
+        ),
         the_proof_is_seen=("if any(map(_is_watched, owner.modules())):", "if False:"),
-        leaks_are_not_seen=(" and torch.equal(found[1], found[2])", ""),
+        leaks_are_not_seen=("same and torch.equal(outcomes[1], outcomes[2])", "same"),
         the_proof_draws_numbers=(
             "    finally:\n        _put_back(generators)\n",
             "    finally:\n        pass\n",
         ),
         the_proof_begins_where_the_pass_does=(
-            "contextvars.Context().run(_proves, owner, head, part)",
-            "_proves(owner, head, part)",
+            "contextvars.Context().run(_proves, owner, block, probe(), joined, places)",
+            "_proves(owner, block, probe(), joined, places)",
         ),
         compiled_models_are_hooked=("and _is_plain(model):", "and True:"),
+    ),
+    *of_file(
+        "fastadapter/training/class_tokens.py",
+        LAST,
+        the_last_token_may_be_padding=("if token != pad_token_id)", "if True)"),
+        every_head_reads_the_first=("_last[owner] = looks_back_only(owner)", "_last[owner] = False"),
+        prompts_are_never_in_front=("joined=not last", "joined=False"),
     ),
     *of_file(
         "fastadapter/training/classification.py",
@@ -99,6 +120,5 @@ TRAINING = [
         packs_are_never_full=("            if tokens > self.pack_length:\n", "            if False:\n"),
         a_pack_begins_with_what_the_last_held=("                tokens = self.lengths[row]\n", ""),
         every_model_can_be_packed=("    if found <= allowed:\n", "    if True:\n"),
-        last_token_of_a_packed_text_may_be_padding=("if token != pad_token_id)", "if True)"),
     ),
 ]

@@ -25,6 +25,7 @@ def inputs(share=4):
 
 def step(model, given):
     model.zero_grad()
+    torch.manual_seed(0)
     loss = causal_lm_loss(model, given)
     loss.backward()
     return loss.detach(), [each.grad for _, each in fa.trainable_parameters(model)]
@@ -33,7 +34,7 @@ def step(model, given):
 @contextlib.contextmanager
 def whole():
     """Without it."""
-    spared, behind_head.sparing = behind_head.sparing, lambda *_: contextlib.nullcontext()
+    spared, behind_head.sparing = behind_head.sparing, lambda *_, **__: contextlib.nullcontext()
     try:
         yield
     finally:
@@ -47,31 +48,33 @@ def assert_same_step(model, given):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.fixture
-def tokens(monkeypatch):
-    """How many tokens the last feed-forward computes for, in every pass in which it is spared."""
-    seen = []
-    original = last_feed_forward._at
-
-    def at(part, shape, positions, *fill):
-        if not fill:
-            seen.append(len(positions))
-        return original(part, shape, positions, *fill)
-
-    monkeypatch.setattr(last_feed_forward, "_at", at)
-    return seen
-
-
 def adapted(family=LLAMA, name="llama-adapter"):
     model = fa.attach(build(family), CONFIGS[name])
     train_a_little(model)
     return model
 
 
+DECODER_PLACES = {
+    **{name: {"mlp", "self_attn.q_proj", "self_attn.o_proj"} for name in DECODERS},
+    "phi3": {"mlp", "self_attn.o_proj"},  # one projection makes queries and keys
+    "gpt_neox": {"mlp"},
+    "gpt2": {"mlp.c_fc", "attn.c_proj"},
+}
+
+
+def places(model):
+    """Where tokens are left out of its last block."""
+    (found,) = [
+        last_feed_forward._verdicts[each] for each in model.modules() if each in last_feed_forward._verdicts
+    ]
+    return {first for first, _ in found[model.training]}
+
+
 @pytest.mark.parametrize("family", DECODERS.values(), ids=str)
 def test_every_family_takes_the_same_step(family, tokens):
-    assert_same_step(adapted(family).eval(), inputs())
-    assert tokens == [8]
+    model = adapted(family).eval()
+    assert_same_step(model, inputs())
+    assert tokens == [8] and places(model) == DECODER_PLACES[family.name]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -85,11 +88,12 @@ def test_every_method_takes_the_same_step(name, tokens):
 def test_products_are_of_so_many_rows():
     model, seen = adapted(), []
     step(model, inputs())
-    model.model.layers[-1].mlp.gate_proj.register_forward_hook(lambda module, args, _: seen.append(args[0]))
+    part = model.model.layers[-1].mlp.act_fn
+    plain, part.forward = part.forward, lambda x: seen.append(x.shape[:-1].numel()) or plain(x)
     step(model, inputs())
-    assert [each.shape[:-1].numel() for each in seen[-1:]] == [8]
+    assert seen == [8]
     step(model, inputs(share=1))  # all: nothing to spare
-    assert seen[-1].shape[:-1].numel() == 36
+    assert seen == [8, 36]
 
 
 def test_who_counts_passes_does_not_see_the_proof(tokens):
@@ -102,11 +106,15 @@ def test_who_counts_passes_does_not_see_the_proof(tokens):
     assert tokens == [8]
 
 
-def test_who_looks_at_the_last_feed_forward_sees_all_tokens(tokens):
+@pytest.mark.parametrize("path", ["", ".mlp", ".mlp.down_proj", ".self_attn"])
+def test_who_looks_at_the_last_block_sees_all_tokens(path, tokens):
     model, seen = adapted(), []
     step(model, inputs())
     tokens.clear()
-    handle = model.model.layers[-1].mlp.register_forward_hook(lambda module, args, out: seen.append(out))
+    watched = model.get_submodule(f"model.layers.{len(model.model.layers) - 1}{path}")
+    handle = watched.register_forward_hook(
+        lambda module, args, out: seen.append(out[0] if path == ".self_attn" else out)
+    )
     step(model, inputs())
     handle.remove()
     assert seen[-1].shape[:2] == (3, 12) and not tokens
@@ -156,11 +164,71 @@ def test_a_model_that_mixes_tokens_there_is_found_out(where, kind, tokens):
     assert not tokens
 
 
-def test_dropout_inside_is_left_alone(tokens):
-    model = fa.attach(build(DECODERS["gpt2"]), CONFIGS["llama-adapter"])
-    step(model.train(), inputs())
-    assert not tokens
+@pytest.mark.parametrize(("where", "found"), [("mlp", []), ("mlp.down_proj", []), ("self_attn.o_proj", [8])])
+def test_dropout_inside_is_left_alone(where, found, tokens):
+    """Fewer tokens would draw other numbers; before or behind it does not matter, as in GPT-2's, which is behind."""
+    model = build(LLAMA)
+    block = model.model.layers[-1]
+    parent, _, name = where.rpartition(".")
+    holder = block.get_submodule(parent)
+    setattr(holder, name, nn.Sequential(getattr(holder, name), nn.Dropout(0.5)))
+    fa.attach(model, CONFIGS["llama-adapter"])
+    assert_same_step(model.train(), inputs())
+    assert tokens == found
     step(model.eval(), inputs())
+    assert tokens == [*found, 8]
+
+
+@pytest.mark.parametrize(("where", "found"), [("mlp.down_proj", [8]), ("self_attn.o_proj", [8, 8])])
+def test_dropout_that_is_switched_on_later(where, found, tokens):
+    model = build(LLAMA)
+    block = model.model.layers[-1]
+    parent, _, name = where.rpartition(".")
+    part = nn.Sequential(block.get_submodule(where), nn.Dropout(0.0))
+    setattr(block.get_submodule(parent), name, part)
+    fa.attach(model, CONFIGS["llama-adapter"])
+    assert_same_step(model.train(), inputs())
+    part[1].p = 0.5
+    assert_same_step(model, inputs())
+    assert tokens == found
+
+
+def test_queries_that_see_other_tokens_are_left_alone(tokens):
+    model = build(LLAMA)
+    model.model.layers[-1].self_attn.q_proj = Mean(model.model.layers[-1].self_attn.q_proj)
+    fa.attach(model, CONFIGS["pfeiffer"])
+    train_a_little(model)
+    assert_same_step(model, inputs())
+    assert tokens == [8] and places(model) == {"mlp"}
+
+
+def test_dropout_behind_it_draws_the_same_numbers(tokens):
+    model = adapted(DECODERS["gpt2"]).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+    assert_same_step(model, inputs())
+    assert tokens == [8]
+
+
+class Dropping(nn.Module):
+    """Dropout that no module shows."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return nn.functional.dropout(self.inner(x), 0.5, self.training)
+
+
+def test_dropout_by_a_function_is_found_out(tokens):
+    model = build(LLAMA)
+    model.model.layers[-1].mlp.down_proj = Dropping(model.model.layers[-1].mlp.down_proj)
+    fa.attach(model, CONFIGS["llama-adapter"])
+    step(model.eval(), inputs())
+    assert tokens == [8]
+    assert_same_step(model.train(), inputs())
     assert tokens == [8]
 
 
