@@ -14,6 +14,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from fastadapter.integrations.parts.discovery import blocks, device_of, floating_dtype
 from fastadapter.integrations.passes.choice import by_row
 from fastadapter.integrations.passes.order import put_first
+from fastadapter.nn.classes import class_of
 
 # From which part of a block on tokens are left out, and behind which they are put back: around dropout where it can be,
 # which draws for all tokens then. BERT and its kin, DistilBERT, GPT-2; and the whole feed-forward of a decoder.
@@ -48,9 +50,12 @@ _MOST = 0.75
 # Attributes of parameters that are not here, or not whole: DeepSpeed's, and those of a DTensor.
 _ELSEWHERE = ("ds_id", "placements")
 _TROUBLE = {"OptimizedModule", "FSDPModule", "FullyShardedDataParallel"}
-# By the model that calls the head, where its last block is; by that, in training mode or not, where it can be spared.
+# By the model that calls the head, where its last block is; by that, in training mode or not, what the model was made
+# of when it was tried, and where it can be spared.
 _paths: "weakref.WeakKeyDictionary[nn.Module, str | None]" = weakref.WeakKeyDictionary()
-_verdicts: "weakref.WeakKeyDictionary[nn.Module, dict[bool, Places]]" = weakref.WeakKeyDictionary()
+_verdicts: "weakref.WeakKeyDictionary[nn.Module, dict[bool, tuple[tuple, Places]]]" = (
+    weakref.WeakKeyDictionary()
+)
 Places = tuple[tuple[str, str], ...]
 
 
@@ -105,8 +110,8 @@ def _spared(owner: nn.Module, probe: Callable[[], Probe], joined: bool) -> tuple
     places = _places(block)
     if not places or any(map(_is_watched, block.modules())) or by_row():
         return block, ()
-    found = _verdicts.setdefault(block, {})
-    if block.training not in found:
+    known, parts = _verdicts.setdefault(block, {}), _parts(owner)
+    if block.training not in known or known[block.training][0] != parts:
         if any(map(_is_watched, owner.modules())):  # who counts passes is not to see those of the proof
             return block, ()
 
@@ -114,8 +119,26 @@ def _spared(owner: nn.Module, probe: Callable[[], Probe], joined: bool) -> tuple
         def prove(places: Places) -> bool:
             return contextvars.Context().run(_proves, owner, block, probe(), joined, places)
 
-        found[block.training] = next(filter(prove, dict.fromkeys((places, places[:1]))), ())
-    return block, tuple(place for place in found[block.training] if place in places)
+        known[block.training] = parts, next(filter(prove, dict.fromkeys((places, places[:1]))), ())
+    return block, tuple(place for place in known[block.training][1] if place in places)
+
+
+def _parts(owner: nn.Module) -> tuple:
+    """What a model is made of: another one behind the same block may look at what was left out before."""
+    return tuple(
+        (weakref.ref(each), class_of(each), _reference(each.__dict__.get("forward")))
+        for each in owner.modules()
+    )
+
+
+def _reference(forward: Any) -> Any:
+    """A weak one: what is kept by the block must not hold it."""
+    if forward is None:
+        return None
+    try:
+        return weakref.WeakMethod(forward) if isinstance(forward, MethodType) else weakref.ref(forward)
+    except TypeError:  # not of this one: equal to nothing
+        return object()
 
 
 def _places(block: nn.Module) -> Places:
