@@ -182,7 +182,7 @@ def _owner(model: nn.Module, head: nn.Module) -> nn.Module | None:
 
 
 def _probe(owner: Any) -> Probe:
-    ids, at = torch.arange(8)[None] % owner.config.get_text_config().vocab_size, [2, 5]
+    ids, at = torch.arange(8, device="cpu")[None] % owner.config.get_text_config().vocab_size, [2, 5]
     return Probe({"input_ids": ids, "use_cache": False}, at, lambda output: output[0][0, at])
 
 

@@ -53,7 +53,7 @@ def sparing_unread(
 
 def _probe(owner: Any, last: bool, pad_token_id: int) -> Probe:
     rows, seq = 2, 8
-    ids = torch.arange(rows * seq).view(rows, seq) + pad_token_id + 1
+    ids = torch.arange(rows * seq, device="cpu").view(rows, seq) + pad_token_id + 1
     inputs: dict[str, Any] = {"input_ids": ids % owner.config.get_text_config().vocab_size}
     inputs |= {"use_cache": False} if last else {"attention_mask": torch.ones_like(ids)}
     read = [row * seq + (seq - 1 if last else 0) for row in range(rows)]
