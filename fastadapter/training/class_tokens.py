@@ -30,12 +30,15 @@ def sparing_unread(
     places: Sequence[tuple[int, int, int]],
     texts: Sequence[Sequence[int]],
     pad_token_id: int,
-) -> Iterator[None]:
-    """Let the last feed-forward of a pass see what the head reads alone, where that is the same.
+) -> Iterator[Tensor]:
+    """Let the last feed-forward of a training pass see what the head reads alone, where that is the same.
+
+    Not of others: a model that answers several threads is to be called without a change to its hooks.
 
     Args:
         input_ids: of the pass, ``(batch, seq)``.
         places: where the tokens of each text lie: row, first column, number of tokens.
+    Yields: the positions that a head reads, of the flattened tokens, by text.
     """
     owner: Any = unwrap(model)
     if owner not in _last:
@@ -46,9 +49,12 @@ def sparing_unread(
         for (row, start, _), ids in zip(places, texts, strict=True)
     ]
     (positions,) = to_device([torch.tensor(read, device="cpu")], input_ids.device)
+    if not torch.is_grad_enabled():
+        yield positions
+        return
     probe = functools.partial(_probe, owner, last, pad_token_id)
     with sparing(model, owner, tuple(input_ids.shape), positions, probe, joined=not last):
-        yield
+        yield positions
 
 
 def _probe(owner: Any, last: bool, pad_token_id: int) -> Probe:

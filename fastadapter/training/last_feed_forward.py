@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import functools
 import math
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -126,7 +127,7 @@ def _spared(owner: nn.Module, probe: Callable[[], Probe], joined: bool) -> tuple
 def _parts(owner: nn.Module) -> tuple:
     """What a model is made of: another one behind the same block may look at what was left out before."""
     return tuple(
-        (weakref.ref(each), class_of(each), _reference(each.__dict__.get("forward")))
+        (weakref.ref(each), class_of(each), each.training, _reference(each.__dict__.get("forward")))
         for each in owner.modules()
     )
 
@@ -197,10 +198,13 @@ def _at(block: nn.Module, places: Places, wanted: _Wanted) -> Iterator[None]:
 
 
 def _hooks(first: nn.Module, last: nn.Module, wanted: _Wanted) -> list[RemovableHandle]:
-    """Leave tokens out in front of ``first``, and put them back behind ``last``."""
+    """Leave tokens out in front of ``first``, and put them back behind ``last``, in passes of this thread."""
     selected: list[tuple[Tensor, torch.Size]] = []
+    thread = threading.get_ident()
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if threading.get_ident() != thread:
+            return None
         selected.clear()
         positions = wanted.among(args[0]) if len(args) == 1 and not _is_recomputed() else None
         if positions is None:
@@ -210,7 +214,7 @@ def _hooks(first: nn.Module, last: nn.Module, wanted: _Wanted) -> list[Removable
         return (states.unsqueeze(0),)
 
     def spread(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not selected:
+        if threading.get_ident() != thread or not selected:
             return None
         positions, shape = selected.pop()
         wanted.spared.append(shape.numel() - len(positions))
@@ -296,10 +300,12 @@ def _try(
     positions = torch.tensor(probe.positions, device=device)
     wanted = _Wanted(tuple(probe.inputs["input_ids"].shape), positions, joined, fill or 0.0)
     seen: list[Tensor] = []
+    thread = threading.get_ident()
 
     def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         states = output if torch.is_tensor(output) else output[0]
-        if (at := wanted.among(states)) is not None:  # not those of a prompt that is run before the text
+        # not those of another thread, nor of a prompt that is run before the text
+        if threading.get_ident() == thread and (at := wanted.among(states)) is not None:
             seen.append(states.reshape(-1, states.shape[-1])[at])
 
     handle = block.register_forward_hook(see)

@@ -17,7 +17,7 @@ from fastadapter.integrations.parts.wrappers import unwrap
 from fastadapter.integrations.passes.packed import packed_path
 from fastadapter.integrations.passes.training import evaluating
 from fastadapter.training.batching import Batch, to_device
-from fastadapter.training.class_tokens import last_token, sparing_unread
+from fastadapter.training.class_tokens import sparing_unread
 from fastadapter.training.config import TrainingConfig, UserError
 from fastadapter.training.data import Encoded
 from fastadapter.training.trunk.cached import Trunk, beginning
@@ -205,8 +205,8 @@ def packed_outputs(
 ) -> Tensor:
     """What a classification head says of every text of a packed row, ``(texts, outputs)``.
 
-    Of the last token that is no padding, as in transformers; in an encoder, which reads the first one, that is another
-    number, and :meth:`Layout.settle` sees it.
+    Of the last token that is no padding, as in transformers; in an encoder of the first one; if it reads that of the
+    row alone, :meth:`Layout.settle` sees it.
 
     Args:
         trunk: states of the texts to begin with; ``None``: the pass begins with the tokens.
@@ -222,7 +222,7 @@ def packed_outputs(
     ids = batch.input_ids
     with (
         beginning(trunk, ids, batch.places, texts),
-        sparing_unread(model, ids, batch.places, texts, pad_token_id),
+        sparing_unread(model, ids, batch.places, texts, pad_token_id) as read,
         ExitStack() as stack,
     ):
         for head in find_heads(unwrap(model)).modules.values():
@@ -230,9 +230,4 @@ def packed_outputs(
         model(**batch.model_inputs(), use_cache=False)
     if len(found) != 1:
         raise TypeError(f"the classification head was called {len(found)} times on all tokens, expected once")
-    last = [
-        start + last_token(text, pad_token_id)
-        for (_, start, _), text in zip(batch.places, texts, strict=True)
-    ]
-    (at,) = to_device([torch.tensor(last, device="cpu")], device)
-    return found[0][0].index_select(0, at)
+    return found[0][0].index_select(0, read)

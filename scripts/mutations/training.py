@@ -22,6 +22,11 @@ TRAINING = [
             "tuple(place for place in known[block.training][1] if place in places)",
             "known[block.training][1]",
         ),
+        every_thread_is_this_one=(
+            "        if threading.get_ident() != thread:\n            return None\n",
+            "",
+        ),
+        the_mode_of_a_part_does_not_count=("class_of(each), each.training, ", "class_of(each), "),
         it_is_tried_once=(" or known[block.training][0] != parts", ""),
         another_forward_is_the_same=('_reference(each.__dict__.get("forward"))', "None"),
         all_or_nothing_of_a_block=("dict.fromkeys((places, places[:1]))", "(places,)"),
@@ -54,6 +59,7 @@ TRAINING = [
         LAST,
         the_last_token_may_be_padding=("if token != pad_token_id)", "if True)"),
         every_head_reads_the_first=("_last[owner] = looks_back_only(owner)", "_last[owner] = False"),
+        who_only_answers_is_hooked=("if not torch.is_grad_enabled():", "if False:"),
         prompts_are_never_in_front=("joined=not last", "joined=False"),
     ),
     *of_file(

@@ -8,7 +8,7 @@ import transformers as tf
 from torch import nn
 
 import fastadapter as fa
-from fastadapter.training import TrainingConfig, classification, packing
+from fastadapter.training import TrainingConfig, class_tokens, classification
 from fastadapter.training.class_tokens import last_token
 from tests.support.methods import CONFIGS, train_a_little
 from tests.training.test_last_feed_forward import places
@@ -78,8 +78,7 @@ def step(model, rows=range(5), **options):
 def whole(monkeypatch):
     """Without it."""
     with monkeypatch.context() as patch:
-        for module in (classification, packing):
-            patch.setattr(module, "sparing_unread", lambda *_: contextlib.nullcontext())
+        patch.setattr(class_tokens, "sparing", lambda *_, **__: contextlib.nullcontext())
         yield
 
 
@@ -123,27 +122,37 @@ def test_packed_decoders(tokens, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_passes_that_only_answer_are_left_alone(tokens):
+    """Several threads may ask one model, whose hooks are then not to come and go."""
+    model = adapted()
+    texts = task_of(model).sequences()
+    classification.class_scores(model, texts, 2, 0, 5)
+    with torch.no_grad():
+        step_logits = classification.class_logits(model, texts[:5], 2, 0, CPU)
+    assert not tokens and step_logits.shape == (5, 2)
+
+
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_scores(kind, name, tokens, monkeypatch):
+def test_steps_in_eval_mode(name, kind, tokens, monkeypatch):
     model = adapted(kind, name)
     texts = task_of(model).sequences()
-    found = classification.class_scores(model, texts, 2, 0, 5)
+    found = classification.class_logits(model, texts, 2, 0, CPU)
     with whole(monkeypatch):
-        expected = classification.class_scores(model, texts, 2, 0, 5)
+        expected = classification.class_logits(model, texts, 2, 0, CPU)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert tokens == [5, 5, 2]
+    assert tokens == [12]
 
 
 def test_models_that_train_everything(tokens, monkeypatch):
     model = classifier()
-    assert_same_step_of_all = []
+    gradients = []
     for spared in (True, False):
         with contextlib.nullcontext() if spared else whole(monkeypatch):
             model.zero_grad()
             task_of(model).loss(model, range(5), CPU).backward()
-            assert_same_step_of_all.append([each.grad.clone() for each in model.parameters()])
-    torch.testing.assert_close(*assert_same_step_of_all, rtol=1e-4, atol=1e-6)
+            gradients.append([each.grad.clone() for each in model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
     assert tokens == [5]
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -233,6 +234,20 @@ def test_dropout_by_a_function_is_found_out(tokens):
     assert tokens == [8]
 
 
+def test_another_thread_sees_all_tokens():
+    """Regression: a pass of the same shape in another thread computed for the tokens of the one that trains."""
+    model, ids = adapted(), inputs()["input_ids"]
+    step(model, inputs())
+    wanted = last_feed_forward._Wanted(tuple(ids.shape), torch.tensor([3, 20]), False, float("nan"))
+    block = model.model.layers[-1]
+    with torch.no_grad(), ThreadPoolExecutor(1) as pool:
+        expected = model(input_ids=ids).logits
+        with last_feed_forward._at(block, last_feed_forward._places(block), wanted):
+            found = pool.submit(torch.no_grad()(model), input_ids=ids).result().logits
+            assert model(input_ids=ids).logits.isnan().any()
+    torch.testing.assert_close(found, expected)
+
+
 def patched(module):
     plain = module.forward
     module.forward = lambda x: plain(x) + x.mean(1, keepdim=True)
@@ -250,6 +265,24 @@ def test_a_model_that_is_changed_later_is_tried_again(how, tokens):
         block.mlp = Mean(block.mlp)
     else:
         patched(block.mlp)
+    assert_same_step(model, inputs())
+    assert tokens == [8]
+
+
+class MeanInTraining(Mean):
+    """The same in training mode."""
+
+    def forward(self, x):
+        return super().forward(x) if self.training else self.inner(x)
+
+
+def test_a_part_that_changes_its_mode_is_tried_again(tokens):
+    model = build(LLAMA)
+    part = model.model.layers[-1].mlp = MeanInTraining(model.model.layers[-1].mlp)
+    fa.attach(model, CONFIGS["llama-adapter"])
+    part.eval()
+    step(model, inputs())
+    part.train()
     assert_same_step(model, inputs())
     assert tokens == [8]
 
